@@ -1,0 +1,219 @@
+"""Reading a config from YAML and `section.key=value` overrides, writing it back, and comparing two."""
+
+import copy
+import dataclasses
+import difflib
+import fnmatch
+import re
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from topoflow.config.coercion import coerce, takes_text
+from topoflow.config.schema import Config
+from topoflow.errors import ConfigError, MissingPath
+
+# Keys that may differ between a checkpoint and the run that resumes from it, because they do not alter the mathematics
+# (globs). The rest are refused unless checkpoint.allow_changed lists them.
+FREE_ON_RESUME = (
+    "run.dir", "run.threads", "run.device", "data.path", "data.test", "data.workers", "data.in_memory",
+    "train.max_epochs", "train.max_steps", "train.compile", "train.activation_checkpointing",
+    "train.early_stopping_patience", "train.validate_every_steps", "train.log_every_steps", "checkpoint.*",
+    "distributed.*",
+)  # fmt: skip
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose scalars are those of YAML 1.2's core: 1e-4 is a number, a date is text, `on` and `no` are text."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise ConfigError(f"{twice[0]}: given twice, line {node.start_mark.line + 1}: expected once")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("bool", r"true|false|True|False", "tfTF"),
+    ("null", r"null|Null|~|", ["n", "N", "~", ""]),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf)|\.(nan|NaN)", "-+.0123456789"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of a YAML file, with `section.key=value` overrides applied in order.
+
+    Raises:
+        MissingPath: the file is not there.
+        ConfigError: unknown key, wrong type, value out of range, or text that is not YAML. The message names the key,
+            the value, what was expected and where it was said.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingPath(f"config file {path}: not found: expected a YAML file, such as configs/demo.yaml")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path}: not YAML: {' '.join(str(error).split())}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{error} (in {path})") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"config file {path}: not text: expected YAML in UTF-8") from None
+    return override_config({} if tree is None else tree, overrides, f"{path}")
+
+
+def override_config(tree: Any, overrides: Sequence[str], where: str) -> Config:
+    """The config of nested dicts that came from `where`, with overrides applied in order; see `load_config`."""
+    said: dict[str, str] = {}
+    tree = copy.deepcopy(tree)
+    try:
+        for override in overrides:
+            _apply_override(tree, override, said)
+        return config_from_dict(tree)
+    except ConfigError as error:
+        raise ConfigError(f"{error} ({_where(str(error).partition(':')[0], tree, said, where)})") from None
+
+
+def _where(key: str, tree: Any, said: dict[str, str], path: str) -> str:
+    """Who said the key that an error message begins with: the command line, the file or the defaults beside it."""
+    for path_said, override in said.items():
+        if path_said.startswith(key) or key.startswith(path_said):
+            return f"from the command line, {override}"
+    section, _, name = key.partition(".")
+    in_file = isinstance(tree, dict) and section in tree and (not name or name in (tree[section] or {}))
+    return f"in {path}" if in_file else f"with {path}"
+
+
+def config_from_dict(tree: Any) -> Config:
+    """The config that nested dicts {section: {key: value}} describe; see `load_config` for what is refused."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config: {tree!r} is not usable: expected sections {', '.join(_sections())}")
+    built = {}
+    for name, section in tree.items():
+        _require_known(str(name), "", list(_sections()))
+        built[name] = _build_section(name, {} if section is None else section)
+    for name, kind in _sections().items():
+        if name not in built:
+            built[name] = _build_section(name, {}) if _required_keys(kind) else kind()
+    return Config(**built)
+
+
+def config_to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """The config as plain nested dicts, lists and scalars, every key present."""
+    return _plain(dataclasses.asdict(config))
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML; loading it gives the same config."""
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False, default_flow_style=None, width=100)
+
+
+def changed_on_resume(saved: dict, now: Config, allowed: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """What differs between a checkpoint's config and this run's, apart from keys that are free to change.
+
+    Returns:
+        (refused, accepted): lines "key: was -> is"; accepted are those that a name or glob in `allowed` covers.
+    """
+    refused, accepted = [], []
+    old, new = _flatten(saved), _flatten(config_to_dict(now))
+    for key in sorted(old.keys() | new.keys()):
+        if any(fnmatch.fnmatchcase(key, pattern) for pattern in FREE_ON_RESUME):
+            continue
+        was, is_now = old.get(key, "absent"), new.get(key, "absent")
+        if was != is_now:
+            listed = any(fnmatch.fnmatchcase(key, pattern) for pattern in allowed)
+            (accepted if listed else refused).append(f"{key}: {was!r} -> {is_now!r}")
+    return refused, accepted
+
+
+def _sections() -> dict[str, type]:
+    return typing.get_type_hints(Config)
+
+
+def _required_keys(kind: type) -> list[str]:
+    missing = dataclasses.MISSING
+    return [f.name for f in dataclasses.fields(kind) if f.default is missing and f.default_factory is missing]
+
+
+def _require_known(name: str, prefix: str, known: list[str]) -> None:
+    if name in known:
+        return
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if not near and prefix:
+        everything = {f.name: s for s, kind in _sections().items() for f in dataclasses.fields(kind)}
+        elsewhere = difflib.get_close_matches(name, list(everything), n=1, cutoff=0.8)
+        near, prefix_near = elsewhere, f"{everything[elsewhere[0]]}." if elsewhere else ""
+    else:
+        prefix_near = prefix
+    what = "key" if prefix else "section"
+    hint = f"did you mean {prefix_near}{near[0]}?" if near else f"expected one of {', '.join(known)}"
+    raise ConfigError(f"{prefix}{name}: unknown {what}: {hint}")
+
+
+def _build_section(name: str, values: Any) -> Any:
+    kind = _sections()[name]
+    if not isinstance(values, dict):
+        raise ConfigError(f"{name}: {values!r} is not usable: expected keys {', '.join(_hints(kind))}")
+    for key in values:
+        _require_known(str(key), f"{name}.", list(_hints(kind)))
+    for key in _required_keys(kind):
+        if key not in values:
+            raise ConfigError(f"{name}.{key}: missing: expected a value (see --help)")
+    hints = _hints(kind)
+    return kind(**{key: coerce(hints[key], value, f"{name}.{key}") for key, value in values.items()})
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _apply_override(tree: dict, override: str, said: dict[str, str]) -> None:
+    """Set `section.key=value` (or `section.key.name=value` in a key that holds names) in the tree."""
+    path, equals, text = override.partition("=")
+    parts = path.strip().split(".")
+    said[path.strip()] = repr(override)
+    if not equals or len(parts) < 2:
+        raise ConfigError(f"{path}: not an override: expected section.key=value")
+    section, key, *rest = parts
+    _require_known(section, "", list(_sections()))
+    kind = _sections()[section]
+    _require_known(key, f"{section}.", list(_hints(kind)))
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"{path}: {text!r} is not a value: check its brackets and quotes") from None
+    if takes_text(_hints(kind)[key]) and isinstance(value, bool | int | float):
+        value = text.strip()
+    if not isinstance(tree.get(section), dict):
+        if tree.get(section) is not None:
+            raise ConfigError(f"{section}: {tree[section]!r} is not usable: expected keys {', '.join(_hints(kind))}")
+        tree[section] = {}
+    if not rest:
+        tree[section][key] = value
+        return
+    names = tree[section].get(key, _default_of(kind, key))
+    if not isinstance(names, dict) or len(rest) > 1:
+        raise ConfigError(f"{path}: unknown key: {section}.{key} holds no names")
+    tree[section][key] = {**copy.deepcopy(names), rest[0]: value}
+
+
+def _default_of(kind: type, key: str) -> Any:
+    field = next(f for f in dataclasses.fields(kind) if f.name == key)
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _flatten(tree: dict) -> dict[str, Any]:
+    return {f"{name}.{key}": value for name, section in tree.items() for key, value in section.items()}
