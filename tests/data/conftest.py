@@ -1,0 +1,73 @@
+"""Small gridded data sets, written by xarray itself."""
+
+import warnings
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from topoflow.config.schema import DataConfig
+
+UNITS = {
+    "u": "m s-1", "v": "m s-1", "temp": "K", "rh": "%", "psfc": "Pa", "pm25": "ug m-3", "pm10": "ug m-3",
+    "so2": "ug m-3", "no2": "ug m-3", "co": "ug m-3", "o3": "ug m-3", "elevation": "m", "population": "1",
+}  # fmt: skip
+
+
+def _make_fields(names=("u", "v", "pm25", "co"), start="2019-01-01", hours=48, shape=(4, 6), seed=0, north_first=True):
+    """A Dataset with random fields, 10 % of them NaN, elevation and population, on a regular grid."""
+    rng = np.random.default_rng(seed)
+    lat = np.linspace(20, 50, shape[0])
+    coords = {
+        "time": np.datetime64(start, "ns") + np.arange(hours) * np.timedelta64(1, "h"),
+        "lat": lat[::-1] if north_first else lat,
+        "lon": np.linspace(80, 130, shape[1]),
+    }
+    dataset = xr.Dataset(coords=coords)
+    for name in names:
+        values = (10 * rng.standard_normal((hours, *shape)) + 50).astype(np.float32)
+        values[rng.random(values.shape) < 0.1] = np.nan
+        dataset[name] = (("time", "lat", "lon"), values, {"units": UNITS[name]})
+    static = np.random.default_rng(99)
+    for name in ("elevation", "population"):
+        dataset[name] = (("lat", "lon"), static.uniform(0, 3000, shape).astype(np.float32), {"units": UNITS[name]})
+    return dataset
+
+
+def _write_store(dataset, path, kind="zarr3"):
+    """Write `dataset` as kind zarr2 or zarr3 (consolidated), zarr2-plain or zarr3-plain (not), or netcdf."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "netcdf":
+        dataset.to_netcdf(path)
+        return path
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zarr: consolidated metadata are no part of format 3 yet
+        dataset.to_zarr(path, zarr_format=int(kind[4]), consolidated=not kind.endswith("plain"))
+    return path
+
+
+def _make_config(path, **changes):
+    """Data section over the fields of `make_fields`."""
+    defaults = {
+        "train": (("2019-01-01", "2019-01-01"),),
+        "variables": ("u", "v", "pm25", "co", "elevation", "population"),
+        "targets": ("pm25", "co"),
+        "lead_times_hours": (1, 3),
+        "workers": 0,
+    }
+    return DataConfig(path=str(path), **{**defaults, **changes})
+
+
+@pytest.fixture
+def make_fields():
+    return _make_fields
+
+
+@pytest.fixture
+def write_store():
+    return _write_store
+
+
+@pytest.fixture
+def make_config():
+    return _make_config

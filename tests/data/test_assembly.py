@@ -1,0 +1,83 @@
+"""From a data section to data sets."""
+
+import numpy as np
+import pytest
+
+from topoflow.data import open_forecast_data
+from topoflow.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def folder(make_fields, write_store, tmp_path):
+    dataset = make_fields(names=("u", "v", "pm25", "co", "o3"), hours=96)
+    write_store(dataset.isel(time=np.r_[:60, 61:96]), tmp_path / "data" / "data_2019.zarr")
+    return tmp_path / "data"
+
+
+SPLITS = {
+    "train": (("2019-01-01", "2019-01-02"),),
+    "validation": (("2019-01-03", "2019-01-03"),),
+    "test": (("2019-01-04", "2019-01-04"),),
+}
+
+
+def test_from_config_to_samples(folder, make_config, make_fields):
+    data = open_forecast_data(make_config(folder, **SPLITS, availability=True), with_wind=True, with_terrain=True)
+    assert {split: len(index.starts) for split, index in data.splits.items()} == {
+        "train": 45, "validation": 24 - 3 - 4, "test": 21,
+    }  # fmt: skip
+    normalization = data.build_normalization()
+    train = data.dataset("train", normalization)
+    assert len(train) == 90
+    assert train.input_names == data.input_names == ("u", "v", "pm25", "co", "elevation", "population", "available")
+    assert train.target_names == data.target_names == ("pm25", "co")
+    assert data.dataset("test", normalization).sample_identity(1) == "2019-01-04T00+3h"
+    values = make_fields(names=("u", "v", "pm25", "co", "o3"), hours=96).co.values[:48].astype(np.float64)
+    assert normalization.mean["co"] == pytest.approx(np.nanmean(values), rel=1e-9)
+    assert "wind_ms" in train[0]
+    lines = data.summary()
+    assert any(
+        "validation: 17 start times, 34 samples; 3 starts not used, their windows cross a gap" in line for line in lines
+    )
+    assert any("4 x 6 cells, north first, 24 of them count" in line for line in lines)
+
+
+def test_only_what_is_needed_is_read(folder, make_config):
+    config = make_config(folder, variables=("co", "lat2d"), targets=("pm25",))
+    data = open_forecast_data(config, with_wind=False, with_terrain=False)
+    assert data.source.dynamic == ("co", "pm25")
+    assert data.grid.elevation_m is None
+    assert set(data.splits) == {"train"}
+    with_physics = open_forecast_data(config, with_wind=True, with_terrain=True)
+    assert with_physics.source.dynamic == ("co", "pm25", "u", "v")
+    assert with_physics.grid.elevation_m is not None
+    assert set(with_physics.build_normalization().mean) == {"co", "lat2d", "pm25"}
+
+
+def test_constants_of_the_config_must_cover_inputs_and_targets(folder, make_config):
+    constants = {"co": (200.0, 100.0), "pm25": (25.0, 15.0)}
+    names = {"variables": ("co", "hour_sin"), "targets": ("pm25",)}
+    data = open_forecast_data(make_config(folder, **names, normalization=constants), False, False)
+    assert data.build_normalization().to_dict() == {"co": [200, 100], "hour_sin": [0, 1], "pm25": [25, 15]}
+    data = open_forecast_data(
+        make_config(folder, variables=("co",), targets=("o3",), normalization=constants), False, False
+    )
+    with pytest.raises(ConfigError, match=r"no constants for o3"):
+        data.build_normalization()
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"variables": ("co", "ozon")}, ConfigError, "data.variables: 'ozon'"),
+        ({"targets": ("elevation",)}, ConfigError, "data.targets: 'elevation'"),
+        ({"variables": ("co", "temp")}, DataError, "no variable 'temp'"),
+        ({"train": (2018,)}, DataError, "data.train: 2018 is not in the data"),
+        ({"test": (("2019-01-02", "2019-01-04"),)}, ConfigError, "data.train: .* overlaps data.test: "),
+        ({"lead_times_hours": (12, 48)}, DataError, "data.train: no window of 48 hours"),
+        ({"mask": "absent.npy"}, FileNotFoundError, "data.mask: absent.npy"),
+    ],
+)
+def test_refusals(folder, make_config, changes, kind, message):
+    with pytest.raises(kind, match=message):
+        open_forecast_data(make_config(folder, **{**SPLITS, **changes}), with_wind=True, with_terrain=True)

@@ -1,0 +1,151 @@
+"""Samples against xarray's own selection."""
+
+import numpy as np
+import pytest
+import torch
+
+from topoflow.data.dataset import ForecastDataset
+from topoflow.data.normalization import Normalization
+from topoflow.data.source import open_source
+from topoflow.errors import ConfigError
+
+MEAN = {
+    "u": 1.0,
+    "v": -2.0,
+    "pm25": 40.0,
+    "co": 55.0,
+    "elevation": 1000.0,
+    "population": 500.0,
+    "lat2d": 32,
+    "lon2d": 106,
+}
+STD = {"u": 5.0, "v": 4.0, "pm25": 9.0, "co": 12.0, "elevation": 700.0, "population": 300.0, "lat2d": 12, "lon2d": 16}
+CLOCK = ("hour_sin", "hour_cos", "day_sin", "day_cos")
+NORMALIZATION = Normalization(
+    {**MEAN, **dict.fromkeys((*CLOCK, "available"), 0.0)}, {**STD, **dict.fromkeys((*CLOCK, "available"), 1.0)}
+)
+STARTS = np.array([2, 3, 10, 40])
+INPUTS = ("co", "lat2d", "elevation", "u", "hour_sin", "day_cos", "population", "lon2d", "hour_cos", "day_sin", "v")
+
+
+@pytest.fixture
+def fields(make_fields):
+    dataset = make_fields(hours=48, start="2019-03-01")
+    dataset.u[3] = np.nan
+    dataset.population[1, 1] = np.nan
+    return dataset
+
+
+@pytest.fixture
+def build(fields, write_store, make_config, tmp_path):
+    path = write_store(fields, tmp_path / "data_2019.zarr")
+
+    def build_dataset(mask=None, with_wind=False, in_memory=True, **changes):
+        config = make_config(path, **{"variables": INPUTS, **changes})
+        source = open_source(config.path, (*config.variables, *config.targets, "u", "v"), in_memory)
+        mask = np.ones(source.grid.shape, bool) if mask is None else mask
+        return ForecastDataset(source, NORMALIZATION, STARTS, config, mask, with_wind)
+
+    return build_dataset
+
+
+def normalized(name, values):
+    return (values.astype(np.float64) - MEAN[name]) / STD[name]
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_inputs_are_at_the_start_and_targets_at_the_lead(build, fields, in_memory):
+    dataset = build(in_memory=in_memory)
+    assert len(dataset) == 8
+    for i in range(len(dataset)):
+        sample = dataset[i]
+        start, lead = STARTS[i // 2], (1, 3)[i % 2]
+        now, then = fields.isel(time=start), fields.isel(time=start + lead)
+        clock = now.time.dt
+        hour, day = 2 * np.pi * clock.hour.item() / 24, 2 * np.pi * clock.dayofyear.item() / 365.25
+        expected = {
+            **{name: normalized(name, now[name].values) for name in ("co", "u", "v", "elevation", "population")},
+            "lat2d": normalized("lat2d", np.repeat(now.lat.values[:, None], 6, axis=1)),
+            "lon2d": normalized("lon2d", np.repeat(now.lon.values[None], 4, axis=0)),
+            "hour_sin": np.full((4, 6), np.sin(hour)),
+            "hour_cos": np.full((4, 6), np.cos(hour)),
+            "day_sin": np.full((4, 6), np.sin(day)),
+            "day_cos": np.full((4, 6), np.cos(day)),
+        }
+        assert dataset.input_names == INPUTS
+        for channel, name in zip(sample["x"], INPUTS, strict=True):
+            np.testing.assert_allclose(channel, np.nan_to_num(expected[name]), rtol=1e-5, atol=1e-5, err_msg=name)
+        for row, name in enumerate(("pm25", "co")):
+            truth = normalized(name, then[name].values)
+            np.testing.assert_array_equal(sample["valid"][row], ~np.isnan(truth))
+            np.testing.assert_allclose(sample["y"][row], np.nan_to_num(truth), rtol=1e-5, atol=1e-5)
+        assert sample["lead_time_hours"].item() == lead
+        assert sample["index"].item() == i
+        assert dataset.sample_identity(i) == f"{str(now.time.values)[:13]}+{lead}h"
+
+
+def test_types_and_shapes(build):
+    sample = build(with_wind=True)[0]
+    assert {name: (value.dtype, tuple(value.shape)) for name, value in sample.items()} == {
+        "x": (torch.float32, (11, 4, 6)),
+        "y": (torch.float32, (2, 4, 6)),
+        "valid": (torch.bool, (2, 4, 6)),
+        "lead_time_hours": (torch.float32, ()),
+        "index": (torch.int64, ()),
+        "wind_ms": (torch.float32, (2, 4, 6)),
+    }
+    assert "wind_ms" not in build()[0]
+
+
+def test_in_memory_or_not_gives_the_same_bits(build):
+    held, lazy = build(with_wind=True, availability=True), build(with_wind=True, availability=True, in_memory=False)
+    for i in range(len(held)):
+        first, second = held[i], lazy[i]
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_cells_outside_the_mask_never_count(build):
+    mask = np.zeros((4, 6), bool)
+    mask[1:3, 2:5] = True
+    for with_mask, without in ((build(mask=mask)[i], build()[i]) for i in range(8)):
+        valid = without["valid"] & torch.from_numpy(mask)
+        assert torch.equal(with_mask["valid"], valid)
+        assert torch.equal(with_mask["y"], torch.where(valid, without["y"], 0.0))
+        assert torch.equal(with_mask["x"], without["x"])
+
+
+def test_availability_is_the_fraction_of_dynamic_inputs(build, fields):
+    dataset = build(availability=True)
+    assert dataset.input_names == (*INPUTS, "available")
+    for start in range(4):
+        present = [
+            ~np.isnan(fields[name].values[STARTS[start]]) for name in ("co", "u", "v")
+        ]  # not pm25: no input here
+        np.testing.assert_allclose(dataset[2 * start]["x"][-1], np.mean(present, axis=0), atol=1e-6)
+    with pytest.raises(ConfigError, match=r"data.availability"):
+        build(availability=True, variables=("elevation", "hour_sin"))
+
+
+def test_wind_is_physical_and_missing_wind_is_the_mean(build, fields):
+    dataset = build(with_wind=True, variables=("co",))
+    for start in range(4):
+        wind = dataset[2 * start]["wind_ms"]
+        for row, name in enumerate(("u", "v")):
+            values = fields[name].values[STARTS[start]].astype(np.float64)
+            mean = 0.0 if np.isnan(values).all() else np.nanmean(values)
+            np.testing.assert_allclose(wind[row], np.where(np.isnan(values), mean, values), rtol=1e-6)
+    assert torch.count_nonzero(dataset[2]["wind_ms"][0]) == 0  # u has no value at all there
+
+
+def test_samples_do_not_share_memory(build):
+    dataset = build(with_wind=True)
+    first = {name: value.clone() for name, value in dataset[0].items()}
+    for value in dataset[0].values():
+        value.zero_()
+    assert all(torch.equal(value, first[name]) for name, value in dataset[0].items())
+
+
+def test_samples_end_where_the_data_set_ends(build):
+    for i in (8, -1):
+        with pytest.raises(IndexError):
+            build()[i]

@@ -1,0 +1,223 @@
+"""The order of samples, its division among ranks and workers, and the loaders."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import get_worker_info
+
+from topoflow.data.dataset import ForecastDataset
+from topoflow.data.normalization import Normalization
+from topoflow.data.sampling import BatchLoader, BatchPlan, build_eval_loader, build_train_loader
+from topoflow.data.source import open_source
+from topoflow.errors import ConfigError, DataError
+
+
+def plan_of(num_samples=50, seed=3, global_batch_size=8, micro_batch_size=2, rank=0, world_size=1):
+    return BatchPlan(num_samples, seed, global_batch_size, micro_batch_size, rank, world_size)
+
+
+def global_batches(world_size, epoch=0, first_step=0):
+    """The global batch of each step, put together from what the ranks take."""
+    ranks = [plan_of(rank=rank, world_size=world_size) for rank in range(world_size)]
+    taken = [list(plan.micro_batches(epoch, first_step)) for plan in ranks]
+    accumulation = ranks[0].accumulation
+    return [
+        [i for rank in taken for batch in rank[step * accumulation : (step + 1) * accumulation] for i in batch]
+        for step in range(len(taken[0]) // accumulation)
+    ]
+
+
+def test_no_sample_twice_and_none_lost_but_the_tail():
+    plan = plan_of()
+    assert (plan.steps_per_epoch, plan.dropped, plan.accumulation) == (6, 2, 4)
+    batches = list(plan.micro_batches(0))
+    assert len(batches) == 24
+    taken = [i for batch in batches for i in batch]
+    assert len(set(taken)) == len(taken) == 48
+    assert set(taken) < set(range(50))
+    assert all(type(i) is int for i in taken)
+
+
+def test_order_is_a_permutation_that_changes_with_epoch_and_seed():
+    orders = [plan_of(seed=seed).order(epoch) for seed in (3, 4, 2**63 - 1, 3 + 2**32) for epoch in (0, 1, 7)]
+    for order in orders:
+        assert order.dtype == np.int64
+        np.testing.assert_array_equal(np.sort(order), np.arange(50))
+    assert len({order.tobytes() for order in orders}) == len(orders)
+    np.testing.assert_array_equal(plan_of().order(7), plan_of().order(7))
+
+
+def test_order_is_the_same_for_all_time():
+    # NumPy keeps the stream of Philox; another order here would break every resume
+    assert plan_of(num_samples=12, seed=3).order(1).tolist() == [8, 0, 6, 11, 5, 3, 9, 4, 1, 2, 7, 10]
+
+
+def test_order_is_not_partial_to_any_place():
+    places = np.array([np.flatnonzero(plan_of(num_samples=20).order(epoch) == 0)[0] for epoch in range(2000)])
+    counts = np.bincount(places, minlength=20)
+    assert np.sum((counts - 100) ** 2 / 100) < 43.8  # chi-squared, 19 degrees of freedom, p = 0.001
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_global_batches_do_not_depend_on_the_number_of_ranks(world_size):
+    for epoch in (0, 1):
+        order = plan_of().order(epoch).tolist()
+        assert global_batches(world_size, epoch) == [order[8 * step : 8 * step + 8] for step in range(6)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_an_epoch_continues_at_any_step(world_size):
+    assert global_batches(world_size, epoch=2, first_step=4) == global_batches(world_size, epoch=2)[4:]
+    assert global_batches(world_size, epoch=2, first_step=6) == []
+
+
+def test_world_sizes_that_do_not_divide_are_told_those_that_do():
+    with pytest.raises(
+        ConfigError, match=r"world size 5 .*global_batch_size = 24.*expected a world size of 1, 2, 3, 4, 6, 12"
+    ):
+        plan_of(global_batch_size=24, rank=0, world_size=5)
+    with pytest.raises(ConfigError, match=r"train.global_batch_size: 9 .*micro_batch_size = 2"):
+        plan_of(global_batch_size=9)
+
+
+def test_too_few_samples_are_refused_with_both_numbers():
+    with pytest.raises(ConfigError, match=r"7 samples.*train.global_batch_size = 8"):
+        plan_of(num_samples=7)
+    assert plan_of(num_samples=8).steps_per_epoch == 1
+
+
+# --- loaders ----------------------------------------------------------------------------------------------------------
+
+NAMES = ("u", "v", "pm25", "co", "elevation", "population")
+NORMALIZATION = Normalization(dict.fromkeys(NAMES, 1.0), dict.fromkeys(NAMES, 2.0))
+
+
+@pytest.fixture
+def build(make_fields, write_store, make_config, tmp_path):
+    """A data set of 50 samples over a store of the given kind."""
+
+    def build_dataset(kind="zarr3", in_memory=True, change=lambda dataset: dataset):
+        path = tmp_path / f"store-{kind}{'.nc' if kind == 'netcdf' else '.zarr'}"
+        write_store(change(make_fields()), path, kind)
+        source = open_source(str(path), NAMES, in_memory)
+        mask = np.ones((4, 6), bool)
+        return ForecastDataset(source, NORMALIZATION, np.arange(25), make_config(path), mask, with_wind=True)
+
+    return build_dataset
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("kind", "in_memory"), [("zarr3", True), ("zarr3", False), ("zarr2", False), ("netcdf", False)]
+)
+def test_loaded_batches_are_the_samples_of_the_plan(build, kind, in_memory, workers):
+    dataset = build(kind, in_memory)
+    dataset[0]  # handles are open in this process when the workers are forked
+    plan = plan_of(rank=1, world_size=2)
+    batches = list(build_train_loader(dataset, plan, epoch=1, first_step=2, workers=workers))
+    wanted = list(plan.micro_batches(1, first_step=2))
+    assert [batch["index"].tolist() for batch in batches] == wanted
+    for batch, indices in zip(batches, wanted, strict=True):
+        for row, i in enumerate(indices):
+            sample = dataset[i]
+            assert sample.keys() == batch.keys()
+            assert all(torch.equal(batch[name][row], sample[name]) for name in sample)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_counts_every_sample_once(build, world_size, workers):
+    dataset = build()
+    seen = {}
+    for rank in range(world_size):
+        loader = build_eval_loader(dataset, 7, rank, world_size, workers)
+        pairs = [(index, batch["index"].tolist()) for index, batch in loader]
+        assert len(pairs) == len(loader)
+        assert all(index % world_size == rank for index, _ in pairs)
+        seen.update(pairs)
+    assert seen == {j: list(range(7 * j, min(7 * j + 7, 50))) for j in range(8)}
+
+
+def test_a_rank_without_evaluation_batches_gets_none(build):
+    assert list(build_eval_loader(build(), 50, rank=1, world_size=2)) == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loading_leaves_the_global_random_state_alone(build, workers):
+    dataset = build()
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    list(build_train_loader(dataset, plan_of(), epoch=0, workers=workers))
+    list(build_eval_loader(dataset, 7, workers=workers))
+    assert torch.equal(torch.get_rng_state(), before)
+    np.testing.assert_array_equal(np.random.get_state()[1], numpy_before)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_refusal_in_a_worker_arrives_as_itself(build, workers):
+    def add_infinity(dataset):
+        dataset.u[5, 0, 0] = np.inf
+        return dataset
+
+    dataset = build(in_memory=False, change=add_infinity)
+    with pytest.raises(DataError) as refusal:
+        list(build_train_loader(dataset, plan_of(), epoch=0, workers=workers))
+    assert str(refusal.value).startswith("data.path: ")
+    assert "variable 'u' holds infinite values" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+class WorkerProbe(torch.utils.data.Dataset):
+    """Sample i: (worker's pid, its threads), after a signal that the item asks for."""
+
+    def __init__(self, send=()):
+        self.source = self
+        self.send = send
+
+        self.closed = False
+
+    def close(self):
+        self.closed = True
+
+    def __getitem__(self, i):
+        assert get_worker_info() is not None
+        assert self.closed  # by the parent, before the fork
+        for name in self.send:
+            os.kill(os.getpid(), getattr(signal, name))
+        return torch.tensor([os.getpid(), torch.get_num_threads()])
+
+
+def test_workers_use_one_thread_and_outlive_signals_that_are_not_their_parents():
+    threads = torch.get_num_threads()
+    probe = WorkerProbe(send=("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"))
+    rows = torch.cat(list(BatchLoader(probe, [[0], [1], [2], [3]], workers=2)))
+    assert len(set(rows[:, 0].tolist())) == 2
+    assert rows[:, 1].tolist() == [1, 1, 1, 1]
+    assert torch.get_num_threads() == threads
+
+
+def ends_within_seconds(pid, seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if all(child.pid != pid for child in multiprocessing.active_children()):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_workers_end_when_the_parent_says_so():
+    batches = iter(BatchLoader(WorkerProbe(), [[0]] * 100, workers=1))
+    pid = int(next(batches)[0, 0])
+    os.kill(pid, signal.SIGTERM)
+    assert ends_within_seconds(pid, 10)
+
+
+def test_leaving_an_epoch_early_ends_the_workers():
+    batches = iter(BatchLoader(WorkerProbe(), [[0]] * 100, workers=1))
+    pid = int(next(batches)[0, 0])
+    del batches
+    assert ends_within_seconds(pid, 10)

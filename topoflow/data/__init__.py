@@ -1,0 +1,32 @@
+"""Gridded air quality data: reading, splitting, normalizing, sampling."""
+
+from topoflow.data.assembly import ForecastData, open_forecast_data
+from topoflow.data.dataset import ForecastDataset
+from topoflow.data.grid import Grid, load_mask
+from topoflow.data.normalization import Normalization, compute_normalization
+from topoflow.data.sampling import BatchPlan, build_eval_loader, build_train_loader
+from topoflow.data.source import GriddedSource, open_source
+from topoflow.data.splits import StartIndex, check_disjoint, split_starts, split_times
+from topoflow.data.variables import POLLUTANTS, VARIABLES, Variable
+
+__all__ = [
+    "POLLUTANTS",
+    "VARIABLES",
+    "BatchPlan",
+    "ForecastData",
+    "ForecastDataset",
+    "Grid",
+    "GriddedSource",
+    "Normalization",
+    "StartIndex",
+    "Variable",
+    "build_eval_loader",
+    "build_train_loader",
+    "check_disjoint",
+    "compute_normalization",
+    "load_mask",
+    "open_forecast_data",
+    "open_source",
+    "split_starts",
+    "split_times",
+]

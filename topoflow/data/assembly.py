@@ -1,0 +1,103 @@
+"""From the data section of the config to data sets: the one place that knows which part needs which."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from topoflow.config.schema import DataConfig
+from topoflow.data.dataset import ForecastDataset, input_names
+from topoflow.data.grid import Grid, load_mask
+from topoflow.data.normalization import Normalization, compute_normalization, configured_normalization
+from topoflow.data.source import GriddedSource, open_source
+from topoflow.data.splits import StartIndex, check_disjoint, split_starts, split_times
+from topoflow.data.variables import check_names
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class ForecastData:
+    """An opened data set with its mask and the starts of each configured split. Built by `open_forecast_data`."""
+
+    config: DataConfig
+    source: GriddedSource
+    mask: np.ndarray
+    """bool [H, W]: the cells that count."""
+    splits: dict[str, StartIndex]
+    """By name, those of train, validation and test that the config gives ranges for."""
+    with_wind: bool
+
+    @property
+    def grid(self) -> Grid:
+        """The grid of the source."""
+        return self.source.grid
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the network's input channels, in order."""
+        return input_names(self.config)
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        """Names of the forecast variables, in order."""
+        return self.config.targets
+
+    def build_normalization(self) -> Normalization:
+        """From the constants of data.normalization, or computed over the training split (one pass over the data)."""
+        names = tuple(dict.fromkeys((*self.input_names, *self.target_names)))
+        if self.config.normalization != "train":
+            return configured_normalization(self.config.normalization, names)
+        times = split_times(self.source.times, self.config.train, key="data.train")
+        return compute_normalization(self.source, names, times)
+
+    def dataset(self, split: str, normalization: Normalization) -> ForecastDataset:
+        """The samples of a split that the config gives ranges for."""
+        return ForecastDataset(
+            self.source, normalization, self.splits[split].starts, self.config, self.mask, self.with_wind
+        )
+
+    def summary(self) -> list[str]:
+        """Lines for the log: extent, grid, splits with the starts that gaps in the data cost."""
+        times, (rows, columns) = self.source.times, self.grid.shape
+        order = "north" if self.grid.north_first else "south"
+        where = "in memory" if self.source.in_memory else "read from disk at each sample"
+        lines = [
+            f"data: {self.config.path}, {len(times)} hours from {times[0]} to {times[-1]}, "
+            f"{len(self.source.dynamic)} variables in {self.source.size_bytes / 1e9:.2f} GB, {where}",
+            f"grid: {rows} x {columns} cells, {order} first, {int(self.mask.sum())} of them count",
+        ]
+        for split, index in self.splits.items():
+            n_samples = len(index.starts) * len(self.config.lead_times_hours)
+            line = f"{split}: {len(index.starts)} start times, {n_samples} samples"
+            if index.dropped_for_gaps:
+                line += f"; {index.dropped_for_gaps} starts not used, their windows cross a gap in time"
+            lines.append(line)
+        return lines
+
+
+def needed_variables(config: DataConfig, with_wind: bool, with_terrain: bool) -> tuple[str, ...]:
+    """All variables that inputs, targets and the physical priors need, each once."""
+    wind = ("u", "v") if with_wind else ()
+    terrain = ("elevation",) if with_terrain else ()
+    return tuple(dict.fromkeys((*config.variables, *config.targets, *wind, *terrain)))
+
+
+def open_forecast_data(
+    config: DataConfig, with_wind: bool, with_terrain: bool, only: Sequence[str] = SPLITS
+) -> ForecastData:
+    """Open what the config names and check all of it.
+
+    with_wind, with_terrain: whether the model uses the wind field and the terrain height. only: the splits whose starts
+    are looked for (all must be disjoint all the same). Raises ConfigError, DataError and MissingPath.
+    """
+    check_names(config.variables, config.targets)
+    ranges = {split: getattr(config, split) for split in SPLITS}
+    check_disjoint(**ranges)
+    source = open_source(config.path, needed_variables(config, with_wind, with_terrain), config.in_memory)
+    splits = {
+        split: split_starts(source.times, ranges[split], config.lead_times_hours, key=f"data.{split}")
+        for split in only
+        if ranges[split]
+    }
+    return ForecastData(config, source, load_mask(config.mask, source.grid), splits, with_wind)

@@ -1,0 +1,180 @@
+"""The order of samples, how steps and ranks share them, and the loaders that fetch them."""
+
+import math
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from topoflow.data.dataset import ForecastDataset
+from topoflow.errors import ConfigError, Refusal
+
+_ORDER = 1
+"""Purpose of the draw in the seed sequence."""
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which samples every rank takes at every optimizer step.
+
+    Position p of the epoch's order belongs to step p // global_batch_size, the same for any number of ranks and
+    workers. Within the global batch rank r takes the contiguous micro-batches [r * accumulation, (r+1) * accumulation).
+    Raises ConfigError for a world size that does not divide the global batch and for fewer samples than one batch.
+    """
+
+    num_samples: int
+    seed: int
+    global_batch_size: int
+    micro_batch_size: int
+    rank: int
+    world_size: int
+
+    def __post_init__(self):
+        assert 0 <= self.rank < self.world_size
+        if self.global_batch_size % (self.micro_batch_size * self.world_size):
+            batches, rest = divmod(self.global_batch_size, self.micro_batch_size)
+            if rest:
+                raise ConfigError(
+                    f"train.global_batch_size: {self.global_batch_size} is not usable: "
+                    f"expected a multiple of train.micro_batch_size = {self.micro_batch_size}"
+                )
+            usable = [str(size) for size in range(1, batches + 1) if batches % size == 0]
+            raise ConfigError(
+                f"world size {self.world_size} does not divide train.global_batch_size = {self.global_batch_size} in "
+                f"micro-batches of train.micro_batch_size = {self.micro_batch_size}: "
+                f"expected a world size of {', '.join(usable)}"
+            )
+        if self.num_samples < self.global_batch_size:
+            raise ConfigError(
+                f"data.train: {self.num_samples} samples are fewer than train.global_batch_size = "
+                f"{self.global_batch_size}: expected at least one global batch"
+            )
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of one rank in one optimizer step."""
+        return self.global_batch_size // (self.micro_batch_size * self.world_size)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one epoch."""
+        return self.num_samples // self.global_batch_size
+
+    @property
+    def dropped(self) -> int:
+        """Samples at the end of each epoch's order that do not fill a global batch; others in each epoch."""
+        return self.num_samples % self.global_batch_size
+
+    def order(self, epoch: int) -> np.ndarray:
+        """int64 [num_samples], a permutation: a pure function of num_samples, seed and epoch.
+
+        Sorts raw Philox numbers: NumPy keeps the streams of seed sequences and bit generators for good (NEP 19), the
+        algorithm of Generator.permutation not.
+        """
+        stream = np.random.Philox(np.random.SeedSequence(self.seed, spawn_key=(_ORDER, epoch)))
+        return np.argsort(stream.random_raw(self.num_samples), kind="stable").astype(np.int64)
+
+    def micro_batches(self, epoch: int, first_step: int = 0) -> Iterator[list[int]]:
+        """This rank's micro-batches of the epoch from step `first_step` on: lists of sample indices.
+
+        Each step gives `accumulation` of them, in the order of the global batch.
+        """
+        order = self.order(epoch)
+        share = self.accumulation * self.micro_batch_size
+        for step in range(first_step, self.steps_per_epoch):
+            begin = step * self.global_batch_size + self.rank * share
+            for first in range(begin, begin + share, self.micro_batch_size):
+                yield order[first : first + self.micro_batch_size].tolist()
+
+
+class BatchLoader(DataLoader):
+    """A DataLoader over given batches whose workers leave signals, handles and the random state alone.
+
+    A refusal raised in a worker arrives as itself, one line.
+    """
+
+    def __init__(self, dataset: ForecastDataset, batches: list[list[int]], workers: int):
+        super().__init__(
+            dataset,
+            batch_sampler=batches,
+            num_workers=workers,
+            # the fields in memory are shared with the workers, copy-on-write
+            multiprocessing_context="fork" if workers > 0 else None,
+            worker_init_fn=_start_worker,
+            pin_memory=torch.cuda.is_available(),
+            # seeds of workers are drawn from here, not from the global stream; nothing in a sample is random
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        if self.num_workers > 0:
+            self.dataset.source.close()  # each worker opens its own handles
+        return _surface_refusals(super().__iter__())
+
+
+class EvaluationLoader:
+    """Yields (batch_index, batch) of this rank; see `build_eval_loader`."""
+
+    def __init__(self, loader: BatchLoader, batch_indices: range):
+        self._loader = loader
+        self._batch_indices = batch_indices
+
+    def __len__(self) -> int:
+        return len(self._batch_indices)
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        return zip(self._batch_indices, self._loader, strict=True)
+
+
+def build_train_loader(
+    dataset: ForecastDataset, plan: BatchPlan, epoch: int, first_step: int = 0, workers: int = 0
+) -> BatchLoader:
+    """Micro-batches of `plan` for one epoch from `first_step` on: samples stacked along a new first dimension."""
+    assert plan.num_samples == len(dataset)
+    return BatchLoader(dataset, list(plan.micro_batches(epoch, first_step)), workers)
+
+
+def build_eval_loader(
+    dataset: ForecastDataset, batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 0
+) -> EvaluationLoader:
+    """(batch_index, batch) pairs that cover the data set once over all ranks.
+
+    Batch j holds samples [j * batch_size, (j+1) * batch_size), the last one what is left, and belongs to rank
+    j % world_size. Its contents do not depend on the world size.
+    """
+    indices = range(rank, math.ceil(len(dataset) / batch_size), world_size)
+    batches = [list(range(j * batch_size, min((j + 1) * batch_size, len(dataset)))) for j in indices]
+    return EvaluationLoader(BatchLoader(dataset, batches, workers), indices)
+
+
+def _surface_refusals(batches: Iterator[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+    try:
+        yield from batches
+    except Refusal as refusal:
+        # torch re-raises a worker's exception with its traceback as the message; the last line is "type: message"
+        lines = str(refusal).rstrip().splitlines()
+        if len(lines) == 1:
+            raise
+        raise type(refusal)(lines[-1].partition(": ")[2]) from None
+
+
+def _start_worker(_: int) -> None:
+    """Leave signals to the parent: a stop asked of the whole job must not end the workers before its last step."""
+    torch.set_num_threads(1)
+    for name in ("SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_parent_says, daemon=True).start()
+
+
+def _end_when_parent_says() -> None:
+    """Obey SIGTERM from the parent process alone, as torch's own handler does, but outlive one from elsewhere."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
