@@ -1,0 +1,74 @@
+import pytest
+import torch
+
+from topoflow.model.terrain import TerrainAttention, check_elevation, patch_heights, terrain_bias
+
+ONE_KM = torch.tensor(1000.0)
+
+
+def test_five_kilometres_up_at_alpha_one_is_minus_five():
+    bias = terrain_bias(torch.tensor([0.0, 5000.0]), torch.tensor([1.0]), ONE_KM)
+    assert bias.tolist() == [[0.0, -5.0], [0.0, 0.0]]  # row = query: climbing costs, descending does not
+
+
+def test_bias_is_clamped_at_minus_ten():
+    bias = terrain_bias(torch.tensor([0.0, 5000.0]), torch.tensor([3.0]), ONE_KM)
+    assert bias.tolist() == [[0.0, -10.0], [0.0, 0.0]]
+
+
+def test_patch_heights_are_means_in_metres_with_the_sea_at_zero():
+    elevation_m = torch.tensor([[100.0, 300.0, -4000.0, 400.0], [200.0, 400.0, -2000.0, 800.0]])
+    assert patch_heights(elevation_m, 2).tolist() == [250.0, 300.0]  # (0 + 400 + 0 + 800) / 4 at the coast
+
+
+def test_patch_heights_are_in_raster_order():
+    elevation_m = torch.arange(24.0).reshape(4, 6)
+    expected = [elevation_m[2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean().item() for i in range(2) for j in range(3)]
+    assert patch_heights(elevation_m, 2).tolist() == expected
+
+
+def plain_attention(attention, x, heights_m):
+    """The plain formula, one head and query at a time."""
+    (B, N, D), heads = x.shape, attention.num_heads
+    q, k, v = attention.qkv(x).reshape(B, N, 3, heads, D // heads).unbind(2)
+    rows = []
+    for i in range(N):
+        climb = ((heights_m - heights_m[i]) / 1000.0).clamp(min=0.0)
+        bias = torch.clamp(-attention.elevation_alpha * climb, min=-10.0)
+        scores = torch.einsum("bhd,bjhd->bhj", q[:, i], k) / (D // heads) ** 0.5 + bias
+        rows.append(torch.einsum("bhj,bjhd->bhd", scores.softmax(-1), v).flatten(1))
+    return attention.proj(torch.stack(rows, dim=1))
+
+
+def test_terrain_attention_is_the_plain_formula_and_alpha_gets_its_gradient():
+    torch.manual_seed(0)
+    attention = TerrainAttention(8, 2, drop_rate=0.0, alpha_init=1.5).double()
+    heights_m = torch.tensor([0.0, 1200.0, 300.0, 9000.0, 4100.0], dtype=torch.float64)  # one pair beyond the clamp
+    x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    seed = torch.randn(2, 5, 8, dtype=torch.float64)
+    inputs = [x, *attention.parameters()]
+    expected = plain_attention(attention, x, heights_m)
+    actual = attention(x, heights_m)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    gradients = zip(torch.autograd.grad(actual, inputs, seed), torch.autograd.grad(expected, inputs, seed), strict=True)
+    for actual_grad, expected_grad in gradients:
+        torch.testing.assert_close(actual_grad, expected_grad, rtol=1e-10, atol=1e-12)
+    assert attention.elevation_alpha.shape == (1,)
+
+
+def test_names_and_initial_values():
+    state = TerrainAttention(8, 2, drop_rate=0.0, alpha_init=0.01).state_dict()
+    assert state["elevation_alpha"].tolist() == pytest.approx([0.01])
+    assert state["H_scale"].item() == 1000.0
+
+
+@pytest.mark.parametrize(
+    ("elevation_m", "message"),
+    [
+        (torch.tensor([[1.0, float("nan")], [float("inf"), 2.0]]), "2 of 4 cells are not finite"),
+        (torch.zeros(2, 3), r"shape \(2, 3\), expected \[H, W\] = \(2, 2\)"),
+    ],
+)
+def test_unusable_elevation_is_refused(elevation_m, message):
+    with pytest.raises(ValueError, match=message):
+        check_elevation(elevation_m, (2, 2))

@@ -1,0 +1,230 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from topoflow.config.schema import ModelConfig
+from topoflow.errors import ConfigError
+from topoflow.model import TopoFlow, build_model
+
+INPUTS = ("u", "v", "pm25", "o3", "elevation")
+TARGETS = ("pm25", "o3")
+SMALL = {"embed_dim": 32, "depth": 3, "num_heads": 4, "drop_rate": 0.0, "drop_path": 0.0}
+
+
+def build(img_size=(8, 12), activation_checkpointing=False, **options):
+    config = ModelConfig(**{**SMALL, **options})
+    rows, columns = img_size[0] // config.patch_size, img_size[1] // config.patch_size
+    x_km = torch.arange(columns).repeat(rows) * 50.0
+    y_km = torch.arange(rows).repeat_interleave(columns) * -50.0
+    return build_model(config, INPUTS, TARGETS, img_size, x_km, y_km, 0, activation_checkpointing)
+
+
+def randomize(model):
+    """Weights at which every part has a say in the output."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        scale = 0.01 if name == "lead_time_embed.weight" else 0.3
+        nn.init.normal_(parameter, std=scale, generator=generator)
+    return model
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(3, 5, 8, 12, generator=generator)
+    elevation_m = torch.rand(8, 12, generator=generator) * 4000
+    wind_ms = torch.randn(3, 2, 8, 12, generator=generator) * 5
+    return x, torch.tensor([12.0, 48.0, 96.0]), elevation_m, wind_ms
+
+
+def paper_scale(**options):
+    inputs, targets = [f"input{i}" for i in range(15)], [f"target{i}" for i in range(6)]
+    config = ModelConfig(embed_dim=768, depth=6, num_heads=8, wind="none", **options)
+    with torch.device("meta"):
+        return TopoFlow(config, inputs, targets, (128, 256), [], [])
+
+
+def test_parameters_at_paper_scale():
+    parameters = dict(paper_scale(terrain="none").named_parameters())
+    blocks = [name for name in parameters if name.startswith("blocks.")]
+    tokens = [name for name in parameters if name.startswith("token_embeds.")]
+    head = [name for name in parameters if name.startswith("head.")]
+    assert [len(parameters), len(blocks), len(tokens), len(head)] == [91, 72, 2, 6]
+    assert set(parameters) - {*blocks, *tokens, *head} == {
+        "var_embed", "var_query", "pos_embed", "lead_time_embed.weight", "lead_time_embed.bias", "norm.weight",
+        "norm.bias", "var_agg.in_proj_weight", "var_agg.in_proj_bias", "var_agg.out_proj.weight",
+        "var_agg.out_proj.bias",
+    }  # fmt: skip
+    assert {name for name in blocks if name.startswith("blocks.5.")} == {
+        f"blocks.5.{layer}.{kind}"
+        for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+        for kind in ("weight", "bias")
+    }
+    assert set(head) == {f"head.{index}.{kind}" for index in (0, 2, 4) for kind in ("weight", "bias")}
+    assert parameters["head.4.weight"].shape == (6 * 2 * 2, 768)
+    assert round(sum(p.numel() for p in parameters.values()) / 1e6) == 52
+
+
+def test_terrain_adds_one_parameter_and_one_buffer():
+    without, with_terrain = paper_scale(terrain="none").state_dict(), paper_scale().state_dict()
+    assert with_terrain.keys() - without.keys() == {"blocks.0.attn.elevation_alpha", "blocks.0.attn.H_scale"}
+    assert without.keys() <= with_terrain.keys()
+
+
+def climax_forward(model, x, lead_time_hours):
+    """ClimaX's forward pass (microsoft/ClimaX, arch.py) with torch's own layers and the weights of a TopoFlow."""
+    state, config = model.state_dict(), model.config
+    (B, V, H, W), D, p, T = x.shape, config.embed_dim, config.patch_size, len(model.target_names)
+    h, w = H // p, W // p
+    tokens = F.conv2d(
+        x, state["token_embeds.proj_weights"].flatten(0, 1), state["token_embeds.proj_biases"].flatten(), p, groups=V
+    )
+    tokens = tokens.reshape(B, V, D, h * w).permute(0, 3, 1, 2) + state["var_embed"]  # [B, N, V, D]
+    aggregation = nn.MultiheadAttention(D, config.num_heads, batch_first=True)
+    aggregation.load_state_dict(model.var_agg.state_dict())
+    flat = tokens.flatten(0, 1)
+    tokens = aggregation(state["var_query"].expand(B * h * w, 1, D), flat, flat)[0].reshape(B, h * w, D)
+    tokens = tokens + state["pos_embed"] + model.lead_time_embed(lead_time_hours[:, None])[:, None]
+    for index in range(config.depth):
+        layer = nn.TransformerEncoderLayer(
+            D, config.num_heads, int(D * config.mlp_ratio), 0.0, "gelu", batch_first=True, norm_first=True
+        )
+        names = {
+            "self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj.": "attn.proj.", "linear1.": "mlp.fc1.",
+            "linear2.": "mlp.fc2.", "norm1.": "norm1.", "norm2.": "norm2.",
+        }  # fmt: skip
+        block = {a + k: state[f"blocks.{index}.{b}{k}"] for a, b in names.items() for k in ("weight", "bias")}
+        layer.load_state_dict(block)
+        tokens = layer(tokens)
+    y = model.head(F.layer_norm(tokens, (D,), state["norm.weight"], state["norm.bias"]))
+    y = torch.einsum("nhwpqc->nchpwq", y.reshape(B, h, w, p, p, T))
+    return y.reshape(B, T, H, W)
+
+
+@pytest.mark.parametrize("patch_size", [2, 4])
+@torch.no_grad()
+def test_without_priors_it_is_climax(batch, patch_size):
+    x, lead, elevation_m, _ = batch
+    model = randomize(build(wind="none", terrain="none", patch_size=patch_size)).eval()
+    expected = climax_forward(model, x, lead)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(model(x, lead, elevation_m), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_terrain_acts_in_metres_on_block_zero(batch):
+    x, lead, elevation_m, wind = batch
+    model = randomize(build(terrain="endpoint")).eval()
+    model.blocks[0].attn.elevation_alpha.fill_(1.0)
+    flat = model(x, lead, torch.full((8, 12), 2500.0), wind)
+    assert torch.equal(flat, model(x, lead, torch.zeros(8, 12), wind))  # only differences count
+    assert torch.equal(flat, model(x, lead, torch.full((8, 12), -900.0), wind))  # the sea is at 0
+    assert not torch.allclose(flat, model(x, lead, elevation_m, wind))
+    without = randomize(build(terrain="none")).eval()
+    without.load_state_dict({k: v for k, v in model.state_dict().items() if k in without.state_dict()})
+    torch.testing.assert_close(without(x, lead, elevation_m, wind), flat)
+
+
+def test_wind_rank_starts_as_plain_climax_to_the_bit(batch):
+    x, lead, elevation_m, wind = batch
+    ranked, plain = build(wind="rank", drop_rate=0.2, drop_path=0.2), build(wind="none", drop_rate=0.2, drop_path=0.2)
+    torch.manual_seed(0)
+    expected = plain(x, lead, elevation_m)
+    torch.manual_seed(0)
+    actual = ranked(x, lead, elevation_m, wind)
+    assert torch.equal(actual, expected)
+    actual.square().sum().backward()
+    assert ranked.wind_rank.fc2.weight.grad.abs().max() > 0  # and can leave it
+
+
+def gradients(model, batch, call=None):
+    """Output and gradients of the model, or of another form of it to call."""
+    torch.manual_seed(0)
+    y = (model if call is None else call)(*batch)
+    model.zero_grad()
+    y.square().mean().backward()
+    return {"output": y, **{name: parameter.grad for name, parameter in model.named_parameters()}}
+
+
+def test_every_parameter_gets_a_gradient(batch):
+    for name, gradient in gradients(randomize(build(drop_rate=0.1, drop_path=0.1)), batch).items():
+        assert gradient is not None, name
+        assert torch.isfinite(gradient).all(), name
+        assert gradient.abs().max() > 0, name
+
+
+def test_activation_checkpointing_gives_the_same_bits(batch):
+    options = {"drop_rate": 0.2, "drop_path": 0.4}
+    plain = gradients(randomize(build(**options)), batch)
+    checkpointed = gradients(randomize(build(activation_checkpointing=True, **options)), batch)
+    for name, value in plain.items():
+        assert torch.equal(checkpointed[name], value), name
+
+
+# inductor takes half a minute to build its kernels, so it is tried once
+@pytest.mark.parametrize(("backend", "activation_checkpointing"), [("inductor", False), ("aot_eager", True)])
+def test_compiled_it_is_the_same_function(batch, backend, activation_checkpointing):
+    model = randomize(build(activation_checkpointing=activation_checkpointing, depth=1, decoder_depth=0))
+    expected = gradients(model, batch)
+    actual = gradients(model, batch, call=torch.compile(model, fullgraph=True, backend=backend))
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_bf16_autocast(batch):
+    model = randomize(build())
+    expected = gradients(model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(*batch)
+    model.zero_grad()
+    y.float().square().mean().backward()
+    assert (y.float() - expected["output"]).std() < 0.05 * expected["output"].std()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.dtype == torch.float32
+        assert torch.isfinite(parameter.grad).all(), name
+
+
+def test_drop_path_rises_linearly():
+    assert [block.drop_path_rate for block in build(drop_path=0.3).blocks] == pytest.approx([0.0, 0.15, 0.3])
+    assert [block.drop_path_rate for block in build(drop_path=0.3, depth=1).blocks] == [0.0]
+
+
+def test_dropout_on_embeddings(batch):
+    model = build(drop_rate=0.5, depth=1)
+    seen = []
+    model.blocks[0].register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    model.train()(*batch)
+    assert 0.4 < (seen[0] == 0).float().mean() < 0.6
+    assert all(block.attn.drop_rate == block.mlp.drop.p == 0.5 for block in model.blocks)
+
+
+@pytest.mark.parametrize(
+    ("position", "wrong", "message"),
+    [
+        (
+            0,
+            torch.zeros(3, 4, 8, 12),
+            r"x: shape \(3, 4, 8, 12\), expected \(3, 5, 8, 12\).* u, v, pm25, o3, elevation",
+        ),
+        (0, torch.zeros(3, 5, 12, 8), r"x: shape \(3, 5, 12, 8\), expected \(3, 5, 8, 12\)"),
+        (1, torch.zeros(2), r"lead_time_hours: shape \(2,\), expected \(3,\)"),
+        (2, torch.zeros(1, 8, 12), r"elevation_m: shape \(1, 8, 12\), expected \(8, 12\)"),
+        (3, torch.zeros(3, 8, 12), r"wind_ms: shape \(3, 8, 12\), expected \(3, 2, 8, 12\)"),
+        (3, None, r"wind_ms: None, expected .* for model.wind=rank"),
+    ],
+)
+def test_wrong_inputs_are_refused(batch, position, wrong, message):
+    arguments = list(batch)
+    arguments[position] = wrong
+    with pytest.raises(ValueError, match=message):
+        build()(*arguments)
+
+
+def test_wrong_geometry_is_refused():
+    with pytest.raises(ConfigError, match=r"model.patch_size: 3 does not divide the grid of 8 x 12 cells"):
+        build(patch_size=3)
+    config = ModelConfig(**SMALL)
+    for centres in ([0.0] * 23, [0.0] * 23 + [float("nan")]):
+        with pytest.raises(ValueError, match=r"patch_y_km: shape .*, expected 24 finite numbers"):
+            build_model(config, INPUTS, TARGETS, (8, 12), [0.0] * 24, centres, 0)

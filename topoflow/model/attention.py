@@ -1,0 +1,64 @@
+"""The transformer block: pre-norm attention and MLP, the function of timm's ViT `Block` with the same names."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; drop_rate applies to the attention weights and to the projection."""
+
+    def __init__(self, embed_dim: int, num_heads: int, drop_rate: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.drop_rate = drop_rate
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.proj_drop = nn.Dropout(drop_rate)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [B, N, D], bias [N, N] added to the scores [query, key] of all samples and heads -> [B, N, D]."""
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each [B, heads, N, D/heads]
+        dropout = self.drop_rate if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, N, D)))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between, dropout after each."""
+
+    def __init__(self, embed_dim: int, hidden_dim: int, drop_rate: float):
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, embed_dim)
+        self.drop = nn.Dropout(drop_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+
+
+def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Stochastic depth (arXiv 1603.09382): each sample of x [B, N, D] is zeroed at this rate, the others scaled up."""
+    if rate == 0.0 or not training:
+        return x
+    keep = torch.empty(x.shape[0], 1, 1, dtype=x.dtype, device=x.device).bernoulli_(1.0 - rate)
+    return x * (keep / (1.0 - rate))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block around the attention that it is given."""
+
+    def __init__(self, attn: nn.Module, embed_dim: int, mlp_ratio: float, drop_rate: float, drop_path_rate: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(embed_dim)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(embed_dim)
+        self.mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), drop_rate)
+        self.drop_path_rate = drop_path_rate
+
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        """x [B, N, D] -> [B, N, D]; context is passed on to the attention."""
+        x = x + drop_path(self.attn(self.norm1(x), *context), self.drop_path_rate, self.training)
+        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path_rate, self.training)

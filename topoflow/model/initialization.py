@@ -1,0 +1,78 @@
+"""Initial weights: each parameter from a generator of its own, keyed by (seed, name).
+
+So the bits of one parameter depend on nothing else: not on other options of the model, the global random state, the
+world size or the device. Draws are in float64 and then rounded, which hides what processors differ in.
+"""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from topoflow.model.embedding import sincos_1d, sincos_2d
+
+LINEAR_STD = 0.02
+"""Standard deviation of queries, and of linear weights at REFERENCE_WIDTH (ClimaX, timm)."""
+
+REFERENCE_WIDTH = 768
+"""Width of the paper scale. At other widths, linear weights have the variance that passes signals on as they are there.
+
+With 0.02 at width 96, a signal loses 5 times its size in each layer of the head, and training is slow to start.
+"""
+
+LARGEST_LEAD_HOURS = 100.0
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:4], "little"))
+
+
+def _truncated_normal(parameter: Tensor, std: float, generator: torch.Generator) -> Tensor:
+    return nn.init.trunc_normal_(torch.empty(parameter.shape, dtype=torch.float64), std=std, generator=generator)
+
+
+def _uniform(parameter: Tensor, bound: float, generator: torch.Generator) -> Tensor:
+    return torch.empty(parameter.shape, dtype=torch.float64).uniform_(-bound, bound, generator=generator)
+
+
+def _initial_value(
+    name: str, parameter: Tensor, embed_dim: int, grid_size: tuple[int, int], generator: torch.Generator
+) -> Tensor:
+    last = name.rpartition(".")[2]
+    if name == "pos_embed":
+        return sincos_2d(parameter.shape[-1], grid_size)
+    if name == "var_embed":
+        return sincos_1d(parameter.shape[-1], torch.arange(parameter.shape[1]))
+    if name == "token_embeds.proj_weights":
+        return _uniform(parameter, 1 / math.sqrt(parameter[0, 0].numel()), generator)  # nn.Conv2d's, fan-in p*p
+    if name == "var_agg.in_proj_weight":
+        return _uniform(parameter, math.sqrt(6 / sum(parameter.shape)), generator)  # nn.MultiheadAttention's
+    if name == "lead_time_embed.weight":
+        # its input is hours, up to about 100: at the usual scale the embedding would drown the tokens
+        return _truncated_normal(parameter, LINEAR_STD / LARGEST_LEAD_HOURS, generator)
+    if last in ("bias", "in_proj_bias", "proj_biases") or name.startswith("wind_rank.fc2."):
+        return torch.zeros_like(parameter)
+    if name == "wind_rank.fc1.weight":
+        return _truncated_normal(parameter, 1 / math.sqrt(parameter.shape[1]), generator)
+    if last == "weight" and parameter.ndim == 1:
+        return torch.ones_like(parameter)  # of a LayerNorm
+    if name == "var_query":
+        return _truncated_normal(parameter, LINEAR_STD, generator)
+    if last == "weight" and parameter.ndim == 2:
+        return _truncated_normal(parameter, LINEAR_STD * math.sqrt(REFERENCE_WIDTH / embed_dim), generator)
+    raise AssertionError(f"no rule for the initial value of {name}")
+
+
+@torch.no_grad()
+def initialize_weights(model: nn.Module, grid_size: tuple[int, int], seed: int) -> None:
+    """Set all parameters of a TopoFlow on CPU but elevation_alpha, which starts as configured.
+
+    `grid_size` is (rows, columns) of patches.
+    """
+    embed_dim = model.get_parameter("pos_embed").shape[-1]
+    for name, parameter in model.named_parameters():
+        if not name.endswith(".elevation_alpha"):
+            value = _initial_value(name, parameter, embed_dim, grid_size, _generator(seed, name))
+            parameter.copy_(value.reshape(parameter.shape))

@@ -1,0 +1,147 @@
+"""The assembly: fields -> tokens -> transformer -> fields."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from topoflow.config.schema import ModelConfig
+from topoflow.errors import ConfigError
+from topoflow.model.attention import Attention, Block
+from topoflow.model.embedding import PatchEmbedding, VariableAggregation, split_patches, unpatchify
+from topoflow.model.initialization import initialize_weights
+from topoflow.model.terrain import TerrainAttention, patch_heights
+from topoflow.model.wind import WindRank
+
+
+class TopoFlow(nn.Module):
+    """ClimaX encoder (arXiv 2301.10343) with wind ranks and terrain attention (arXiv 2602.16821).
+
+    input_names and target_names are the channels of the input and of the output; img_size is (rows, columns) of the
+    grid; patch_x_km, patch_y_km [N] are the patch centres in raster order, x east and y north, used if config.wind is
+    rank. Weights are whatever torch's layers start with: `build_model` gives the initial ones. Raises ConfigError if
+    the patch size does not divide the grid, ValueError if the patch centres are not N finite numbers.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        input_names: Sequence[str],
+        target_names: Sequence[str],
+        img_size: tuple[int, int],
+        patch_x_km: Sequence[float],
+        patch_y_km: Sequence[float],
+        activation_checkpointing: bool = False,
+    ):
+        super().__init__()
+        self.config = config
+        self.input_names = tuple(input_names)
+        self.target_names = tuple(target_names)
+        self.img_size = tuple(img_size)
+        self.activation_checkpointing = activation_checkpointing
+        D, p = config.embed_dim, config.patch_size
+        if any(cells % p for cells in self.img_size):
+            raise ConfigError(f"model.patch_size: {p} does not divide the grid of {img_size[0]} x {img_size[1]} cells")
+        self.grid_size = (self.img_size[0] // p, self.img_size[1] // p)
+
+        self.token_embeds = PatchEmbedding(len(self.input_names), p, D)
+        self.var_embed = nn.Parameter(torch.empty(1, len(self.input_names), D))
+        self.var_query = nn.Parameter(torch.empty(1, 1, D))
+        self.var_agg = VariableAggregation(D, config.num_heads)
+        self.pos_embed = nn.Parameter(torch.empty(1, self.num_patches, D))
+        self.lead_time_embed = nn.Linear(1, D)
+        if config.wind == "rank":
+            centres = [self._patch_centres("patch_x_km", patch_x_km), self._patch_centres("patch_y_km", patch_y_km)]
+            self.wind_rank = WindRank(D, *centres)
+        self.pos_drop = nn.Dropout(config.drop_rate)
+        self.blocks = nn.ModuleList(self._build_block(index) for index in range(config.depth))
+        self.norm = nn.LayerNorm(D)
+        hidden = [layer for _ in range(config.decoder_depth) for layer in (nn.Linear(D, D), nn.GELU())]
+        self.head = nn.Sequential(*hidden, nn.Linear(D, len(self.target_names) * p * p))
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid_size[0] * self.grid_size[1]
+
+    def _patch_centres(self, name: str, centres_km: Sequence[float]) -> Tensor:
+        centres = torch.as_tensor(centres_km, dtype=torch.float64)
+        if centres.shape != (self.num_patches,) or not bool(torch.isfinite(centres).all()):
+            raise ValueError(f"{name}: shape {tuple(centres.shape)}, expected {self.num_patches} finite numbers")
+        return centres
+
+    def _build_block(self, index: int) -> Block:
+        config = self.config
+        if index == 0 and config.terrain == "endpoint":
+            attn = TerrainAttention(config.embed_dim, config.num_heads, config.drop_rate, config.elevation_alpha_init)
+        else:
+            attn = Attention(config.embed_dim, config.num_heads, config.drop_rate)
+        drop_path_rate = config.drop_path * index / max(config.depth - 1, 1)
+        return Block(attn, config.embed_dim, config.mlp_ratio, config.drop_rate, drop_path_rate)
+
+    def forward(self, x: Tensor, lead_time_hours: Tensor, elevation_m: Tensor, wind_ms: Tensor | None = None) -> Tensor:
+        """Forecast the targets.
+
+        x [B, V, H, W]: normalized inputs, channels as input_names, no NaN. lead_time_hours [B]. elevation_m [H, W]:
+        terrain height in metres, no NaN (`terrain.check_elevation`), used if config.terrain is endpoint.
+        wind_ms [B, 2, H, W]: (u, v) in m/s, used and required if config.wind is rank.
+        Returns [B, T, H, W], normalized, channels as target_names. Raises ValueError for other shapes.
+        """
+        self._check_shapes(x, lead_time_hours, elevation_m, wind_ms)
+        x = self._embed(x, lead_time_hours, wind_ms)  # [B, N, D]
+        for index, block in enumerate(self.blocks):
+            damped = index == 0 and self.config.terrain == "endpoint"
+            context = (patch_heights(elevation_m, self.config.patch_size),) if damped else ()
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, *context, use_reentrant=False)
+            else:
+                x = block(x, *context)
+        x = self.head(self.norm(x))  # [B, N, p*p*T]
+        return unpatchify(x, self.grid_size, self.config.patch_size)
+
+    def _embed(self, x: Tensor, lead_time_hours: Tensor, wind_ms: Tensor | None) -> Tensor:
+        """Tokens [B, N, D] of the fields [B, V, H, W], in raster order."""
+        patches = split_patches(x, self.config.patch_size)  # [B, N, V, p*p]
+        patches = F.pad(patches, (0, 1), value=1.0)  # the 1 that carries biases and variable embedding
+        tokens = self.var_agg(self.var_query, patches, self.token_embeds(self.var_embed))
+        lead_time = self.lead_time_embed(lead_time_hours.unsqueeze(-1)).unsqueeze(1)  # [B, 1, D]
+        tokens = tokens + self.pos_embed + lead_time
+        if self.config.wind == "rank":
+            tokens = tokens + self.wind_rank(wind_ms)
+        return self.pos_drop(tokens)
+
+    def _check_shapes(self, x: Tensor, lead_time_hours: Tensor, elevation_m: Tensor, wind_ms: Tensor | None) -> None:
+        if self.config.wind == "rank" and wind_ms is None:
+            raise ValueError("wind_ms: None, expected (u, v) in m/s [B, 2, H, W] for model.wind=rank")
+        B, (H, W) = x.shape[0], self.img_size
+        expected = {
+            "x": (x, (B, len(self.input_names), H, W), f"[B, V, H, W] with the channels {', '.join(self.input_names)}"),
+            "lead_time_hours": (lead_time_hours, (B,), "[B]"),
+            "elevation_m": (elevation_m, (H, W), "[H, W]"),
+        }
+        if self.config.wind == "rank":
+            expected["wind_ms"] = (wind_ms, (B, 2, H, W), "[B, 2, H, W]")
+        for name, (tensor, shape, meaning) in expected.items():
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {shape}: {meaning}")
+
+
+def build_model(
+    config: ModelConfig,
+    input_names: Sequence[str],
+    target_names: Sequence[str],
+    img_size: tuple[int, int],
+    patch_x_km: Sequence[float],
+    patch_y_km: Sequence[float],
+    seed: int,
+    activation_checkpointing: bool = False,
+) -> TopoFlow:
+    """A TopoFlow on CPU with its initial weights, a pure function of the arguments.
+
+    The global random state is as before. Arguments and errors as for `TopoFlow`.
+    """
+    with torch.random.fork_rng(devices=[]):  # torch's layers draw values of their own, all replaced below
+        model = TopoFlow(config, input_names, target_names, img_size, patch_x_km, patch_y_km, activation_checkpointing)
+    initialize_weights(model, model.grid_size, seed)
+    return model

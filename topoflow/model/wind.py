@@ -1,0 +1,63 @@
+"""Where each token stands along the wind, and an embedding of it (arXiv 2602.16821 sorts the tokens instead).
+
+Nothing is permuted: position, terrain and output stay in raster order.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CALM_M_S = 1e-6
+"""Speed of the mean wind, in m/s, below which no direction is read from it."""
+
+NUM_FEATURES = 8
+HIDDEN_DIM = 64
+
+
+def rank_along_wind(wind_ms: Tensor, x_km: Tensor, y_km: Tensor) -> Tensor:
+    """Rank of each patch along the mean wind of its sample, scaled to [0, 1], 0 the most upwind.
+
+    wind_ms [B, 2, H, W] is (u, v) in m/s; x_km (east) and y_km (north) [N] are the patch centres, float64. Returns
+    [B, N] float64. Patches at the same distance along the wind share the mean of their ranks; a calm field, and a grid
+    of one patch, give 0.5. Distances that differ by less than 1e-12 of the grid's extent are the same: that much is
+    rounding, and would otherwise split ties. Reversing the wind negates distances exactly, so it turns r into 1 - r.
+    """
+    N = x_km.numel()
+    # float64 sums of float32 fields are exact in practice, so the order of the cells does not matter
+    u, v = wind_ms.double().mean(dim=(2, 3)).unsqueeze(-1).unbind(1)  # each [B, 1]
+    speed = torch.hypot(u, v)
+    calm = speed < CALM_M_S
+    speed = speed.masked_fill(calm, 1.0)
+    extent = torch.maximum(x_km.abs().max(), y_km.abs().max()).clamp(min=1.0)
+    distance = (x_km * (u / speed) + y_km * (v / speed)) / (extent * 1e-12)
+    distance = distance.round()
+    order = distance.sort(dim=1).values
+    before = torch.searchsorted(order, distance)
+    not_after = torch.searchsorted(order, distance, right=True)
+    rank = (before + not_after - 1).double() / (2 * max(N - 1, 1))
+    return rank.masked_fill(calm, 0.5) if N > 1 else torch.full_like(distance, 0.5)
+
+
+class WindRank(nn.Module):
+    """Embedding of the rank along the wind: a small MLP over cosines of it, whose last layer starts at zero.
+
+    patch_x_km, patch_y_km [N]: patch centres in raster order, east and north.
+    """
+
+    def __init__(self, embed_dim: int, patch_x_km: Tensor, patch_y_km: Tensor):
+        super().__init__()
+        self.register_buffer("x_km", patch_x_km.double(), persistent=False)
+        self.register_buffer("y_km", patch_y_km.double(), persistent=False)
+        # cos(pi k r) is a complete basis on [0, 1], and reversing the wind only flips the sign of the odd k
+        self.register_buffer("frequencies", math.pi * torch.arange(1.0, NUM_FEATURES + 1), persistent=False)
+        self.fc1 = nn.Linear(NUM_FEATURES, HIDDEN_DIM)
+        self.fc2 = nn.Linear(HIDDEN_DIM, embed_dim)
+
+    def forward(self, wind_ms: Tensor) -> Tensor:
+        """wind_ms [B, 2, H, W] in m/s -> [B, N, D]."""
+        with torch.no_grad():
+            rank = rank_along_wind(wind_ms, self.x_km, self.y_km)
+        features = torch.cos(rank.float().unsqueeze(-1) * self.frequencies)
+        return self.fc2(F.gelu(self.fc1(features)))
