@@ -1,0 +1,50 @@
+"""What makes a run repeat: deterministic algorithms, and random draws that depend only on where they stand."""
+
+import hashlib
+import os
+import platform
+
+import numpy as np
+import torch
+
+from topoflow import __version__
+from topoflow.config import RunConfig
+
+
+def set_deterministic(config: RunConfig) -> None:
+    """Set the number of threads and, if configured, demand algorithms that give the same bits each time."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if config.deterministic:
+        # cuBLAS needs a fixed workspace for this, and reads the variable when it is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+def describe_software(device: torch.device) -> dict[str, str | int]:
+    """What the bits of a run depend on beside config, data and seed."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} cpu"
+    return {
+        "topoflow": __version__,
+        "torch": str(torch.__version__),
+        "numpy": str(np.__version__),
+        "python": platform.python_version(),
+        "device": name,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def derive_seed(seed: int, purpose: str, *position: int) -> int:
+    """A 63-bit seed that is a pure function of (seed, purpose, position), unrelated for any two of them."""
+    text = ":".join([str(seed), purpose, *map(str, position)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def seed_draws(seed: int, purpose: str, *position: int) -> None:
+    """Seed torch's default generators for the draws at `position`.
+
+    Dropout and drop path draw from them. In training the position is (step, micro-batch index in the global batch):
+    neither the rank nor what was drawn before matters, and there is no random state to restore.
+    """
+    torch.manual_seed(derive_seed(seed, purpose, *position))
