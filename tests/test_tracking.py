@@ -1,0 +1,294 @@
+import itertools
+import json
+import logging
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
+
+from topoflow.errors import RunDirectoryError
+from topoflow.tracking import MetricsWriter, Progress, cut_metrics, format_summary, setup_logging
+
+
+@pytest.fixture(autouse=True)
+def _package_logger_as_before():
+    package = logging.getLogger("topoflow")
+    level, handlers = package.level, list(package.handlers)
+    yield
+    for handler in set(package.handlers) - set(handlers):
+        package.removeHandler(handler)
+        handler.close()
+    package.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def _writers_start_seconds_apart(monkeypatch):
+    """TensorBoard reads event files in the order of their names, which begin with the second of their making."""
+    monkeypatch.setattr(event_file_writer, "time", SimpleNamespace(time=itertools.count(1_800_000_000).__next__))
+
+
+def read_events(run_dir: Path) -> list[dict]:
+    def refuse(token):
+        raise ValueError(f"{token} is no JSON")
+
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def read_curve(run_dir: Path, tag: str) -> list[tuple[int, float]]:
+    accumulator = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    if tag not in accumulator.Tags()["scalars"]:
+        return []
+    return [(point.step, point.value) for point in accumulator.Scalars(tag)]
+
+
+def write_step(writer: MetricsWriter, step: int, loss: float) -> None:
+    lr = {"head": 5e-5 / step, "others": 1e-4 / step}
+    writer.train_step(
+        step=step, epoch=0, samples=8 * step, loss=loss, grad_norm=2.5, lr=lr, seconds=0.25, samples_per_second=32.0
+    )
+
+
+def write_run(run_dir: Path, first: int, last: int, resume_step: int | None, loss_shift: float) -> None:
+    """Steps first to last; validation, then checkpoint, every second step; an end."""
+    writer = MetricsWriter(run_dir, resume_step)
+    if resume_step is not None:
+        writer.resume(resume_step, run_dir / f"checkpoints/step-{resume_step}")
+    for step in range(first, last + 1):
+        write_step(writer, step, step + loss_shift)
+        if step % 2 == 0:
+            writer.validation(step, 10 + step + loss_shift, {"pm25": 1.0 + step, "o3": 2.0 + step})
+            writer.checkpoint(step, run_dir / f"checkpoints/step-{step}")
+    writer.end(last, "done")
+    writer.close()
+
+
+def test_lines_of_metrics_hold_what_the_design_names(tmp_path):
+    write_run(tmp_path, 1, 2, None, 0.1)
+    first, second, validation, checkpoint, end = read_events(tmp_path)
+    assert first == {
+        "event": "train", "step": 1, "epoch": 0, "samples": 8, "loss": 1.1, "loss_hex": "0x1.199999999999ap+0",
+        "grad_norm": 2.5, "lr": {"head": 5e-5, "others": 1e-4}, "seconds": 0.25,
+    }  # fmt: skip
+    assert second["step"] == 2
+    assert validation == {
+        "event": "validation", "step": 2, "loss": 12.1, "loss_hex": (12.1).hex(), "by_target": {"pm25": 3.0, "o3": 4.0},
+    }  # fmt: skip
+    assert checkpoint == {"event": "checkpoint", "step": 2, "path": str(tmp_path / "checkpoints/step-2")}
+    assert end == {"event": "end", "step": 2, "reason": "done"}
+
+
+KILLED_AFTER_A_STEP = """
+import os, sys
+from pathlib import Path
+from topoflow.tracking import MetricsWriter
+
+writer = MetricsWriter(Path(sys.argv[1]), None)
+lr = {f"group {i}": 1e-4 for i in range(20)}
+writer.train_step(step=1, epoch=0, samples=8, loss=0.5, grad_norm=1, lr=lr, seconds=1, samples_per_second=8)
+os._exit(0)
+"""
+
+
+def test_a_killed_process_loses_no_line_and_no_point(tmp_path):
+    subprocess.run([sys.executable, "-c", KILLED_AFTER_A_STEP, str(tmp_path)], check=True)
+    assert [event["step"] for event in read_events(tmp_path)] == [1]
+    assert read_curve(tmp_path, "loss/train") == [(1, 0.5)]
+    assert read_curve(tmp_path, "learning_rate/group 19") == [(1, pytest.approx(1e-4))]
+
+
+def test_numbers_that_are_not_finite_become_null_and_no_point(tmp_path):
+    writer = MetricsWriter(tmp_path, None)
+    writer.validation(3, 1.5, {"pm25": 2.0, "o3": float("nan")})
+    writer.validation(4, float("inf"), {"pm25": 2.0})
+    writer.close()
+    events = read_events(tmp_path)
+    assert events[0]["by_target"] == {"pm25": 2.0, "o3": None}
+    assert events[1]["loss"] is None
+    assert events[1]["loss_hex"] == "inf"
+    assert read_curve(tmp_path, "loss_by_target/o3") == []
+    assert read_curve(tmp_path, "loss/validation") == [(3, 1.5)]
+
+
+def test_tensorboard_has_every_curve(tmp_path):
+    write_run(tmp_path, 1, 3, None, 0.5)
+    assert read_curve(tmp_path, "loss/train") == [(1, 1.5), (2, 2.5), (3, 3.5)]
+    assert read_curve(tmp_path, "loss/validation") == [(2, 12.5)]
+    assert read_curve(tmp_path, "loss_by_target/o3") == [(2, 4.0)]
+    assert read_curve(tmp_path, "gradient_norm") == [(1, 2.5), (2, 2.5), (3, 2.5)]
+    assert read_curve(tmp_path, "samples_per_second") == [(1, 32.0), (2, 32.0), (3, 32.0)]
+    rates = read_curve(tmp_path, "learning_rate/head")
+    assert rates == [(step, pytest.approx(5e-5 / step)) for step in (1, 2, 3)]
+
+
+# at step 4, what is cut is two steps, the validation and the checkpoint of step 6, and the end; at step 6 only the end
+@pytest.mark.parametrize(("resumptions", "cut"), [([(4, 7)], 5), ([(6, 8)], 1), ([(4, 5), (4, 9), (2, 8)], 5)])
+def test_curves_and_lines_of_a_resumed_run_are_whole_and_do_not_overlap(tmp_path, caplog, resumptions, cut):
+    write_run(tmp_path, 1, 6, None, 0.0)
+    expected = {step: float(step) for step in range(1, 7)}
+    for number, (resume_step, last) in enumerate(resumptions, start=1):
+        with caplog.at_level(logging.INFO, logger="topoflow"):
+            write_run(tmp_path, resume_step + 1, last, resume_step, 0.25 * number)
+        expected = {step: loss for step, loss in expected.items() if step <= resume_step}
+        expected |= {step: step + 0.25 * number for step in range(resume_step + 1, last + 1)}
+    assert read_curve(tmp_path, "loss/train") == list(expected.items())
+    assert [step for step, _ in read_curve(tmp_path, "loss/validation")] == [s for s in expected if s % 2 == 0]
+    events = read_events(tmp_path)
+    assert {e["step"]: e["loss"] for e in events if e["event"] == "train"} == expected
+    assert [e["step"] for e in events if e["event"] == "train"] == list(expected)
+    assert [e["step"] for e in events if e["event"] == "validation"] == [s for s in expected if s % 2 == 0]
+    assert [e["event"] for e in events].count("end") == 1
+    assert caplog.messages[0].endswith(f"lines cut because this run goes on from step {resumptions[0][0]}: {cut}")
+
+
+def test_a_new_run_removes_what_an_earlier_one_left(tmp_path):
+    write_run(tmp_path, 1, 4, None, 0.0)
+    write_run(tmp_path, 1, 2, None, 0.25)
+    assert read_curve(tmp_path, "loss/train") == [(1, 1.25), (2, 2.25)]
+    assert [event["step"] for event in read_events(tmp_path)] == [1, 2, 2, 2, 2]
+
+
+def test_a_torn_last_line_is_removed_and_the_next_one_stands_alone(tmp_path):
+    write_run(tmp_path, 1, 4, None, 0.0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "train", "st')
+    write_run(tmp_path, 5, 5, 4, 0.0)
+    assert [e["step"] for e in read_events(tmp_path) if e["event"] == "train"] == [1, 2, 3, 4, 5]
+
+
+def test_a_whole_last_line_without_its_newline_is_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"event": "train", "step": 1}\n{"event": "train", "step": 2}')
+    assert cut_metrics(path, 2) == 0
+    assert path.read_text().splitlines() == ['{"event": "train", "step": 1}', '{"event": "train", "step": 2}']
+    assert path.read_text().endswith("}\n")
+
+
+@pytest.mark.parametrize("broken", ["not json", "17", '{"event": "train"}'])
+def test_a_broken_line_before_the_last_is_refused_by_number(tmp_path, broken):
+    (tmp_path / "metrics.jsonl").write_text(
+        f'{{"event": "train", "step": 1}}\n{broken}\n{{"event": "end", "step": 1}}\n'
+    )
+    with pytest.raises(RunDirectoryError, match=r"metrics\.jsonl: line 2"):
+        MetricsWriter(tmp_path, 1)
+
+
+def test_other_ranks_write_nothing(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    setup_logging(tmp_path / "run", is_main=False)
+    writer = MetricsWriter(None, None)
+    progress = Progress(0, 10, is_main=False)
+    write_step(writer, 1, 0.5)
+    writer.validation(1, 0.5, {"pm25": 0.5})
+    writer.end(1, "done")
+    progress.advance(1, 0.5)
+    progress.close()
+    writer.close()
+    logging.getLogger("topoflow.somewhere").warning("a warning of another rank")
+    assert capfd.readouterr() == ("", "")
+    logging.getLogger("topoflow.somewhere").error("why this rank stops")
+    assert capfd.readouterr() == ("", "error: why this rank stops\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_log_goes_to_stderr_and_is_appended_to_the_file(tmp_path, capfd):
+    for text in ("first", "second"):
+        setup_logging(tmp_path, is_main=True)
+        logging.getLogger("topoflow.data").info(text)
+    logging.getLogger("topoflow.data").warning("look")
+    assert capfd.readouterr() == ("", "first\nsecond\nwarning: look\n")
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert [re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ", "", line) for line in lines] == [
+        "INFO first", "INFO second", "WARNING look",
+    ]  # fmt: skip
+
+
+def test_progress_away_from_a_terminal_is_plain_lines(tmp_path, capfd, monkeypatch):
+    clock = SimpleNamespace(monotonic=iter([100.0, 110.0, 120.0]).__next__)
+    monkeypatch.setattr("topoflow.tracking.time", clock)
+    setup_logging(tmp_path, is_main=True)
+    progress = Progress(first_step=80, total_steps=1000, is_main=True)
+    progress.advance(99, None)
+    progress.advance(100, 0.51234)  # 20 steps in 10 s: 900 more take 450 s
+    progress.advance(200, 0.4)  # 120 steps in 20 s: 800 more take 133 s
+    progress.close()
+    expected = [
+        "step 100/1000  loss 0.5123  2 steps/s  left 0:07:30",
+        "step 200/1000  loss 0.4000  6 steps/s  left 0:02:13",
+    ]
+    assert capfd.readouterr().err.splitlines() == expected
+    assert [line.split(" INFO ")[1] for line in (tmp_path / "train.log").read_text().splitlines()] == expected
+
+
+ON_A_TERMINAL = """
+import logging, sys, time
+from pathlib import Path
+from topoflow.tracking import Progress, setup_logging
+
+setup_logging(Path(sys.argv[1]), is_main=True)
+progress = Progress(first_step=4, total_steps=20, is_main=True)
+for step in range(5, 13):
+    time.sleep(0.03)
+    progress.advance(step, 0.75 if step % 4 == 0 else None)
+logging.getLogger("topoflow.trainer").info("a word between")
+progress.close()
+"""
+
+
+def test_progress_on_a_terminal_is_a_bar_and_the_log_file_still_has_lines(tmp_path):
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    process = subprocess.Popen([sys.executable, "-c", ON_A_TERMINAL, str(tmp_path)], stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    while chunk := read_terminal(ours):
+        shown += chunk
+    os.close(ours)
+    assert process.wait() == 0
+    text = shown.decode()
+    assert re.search(r"12/20 \[\d\d:\d\d<\d\d:\d\d, .*step/s, loss 0\.7500\]", text)
+    assert re.search(r"\ra word between\r?\n", re.sub(r"\r +\r", "\r", text))
+    assert "left" not in text
+    logged = [line.split(" INFO ")[1] for line in (tmp_path / "train.log").read_text().splitlines()]
+    assert [line.split("  ")[0] for line in logged] == ["step 8/20", "step 12/20", "a word between"]
+
+
+def read_terminal(file: int) -> bytes:
+    try:
+        return os.read(file, 65536)
+    except OSError:  # Linux says EIO when the other side of a pseudo-terminal is closed
+        return b""
+
+
+def test_summary_adds_up():
+    groups = [
+        {"name": "vit_blocks", "params": [torch.zeros(10, 20), torch.zeros(34)], "lr": 1e-5},
+        {"name": "head", "params": [torch.zeros(1000)], "lr": 5e-5},
+    ]
+    text = format_summary(
+        device="cpu, fp32", param_groups=groups, splits={"train": "1,008 samples", "validation": "96 samples"},
+        global_batch_size=32, micro_batch_size=4, world_size=2, accumulation=4, steps_per_epoch=31, total_steps=3100,
+        first_step=62,
+    )  # fmt: skip
+    rows = [line.split() for line in text.splitlines()]
+    assert ["vit_blocks", "2", "234", "1e-05"] in rows
+    assert ["head", "1", "1,000", "5e-05"] in rows
+    assert ["all", "3", "1,234"] in rows
+    for fact in (
+        "cpu, fp32",
+        "1,008 samples",
+        "32 = 4 x 2 processes x 4 accumulated",
+        "3,100 steps, 31 an epoch, 62 done",
+    ):
+        assert fact in text
