@@ -12,7 +12,10 @@ from topoflow.distributed import (
 )
 from topoflow.errors import ConfigError, DataError
 
-TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
+TORCHRUN = {
+    "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "n1", "MASTER_PORT": "29500",
+}  # fmt: skip
 JOB = {"SLURM_JOB_ID": "17", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
 STEP = JOB | {
     "SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "6", "SLURM_LOCALID": "0", "SLURM_NODEID": "2",
@@ -103,8 +106,9 @@ def test_device_binding(monkeypatch):
 
 def test_nccl_is_refused_on_cpu():
     launch = Launch("torchrun", "a test", rank=0, world_size=2)
-    with pytest.raises(ConfigError, match=r"distributed\.backend"), distributed_context(
-        launch, DistributedConfig(backend="nccl"), torch.device("cpu")
+    with (
+        pytest.raises(ConfigError, match=r"distributed\.backend"),
+        distributed_context(launch, DistributedConfig(backend="nccl"), torch.device("cpu")),
     ):
         pass
 

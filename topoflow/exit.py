@@ -7,6 +7,7 @@ from collections.abc import Callable
 from topoflow.distributed import Launch
 from topoflow.errors import EXIT_DONE, Refusal
 from topoflow.run_directory import RunDirectory
+from topoflow.tracking import close_logging
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +29,14 @@ def run_to_exit(body: Callable[[], None], launch: Launch, directory: RunDirector
         # a directory in use belongs to another process, whose exit this is not
         if directory is not None and launch.is_main and directory.held:
             directory.write_exit(status, reason)
+        close_logging()
     return status
 
 
 def say_refusal(refusal: Refusal, launch: Launch | None = None) -> None:
     """One line on stderr, and in the log file once there is one. Without a launch the process speaks for itself."""
     is_main = launch is None or launch.is_main
-    if is_main and log.hasHandlers():
+    if is_main and logging.getLogger("topoflow").handlers:
         log.error("%s", refusal)
     elif is_main or not refusal.shared:
         who = "" if is_main else f"rank {launch.rank}: "

@@ -11,15 +11,23 @@ from topoflow import __version__
 from topoflow.config import RunConfig
 
 
-def set_deterministic(config: RunConfig) -> None:
-    """Set the number of threads and, if configured, demand algorithms that give the same bits each time."""
+def set_deterministic(config: RunConfig, compile: bool) -> None:
+    """Set the number of threads and, if configured, demand algorithms that give the same bits each time.
+
+    compile: whether torch.compile will be used; it is told as well (which costs an import of seconds).
+    """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    if config.deterministic:
-        # cuBLAS needs a fixed workspace for this, and reads the variable when it is first used
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if not config.deterministic:
+        return
+    # cuBLAS needs a fixed workspace for this, and reads the variable when it is first used
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if compile:
         torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
+    else:
+        torch.set_deterministic_debug_mode("error")  # the same, without the import of the compiler
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
+    torch.backends.cudnn.benchmark = False
 
 
 def describe_software(device: torch.device) -> dict[str, str | int]:

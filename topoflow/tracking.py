@@ -46,12 +46,10 @@ def setup_logging(run_dir: Path | None, is_main: bool) -> None:
     """Let the `topoflow` loggers speak: messages to stderr, and dated lines appended to run_dir/train.log.
 
     On ranks that are not main only errors are shown, and nothing goes to the file. run_dir None: no file. A second
-    call replaces what the first one set up.
+    call replaces what the first one set up; `close_logging` undoes it.
     """
+    close_logging()
     package = logging.getLogger("topoflow")
-    for handler in [handler for handler in package.handlers if handler.name in _HANDLER_NAMES]:
-        package.removeHandler(handler)
-        handler.close()
     package.setLevel(logging.INFO if is_main else logging.ERROR)
     terminal = logging.StreamHandler(_TerminalStream())
     terminal.setFormatter(_TerminalFormatter())
@@ -65,6 +63,14 @@ def setup_logging(run_dir: Path | None, is_main: bool) -> None:
     for handler, name in zip(handlers, _HANDLER_NAMES, strict=False):
         handler.name = name
         package.addHandler(handler)
+
+
+def close_logging() -> None:
+    """Undo `setup_logging`."""
+    package = logging.getLogger("topoflow")
+    for handler in [handler for handler in package.handlers if handler.name in _HANDLER_NAMES]:
+        package.removeHandler(handler)
+        handler.close()
 
 
 class MetricsWriter:

@@ -19,7 +19,7 @@ class Tiny(nn.Module):
 
     def __init__(self, reverse=False, extra=False):
         super().__init__()
-        parts = {"blocks": nn.Linear(3, 3), "token_embeds": nn.Linear(3, 3), "head": nn.Linear(3, 3), "norm": nn.LayerNorm(3)}
+        parts = {name: nn.Linear(3, 3) for name in ("blocks", "token_embeds", "head")} | {"norm": nn.LayerNorm(3)}
         if extra:
             parts["wind_rank"] = nn.Linear(3, 3)
         for name in reversed(parts) if reverse else parts:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from topoflow.model.terrain import TerrainAttention, check_elevation, patch_heights, terrain_bias
+from topoflow.model.terrain import TerrainAttention, patch_heights, terrain_bias
 
 ONE_KM = torch.tensor(1000.0)
 
@@ -60,15 +60,3 @@ def test_names_and_initial_values():
     state = TerrainAttention(8, 2, drop_rate=0.0, alpha_init=0.01).state_dict()
     assert state["elevation_alpha"].tolist() == pytest.approx([0.01])
     assert state["H_scale"].item() == 1000.0
-
-
-@pytest.mark.parametrize(
-    ("elevation_m", "message"),
-    [
-        (torch.tensor([[1.0, float("nan")], [float("inf"), 2.0]]), "2 of 4 cells are not finite"),
-        (torch.zeros(2, 3), r"shape \(2, 3\), expected \[H, W\] = \(2, 2\)"),
-    ],
-)
-def test_unusable_elevation_is_refused(elevation_m, message):
-    with pytest.raises(ValueError, match=message):
-        check_elevation(elevation_m, (2, 2))

@@ -94,7 +94,7 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ResumeRefused(
-            f"checkpoint {folder}: {STATE} holds more than tensors and plain values: it was not loaded, no code of it ran"
+            f"checkpoint {folder}: {STATE} holds more than tensors and plain values: not loaded, none of its code ran"
         ) from None
     except (RuntimeError, EOFError) as error:
         raise ResumeRefused(f"checkpoint {folder}: {STATE} cannot be read: {str(error).splitlines()[0]}") from None

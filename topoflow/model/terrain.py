@@ -10,20 +10,6 @@ H_SCALE_M = 1000.0
 """Height difference, in metres, at which the damping is elevation_alpha."""
 
 
-def check_elevation(elevation_m: Tensor, img_size: tuple[int, int]) -> None:
-    """Refuse heights that are not finite metres [H, W], with a ValueError.
-
-    To be called once at the start and not in each forward pass: it waits for the device.
-    """
-    if tuple(elevation_m.shape) != tuple(img_size):
-        raise ValueError(f"elevation_m: shape {tuple(elevation_m.shape)}, expected [H, W] = {tuple(img_size)}")
-    bad = int((~torch.isfinite(elevation_m)).sum())
-    if bad:
-        raise ValueError(
-            f"elevation_m: {bad} of {elevation_m.numel()} cells are not finite, expected metres everywhere"
-        )
-
-
 def patch_heights(elevation_m: Tensor, patch_size: int) -> Tensor:
     """Mean height in metres of each patch: elevation_m [H, W] -> [N] in raster order.
 

@@ -84,7 +84,7 @@ class TopoFlow(nn.Module):
         """Forecast the targets.
 
         x [B, V, H, W]: normalized inputs, channels as input_names, no NaN. lead_time_hours [B]. elevation_m [H, W]:
-        terrain height in metres, no NaN (`terrain.check_elevation`), used if config.terrain is endpoint.
+        terrain height in metres, no NaN, used if config.terrain is endpoint.
         wind_ms [B, 2, H, W]: (u, v) in m/s, used and required if config.wind is rank.
         Returns [B, T, H, W], normalized, channels as target_names. Raises ValueError for other shapes.
         """
