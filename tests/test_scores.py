@@ -1,0 +1,52 @@
+"""Score records as files and as a table."""
+
+import json
+
+import pytest
+
+from topoflow.scores import format_table, write_scores
+
+
+def record(target="pm25", lead=12, unit="ug m-3", **scores):
+    numbers = {
+        "rmse": 20.0,
+        "rmse_where_present": 19.0,
+        "persistence_rmse": 30.0,
+        "climatology_rmse": 25.0,
+        "damped_persistence_rmse": 18.5,
+    }
+    return {"target": target, "lead_hours": lead, "unit": unit, "n": 7, **numbers, **scores}
+
+
+def test_table_marks_the_wins_on_the_same_samples():
+    records = [
+        record(),
+        record(lead=24, persistence_rmse=19.5, climatology_rmse=19.5, damped_persistence_rmse=19.5),
+        record("co", 12, "mg m-3", rmse=0.4, rmse_where_present=0.3811, persistence_rmse=0.3811),
+        record("co", 24, "mg m-3", rmse=None, rmse_where_present=None, persistence_rmse=None, climatology_rmse=None),
+    ]
+    lines = [" ".join(line.split()) for line in format_table(records).splitlines()]
+    assert lines[1] == "target unit lead model model* persistence climatology damped persistence"
+    assert lines[2] == "PM2.5 ug m-3 12 h 20.00 19.00 30.00+ 25.00+ 18.50"
+    # 19.0 where the present value exists beats 19.5, 20.0 on all samples does not
+    assert lines[3] == "24 h 20.00 19.00 19.50+ 19.50 19.50+"
+    assert lines[4] == "CO mg m-3 12 h 0.400 0.381 0.381 25.000+ 18.500+"
+    assert lines[5] == "24 h - - - - 18.50"
+    assert lines[-1] == "The model beats persistence in 2 of 4, climatology in 2 of 4, damped persistence in 2 of 4."
+    assert max(map(len, format_table(records).splitlines())) <= 110
+
+
+def test_undefined_scores_are_null_and_an_empty_field(tmp_path):
+    write_scores([record(rmse=None)], tmp_path / "deep" / "folder")
+    folder = tmp_path / "deep" / "folder"
+    assert json.loads((folder / "scores.json").read_text())[0]["rmse"] is None
+    assert (folder / "scores.csv").read_text().splitlines()[1].startswith("pm25,12,ug m-3,7,,19.0")
+    assert {path.name for path in folder.iterdir()} == {"scores.json", "scores.csv"}
+
+
+def test_nan_is_never_written_and_the_file_before_stays(tmp_path):
+    write_scores([record()], tmp_path)
+    before = (tmp_path / "scores.json").read_text()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_scores([record(rmse=float("nan"))], tmp_path)
+    assert (tmp_path / "scores.json").read_text() == before

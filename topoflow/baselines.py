@@ -1,0 +1,183 @@
+"""Forecasts that need no network, fitted on the training split: what a model has to beat.
+
+persistence         the present value
+climatology         the training mean of the cell by hour of day
+damped persistence  climatology, plus the present anomaly times the cell's slope sum(a_t a_t+L) / sum(a_t^2),
+                    over the training start times t for which the longest lead fits and both anomalies exist
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+HOURS = 24
+BLOCK_HOURS = 480
+"""Time steps read at once while fitting."""
+DEGENERATE = 1e-9
+"""A cell whose squared anomalies are below this fraction of its squared values has none: the slope is 0."""
+
+
+class Fields(Protocol):
+    """What fitting needs of a data source."""
+
+    times: np.ndarray
+
+    def read(self, name: str, indices: np.ndarray) -> np.ndarray:
+        """[n, H, W] physical values, NaN where missing."""
+        ...
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Fitted baselines of some targets, in the units of the source, float64.
+
+    Attributes:
+        climatology: [targets, 24, H, W] by hour of day. Where a cell has no training value at an hour, its mean over
+            all hours; where it has none at all, the mean over the cells by hour (or over everything). NaN only for a
+            target without any training value.
+        filled: [targets, 24, H, W] 1 where the climatology is not the cell's own at that hour, else 0.
+        slope: [targets, leads, H, W] 0 where the cell has no pair of values in training.
+    """
+
+    climatology: np.ndarray
+    filled: np.ndarray
+    slope: np.ndarray
+
+    def forecast(self, present: np.ndarray, hours: np.ndarray, leads: np.ndarray, lead_hours: np.ndarray):
+        """Forecasts by name, and where the climatology is not the cell's own.
+
+        Args: present values [B, targets, H, W], NaN where missing; [B] each: hour of day of the start, index of the
+        lead and its length in hours. Returns: {name: [B, targets, H, W] float64}, NaN where there is none; bool of
+        the same shape.
+        """
+        at_target = (hours + lead_hours) % HOURS
+        climatology = np.moveaxis(self.climatology[:, at_target], 1, 0)
+        anomaly = present - np.moveaxis(self.climatology[:, hours], 1, 0)
+        damped = climatology + np.moveaxis(self.slope[:, leads], 1, 0) * anomaly
+        forecasts = {"persistence": present, "climatology": climatology, "damped_persistence": damped}
+        return forecasts, np.moveaxis(self.filled[:, at_target], 1, 0) > 0
+
+
+def hour_of_day(times: np.ndarray) -> np.ndarray:
+    """Hour 0-23 of datetime64 times, as they are written in the data: int64, same shape."""
+    return times.astype("datetime64[h]").astype(np.int64) % HOURS
+
+
+def fit_baselines(
+    source: Fields,
+    targets: Sequence[str],
+    lead_times_hours: Sequence[int],
+    training_times: np.ndarray,
+    training_starts: np.ndarray,
+    mask: np.ndarray,
+    only: Sequence[str] | None = None,
+) -> Baselines:
+    """Fit in one pass over the training split, a target after the other.
+
+    Args: indices into `source.times` of all training times and of the training start times (increasing int64; each
+    window from a start to its longest lead is hourly and lies in the training times); `mask` bool [H, W], the cells
+    that count; `only`: the targets to fit, the arrays of the others stay zero, so that arrays of several processes
+    that share the targets out can be added.
+    """
+    names = targets if only is None else only
+    shape = (len(targets), HOURS, *mask.shape)
+    climatology, filled = np.zeros(shape), np.zeros(shape)
+    slope = np.zeros((len(targets), len(lead_times_hours), *mask.shape))
+    for t, name in enumerate(targets):
+        if name in names:
+            fit = _CellSums(source.times, lead_times_hours, training_starts, int(mask.sum()))
+            for indices in contiguous_blocks(training_times, BLOCK_HOURS):
+                fit.add(indices, source.read(name, indices)[:, mask].astype(np.float64))
+            climatology[t][:, mask], filled[t][:, mask] = fit.climatology()
+            slope[t][:, mask] = fit.slope()
+    return Baselines(climatology, filled, slope)
+
+
+def contiguous_blocks(indices: np.ndarray, length: int) -> Iterator[np.ndarray]:
+    """Cut increasing `indices` [n] where they skip, and then every `length`."""
+    for run in np.split(indices, np.flatnonzero(np.diff(indices) != 1) + 1):
+        for first in range(0, len(run), length):
+            yield run[first : first + length]
+
+
+class _CellSums:
+    """Sums per cell by hour of day, from which climatology and slopes follow without a second look at the data.
+
+    Values are taken relative to the cell's first one, so that little is lost to rounding. A start that lies in one
+    block with its target in the next finds its value in the tail that is kept of the rows before.
+    """
+
+    def __init__(self, times: np.ndarray, leads: Sequence[int], starts: np.ndarray, cells: int):
+        self.leads = leads
+        self.hours = hour_of_day(times)
+        self.is_start = np.zeros(len(times), bool)
+        self.is_start[starts] = True
+        self.shift = np.full(cells, np.nan)
+        self.count, self.total = np.zeros((2, HOURS, cells))
+        # by lead, start hour and cell, over pairs that both exist: number, x, y, x x, x y (x at start, y at target)
+        self.pairs = np.zeros((len(leads), HOURS, 5, cells))
+        self.tail_indices = np.zeros(0, np.int64)
+        self.tail = np.zeros((2, 0, cells))
+
+    def add(self, indices: np.ndarray, values: np.ndarray) -> None:
+        """Consecutive time indices [n] and their values [n, cells] float64, NaN where missing."""
+        exists = np.isfinite(values)
+        first = np.take_along_axis(values, exists.argmax(axis=0)[None], axis=0)[0]
+        self.shift = np.where(np.isnan(self.shift), first, self.shift)
+        x, weight = np.where(exists, values - self.shift, 0.0), exists.astype(np.float64)
+        for hour in range(HOURS):
+            rows = self.hours[indices] == hour
+            self.count[hour] += weight[rows].sum(axis=0)
+            self.total[hour] += x[rows].sum(axis=0)
+        if len(self.tail_indices) and self.tail_indices[-1] + 1 == indices[0]:
+            window, x = np.concatenate([self.tail_indices, indices]), np.concatenate([self.tail[0], x])
+            weight = np.concatenate([self.tail[1], weight])
+        else:
+            window = indices
+        self._add_pairs(window, x, weight, indices[0])
+        keep = max(self.leads)
+        self.tail_indices, self.tail = window[-keep:], np.stack([x[-keep:], weight[-keep:]])
+
+    def _add_pairs(self, window: np.ndarray, x: np.ndarray, weight: np.ndarray, first_target: int) -> None:
+        starts = window[self.is_start[window]]
+        for k, lead in enumerate(self.leads):
+            fits = starts[(starts + lead >= first_target) & (starts + lead <= window[-1])]
+            for hour in range(HOURS):
+                a = fits[self.hours[fits] == hour] - window[0]
+                xa, wa, xb, wb = x[a], weight[a], x[a + lead], weight[a + lead]
+                for i, (left, right) in enumerate(((wa, wb), (xa, wb), (wa, xb), (xa * xa, wb), (xa, xb))):
+                    self.pairs[k, hour, i] += np.einsum("tc,tc->c", left, right)
+
+    def climatology(self) -> tuple[np.ndarray, np.ndarray]:
+        """Means [24, cells], and 1 where a mean is not the cell's own at that hour."""
+        with np.errstate(invalid="ignore"):
+            own = self.shift + self.total / self.count
+            of_cell = self.shift + self.total.sum(axis=0) / self.count.sum(axis=0)
+        missing = ~(self.count > 0)
+        of_hour = np.full(HOURS, _mean(of_cell))
+        for hour in range(HOURS):
+            if not missing[hour].all():
+                of_hour[hour] = _mean(own[hour])
+        means = np.where(missing, np.where(np.isnan(of_cell), of_hour[:, None], of_cell), own)
+        return means, missing.astype(np.float64)
+
+    def slope(self) -> np.ndarray:
+        """Regression of the anomaly at the target on the anomaly at the start, through the origin: [leads, cells]."""
+        means = np.where(self.count > 0, self.total / np.maximum(self.count, 1), 0.0)
+        slopes = np.zeros((len(self.leads), means.shape[1]))
+        for k, lead in enumerate(self.leads):
+            n, x, y, xx, xy = np.moveaxis(self.pairs[k], 1, 0)
+            at_target = np.roll(means, -lead, axis=0)
+            products = (xy - at_target * x - means * y + n * means * at_target).sum(axis=0)
+            squares = (xx - 2 * means * x + n * means**2).sum(axis=0)
+            usable = squares > DEGENERATE * (xx + n * means**2).sum(axis=0)
+            slopes[k][usable] = products[usable] / squares[usable]
+        return slopes
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean of the finite values, NaN if there is none."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else float("nan")

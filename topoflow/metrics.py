@@ -1,0 +1,199 @@
+"""Forecast scores, as sums that do not depend on how the samples were cut into batches or spread over ranks.
+
+Each sample has a row of its own, in float64. A rank fills the rows of its samples and leaves the others at zero, so
+the sum over ranks is exact; `finish` then adds the rows exactly (math.fsum). Batch size and world size leave no trace.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from topoflow.errors import TrainingDiverged
+
+BASELINES = ("persistence", "climatology", "damped_persistence")
+
+COLUMNS = (
+    "scored",  # 1: how often the sample was added
+    "not_finite",  # forecasts that are NaN or infinite where an observation counts
+    "n",
+    "observed",  # this and the next four: deviations from the observed mean
+    "forecast",
+    "observed_squared",
+    "forecast_squared",
+    "product",
+    "error",
+    "absolute_error",
+    "squared_error",
+    "potential_error",  # (|f - mean(o)| + |o - mean(o)|)^2, Willmott's denominator
+    "within_factor_2",
+    "climatology_n",
+    "climatology_squared_error",
+    "climatology_filled",
+    "present_n",  # this and the rest: where the present value exists
+    "present_squared_error",
+    "persistence_squared_error",
+    "present_climatology_n",
+    "present_climatology_squared_error",
+    "damped_persistence_squared_error",
+)
+
+ROUNDING = 1e-13
+"""A variance below this fraction of the mean square is rounding: the values are constant."""
+
+
+class ScoreSums:
+    """Sums over cells for each sample and target; sample i is start time i // leads, lead i % leads.
+
+    Attributes:
+        rows: float64 [samples, targets, len(COLUMNS)]. Sum it over ranks, in place, before `finish`.
+    """
+
+    def __init__(
+        self,
+        num_starts: int,
+        targets: Sequence[str],
+        lead_times_hours: Sequence[int],
+        units: Mapping[str, str],
+        observed_mean: np.ndarray,
+    ):
+        """`observed_mean` [targets, leads]: mean of all observations that count, in the units in which scores are."""
+        assert observed_mean.shape == (len(targets), len(lead_times_hours)), observed_mean.shape
+        self.targets, self.lead_times_hours, self.units = tuple(targets), tuple(lead_times_hours), dict(units)
+        self.observed_mean = observed_mean.astype(np.float64)
+        self.rows = np.zeros((num_starts * len(self.lead_times_hours), len(self.targets), len(COLUMNS)))
+
+    def add(
+        self,
+        samples: np.ndarray,
+        forecast: np.ndarray,
+        observed: np.ndarray,
+        valid: np.ndarray,
+        baselines: Mapping[str, np.ndarray],
+        filled: np.ndarray,
+    ) -> None:
+        """Add a batch: sample indices int64 [B], the rest [B, T, H, W] in the units of `observed_mean`, float64.
+
+        `valid` bool says which observations count. `baselines` holds the forecasts named in BASELINES, NaN where
+        there is none; `filled` bool, where the climatology is not the cell's own.
+        """
+        shift = self.observed_mean[:, samples % len(self.lead_times_hours)].T[:, :, None, None]
+        finite = np.isfinite(forecast)
+        counts = valid & finite
+        # where comes before the arithmetic: NaN x 0 is NaN; a value that does not count is at the mean, without error
+        o = np.where(counts, observed, shift)
+        f = np.where(counts, forecast, shift)
+        o_deviation, f_deviation, error = o - shift, f - shift, f - o
+        present = counts & np.isfinite(baselines["persistence"])
+        has_climatology = counts & np.isfinite(baselines["climatology"])
+        has_both = present & has_climatology
+
+        def squared_error_of(name: str, where: np.ndarray) -> np.ndarray:
+            return np.where(where, baselines[name] - o, 0.0) ** 2
+
+        values = {
+            "not_finite": valid & ~finite,
+            "n": counts,
+            "observed": o_deviation,
+            "forecast": f_deviation,
+            "observed_squared": o_deviation**2,
+            "forecast_squared": f_deviation**2,
+            "product": o_deviation * f_deviation,
+            "error": error,
+            "absolute_error": np.abs(error),
+            "squared_error": error**2,
+            "potential_error": (np.abs(f_deviation) + np.abs(o_deviation)) ** 2,
+            "within_factor_2": counts & within_factor_2(f, o),
+            "climatology_n": has_climatology,
+            "climatology_squared_error": squared_error_of("climatology", has_climatology),
+            "climatology_filled": has_climatology & filled,
+            "present_n": present,
+            "present_squared_error": np.where(present, error, 0.0) ** 2,
+            "persistence_squared_error": squared_error_of("persistence", present),
+            "present_climatology_n": has_both,
+            "present_climatology_squared_error": squared_error_of("climatology", has_both),
+            "damped_persistence_squared_error": squared_error_of("damped_persistence", has_both),
+        }
+        for column, name in enumerate(COLUMNS[1:], start=1):
+            # one contiguous row of cells a sum: the order of its additions is the same in any batch
+            self.rows[samples, :, column] += values[name].reshape(*forecast.shape[:2], -1).sum(axis=-1)
+        self.rows[samples, :, 0] += 1
+
+    def finish(self) -> list[dict[str, object]]:
+        """One record per target and lead, targets first; a score that is not defined is None.
+
+        Raises:
+            TrainingDiverged: a forecast was not finite where an observation counts.
+        """
+        assert (self.rows[:, :, 0] == 1).all(), "each sample counts once: sum the rows over ranks before this"
+        leads = len(self.lead_times_hours)
+        records = []
+        for t, target in enumerate(self.targets):
+            for k, lead in enumerate(self.lead_times_hours):
+                columns = self.rows[k::leads, t].T.tolist()
+                sums = {name: math.fsum(values) for name, values in zip(COLUMNS, columns, strict=True)}
+                if sums["not_finite"]:
+                    raise TrainingDiverged(
+                        f"evaluation: {int(sums['not_finite'])} forecasts of {target} at {lead} h are not finite: "
+                        "expected numbers"
+                    )
+                head = {"target": target, "lead_hours": lead, "unit": self.units[target]}
+                records.append(head | scores_of(sums, float(self.observed_mean[t, k])))
+        return records
+
+
+def within_factor_2(forecast: np.ndarray, observed: np.ndarray) -> np.ndarray:
+    """Whether 0.5 <= f / o <= 2 (Chang & Hanna 2004, Meteorol. Atmos. Phys. 87), written without the division.
+
+    So a zero observation is met by a zero forecast only, and no negative forecast or observation is within a factor
+    of 2 of anything.
+    """
+    return (0.5 * observed <= forecast) & (forecast <= 2.0 * observed)
+
+
+def scores_of(sums: Mapping[str, float], observed_mean: float) -> dict[str, object]:
+    """The scores of one target and lead from its sums by column name; those that are not defined are None.
+
+    Index of agreement: 1 - sum (f - o)^2 / sum (|f - mean(o)| + |o - mean(o)|)^2, Willmott 1981 (Phys. Geogr. 2).
+    Normalized mean bias: sum (f - o) / sum o, a fraction. Correlation: Pearson, over all samples and cells at once.
+    """
+    n, present, both = sums["n"], sums["present_n"], sums["present_climatology_n"]
+    agreement = _ratio(sums["squared_error"], sums["potential_error"])
+    return {
+        "n": int(n),
+        "rmse": _root(_ratio(sums["squared_error"], n)),
+        "mae": _ratio(sums["absolute_error"], n),
+        "bias": _ratio(sums["error"], n),
+        "nmb": _ratio(sums["error"], sums["observed"] + n * observed_mean),
+        "correlation": _correlation(sums),
+        "ioa": None if agreement is None else 1.0 - agreement,
+        "fac2": _ratio(sums["within_factor_2"], n),
+        "persistence_rmse": _root(_ratio(sums["persistence_squared_error"], present)),
+        "climatology_rmse": _root(_ratio(sums["climatology_squared_error"], sums["climatology_n"])),
+        "damped_persistence_rmse": _root(_ratio(sums["damped_persistence_squared_error"], both)),
+        "n_where_present": int(present),
+        "rmse_where_present": _root(_ratio(sums["present_squared_error"], present)),
+        "climatology_rmse_where_present": _root(_ratio(sums["present_climatology_squared_error"], both)),
+        "n_climatology_filled": int(sums["climatology_filled"]),
+    }
+
+
+def _ratio(numerator: float, denominator: float) -> float | None:
+    return numerator / denominator if denominator != 0 else None
+
+
+def _root(value: float | None) -> float | None:
+    return None if value is None else math.sqrt(value)
+
+
+def _correlation(sums: Mapping[str, float]) -> float | None:
+    n = sums["n"]
+    if n < 2:
+        return None
+    mean_o, mean_f = sums["observed"] / n, sums["forecast"] / n
+    square_o, square_f = sums["observed_squared"] / n, sums["forecast_squared"] / n
+    variance_o, variance_f = square_o - mean_o**2, square_f - mean_f**2
+    if variance_o <= ROUNDING * square_o or variance_f <= ROUNDING * square_f:
+        return None
+    covariance = sums["product"] / n - mean_o * mean_f
+    return max(-1.0, min(1.0, covariance / math.sqrt(variance_o * variance_f)))
