@@ -1,0 +1,151 @@
+"""The program as a user starts it: real processes on a small world that it makes itself."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import train as train_script
+from topoflow.data.demo_world import make_demo_data
+
+ROOT = Path(__file__).parents[2]
+
+CONFIG = {
+    "run": {"threads": 1, "seed": 3},
+    "data": {
+        "train": [["2018-10-01", "2018-10-06"]],
+        "validation": [["2018-10-07", "2018-10-08"]],
+        "lead_times_hours": [6, 12],
+        "availability": True,
+        "workers": 2,
+    },
+    "model": {"patch_size": 2, "embed_dim": 16, "depth": 2, "num_heads": 2, "drop_rate": 0.1, "drop_path": 0.3},
+    "optim": {"learning_rate": 1e-3, "schedule_interval": "step", "schedule_length": 20, "warmup_steps": 3},
+    "train": {
+        "max_steps": 20,
+        "global_batch_size": 16,
+        "micro_batch_size": 4,
+        "validate_every_steps": 8,
+        "log_every_steps": 1,
+    },
+    "checkpoint": {"every_steps": 6, "keep_last": 10},
+}
+
+
+@dataclass
+class Program:
+    """Starts train.py or a command on the small world; everything it writes goes below `folder`."""
+
+    folder: Path
+    config: Path
+
+    def command(self, *overrides, run="run", processes=1):
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        return [*launcher, str(ROOT / "train.py"), str(self.config), f"run.dir={self.folder / run}", *overrides]
+
+    def start(self, *overrides, env=None, **options):
+        """A running process, stderr and stdout together in a pipe."""
+        return subprocess.Popen(
+            self.command(*overrides, **options),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=self.environment(env),
+        )
+
+    def train(self, *overrides, processes=1, **options):
+        """The finished program: its status, and what it said. One process is this one, which is faster to start."""
+        command = self.command(*overrides, processes=processes, **options)
+        if processes > 1:
+            return subprocess.run(command, capture_output=True, text=True, env=self.environment())
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            status = train_script.main(command[2:])
+        return subprocess.CompletedProcess(command, status, stderr=said.getvalue())
+
+    def topoflow(self, *arguments):
+        """A finished command of `python -m topoflow`."""
+        command = [sys.executable, "-m", "topoflow", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env=self.environment(), cwd=self.folder)
+
+    def environment(self, more=None):
+        return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(more or {})}
+
+    def events(self, run="run", kind="train"):
+        lines = (self.folder / run / "metrics.jsonl").read_text().splitlines()
+        return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+    def losses(self, run="run"):
+        events = self.events(run)
+        assert len({event["step"] for event in events}) == len(events)
+        return {event["step"]: event["loss_hex"] for event in events}
+
+    def state(self, run="run", step=20):
+        return torch.load(self.folder / run / "checkpoints" / f"step-{step:08d}" / "state.pt", weights_only=True)
+
+    def exit_record(self, run="run"):
+        return json.loads((self.folder / run / "exit.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    path = tmp_path_factory.mktemp("world") / "data"
+    make_demo_data(path, days=10, grid=(8, 12), seed=0, progress=False)
+    return path
+
+
+@pytest.fixture
+def program(tmp_path, world):
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump({**CONFIG, "data": {**CONFIG["data"], "path": str(world)}}))
+    return Program(tmp_path, config)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory, world):
+    """Runs that never stopped, by number of processes: made once, read by many tests."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    config = folder / "run.yaml"
+    config.write_text(yaml.safe_dump({**CONFIG, "data": {**CONFIG["data"], "path": str(world)}}))
+    program, made = Program(folder, config), set()
+
+    def run_of(processes):
+        if processes not in made:
+            done = program.train(run=f"run{processes}", processes=processes)
+            assert done.returncode == 0, done.stderr
+            made.add(processes)
+        return program.losses(f"run{processes}"), program.state(f"run{processes}")
+
+    return run_of
+
+
+def same_state(one, other):
+    """Weights, buffers, moments, steps, rates, scheduler and progress are equal to the bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_state(one[key], other[key]) for key in one)
+    return one == other
+
+
+@pytest.fixture
+def assert_same_run(program, undisturbed):
+    """That a run ended with the bits of one that never stopped, at every step on the way."""
+
+    def check(processes, run="run", parts=("model", "optimizer", "scheduler", "progress")):
+        losses, state = undisturbed(processes)
+        assert program.losses(run) == losses
+        for part in parts:
+            assert same_state(program.state(run)[part], state[part]), part
+
+    return check

@@ -1,0 +1,190 @@
+"""What a user meets: one line that says what, where and what was expected, and the exit status."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import xarray as xr
+
+import train
+from topoflow import cli
+
+
+def refused(done, status, *words):
+    """One line on stderr after what the program said before, no traceback."""
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    for word in words:
+        assert word in last, last
+    return last
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optim.learning_rat=1", ["optim.learning_rat", "did you mean optim.learning_rate?"]),
+        ("train.max_steps=many", ["train.max_steps", "'many'", "integer"]),
+        ("model.drop_rate=1.5", ["model.drop_rate", "1.5"]),
+        ("data.path=nowhere", ["data.path", "nowhere"]),
+        ("data.variables=[u, v, ozone]", ["data.variables", "'ozone'"]),
+        ("data.train=[2031]", ["data.train", "2031"]),
+        ("data.train=[[2018-10-01, 2018-12-31]]", ["data.train", "2018-12-31"]),
+        ("data.validation=[[2018-10-05, 2018-10-08]]", ["data.train", "data.validation", "overlaps"]),
+        ("data.mask=mask.npy", ["data.mask", "mask.npy"]),
+        ("data.lead_times_hours=[500]", ["data.train", "500"]),
+        ("model.patch_size=5", ["model.patch_size", "5", "8 x 12"]),
+        ("model.img_size=[8, 8]", ["model.img_size", "[8, 8]", "[8, 12]"]),
+        ("train.global_batch_size=1024", ["data.train", "1024"]),
+        ("checkpoint.resume=nowhere", ["nowhere", "not found"]),
+        ("checkpoint.init_from=nowhere", ["nowhere", "not found"]),
+    ],
+)
+def test_config_and_data_that_cannot_be_used(program, override, words):
+    done = program.train(override)
+    refused(done, 2, *words)
+    assert not (program.folder / "run" / "checkpoints").exists()
+
+
+def test_a_missing_config_file(program):
+    program.config = program.folder / "nothing.yaml"
+    refused(program.train(), 2, "nothing.yaml", "not found")
+
+
+def test_a_refusal_is_said_once_by_two_processes_and_its_status_is_in_exit_json(program):
+    done = program.train("data.path=nowhere", processes=2)
+    said = [line for line in done.stderr.splitlines() if "nowhere" in line]
+    assert len(said) == 1, done.stderr
+    assert program.exit_record()["status"] == 2
+
+
+def test_a_world_size_that_does_not_divide(program):
+    done = program.train(processes=3)
+    assert "expected a world size of 1, 2, 4" in done.stderr
+    assert program.exit_record()["status"] == 2
+
+
+def test_an_empty_mask(program):
+    np.save(program.folder / "mask.npy", np.zeros((8, 12)))
+    refused(program.train(f"data.mask={program.folder / 'mask.npy'}"), 2, "data.mask")
+
+
+def test_units_that_differ(program, world):
+    copy = program.folder / "copy"
+    shutil.copytree(world, copy)
+    store = next(copy.glob("*.zarr"))
+    data = xr.open_zarr(store, consolidated=False).load()
+    shutil.rmtree(store)
+    data["co"].attrs["units"] = "mg m-3"
+    data.drop_encoding().to_netcdf(copy / "data_2018.nc")
+    refused(program.train(f"data.path={copy}"), 2, "co", "mg m-3", "ug m-3")
+
+
+def test_a_run_directory_in_use(program):
+    holder = program.start("train.max_steps=100000", "checkpoint.every_steps=null", "data.validation=[]")
+    try:
+        for line in holder.stdout:
+            if line.startswith("step 1/"):
+                break
+        refused(program.train(), 2, "run.dir", "in use")
+        assert not (program.folder / "run" / "exit.json").exists()
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def test_never_resume_in_a_directory_with_checkpoints(program):
+    assert program.train("train.max_steps=2").returncode == 0
+    refused(program.train("checkpoint.resume=never"), 2, "checkpoint.resume", "never", "1 checkpoint")
+
+
+def test_a_changed_config_is_refused_unless_it_is_allowed(program):
+    assert program.train("train.max_steps=2").returncode == 0
+    changed = ("train.max_steps=3", "optim.weight_decay=0.5")
+    refused(program.train(*changed), 3, "optim.weight_decay: 0.01 -> 0.5", "checkpoint.allow_changed")
+    done = program.train(*changed, "checkpoint.allow_changed=[optim.weight_decay]")
+    assert done.returncode == 0, done.stderr
+    assert "optim.weight_decay: 0.01 -> 0.5" in done.stderr
+
+
+def test_another_data_set_is_refused(program, tmp_path):
+    assert program.train("train.max_steps=2").returncode == 0
+    assert (
+        program.topoflow("make-demo-data", tmp_path / "other", "--days", 10, "--grid", "8x12", "--seed", 1).returncode
+        == 0
+    )
+    done = program.train("train.max_steps=3", f"data.path={tmp_path / 'other'}")
+    refused(done, 3, "data.fingerprint")
+
+
+def test_a_damaged_checkpoint(program):
+    assert program.train("train.max_steps=2", "checkpoint.every_steps=1").returncode == 0
+    folder = program.folder / "run" / "checkpoints"
+    newest = folder / "step-00000002" / "state.pt"
+    newest.write_bytes(newest.read_bytes()[:-10] + b"0123456789")
+    explicit = program.train("train.max_steps=3", f"checkpoint.resume={newest.parent}")
+    refused(explicit, 3, "step-00000002", "state.pt", "damaged")
+    older = program.train("train.max_steps=3")
+    assert older.returncode == 0
+    assert "taking the next older one" in older.stderr
+    assert sorted(program.losses()) == [1, 2, 3]
+    for path in folder.glob("step-*/manifest.json"):
+        path.unlink()
+    refused(program.train("train.max_steps=4"), 3, "none of 2 checkpoints is whole")
+
+
+def test_a_missing_name_is_refused_and_listed_as_new(program):
+    options = ("model.terrain=none", "train.max_steps=2")
+    assert program.train(*options).returncode == 0
+    changed = ("train.max_steps=3", "checkpoint.allow_changed=[model.terrain]")
+    refused(program.train(*changed), 3, "blocks.0.attn.elevation_alpha", "checkpoint.allow_new")
+    allowed = "checkpoint.allow_new=[blocks.0.attn.elevation_alpha, blocks.0.attn.H_scale]"
+    # the terrain height is now read, so the data set has one field more
+    done = program.train(*changed[:1], "checkpoint.allow_changed=[model.terrain, data.fingerprint]", allowed)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((program.folder / "run" / "resume.json").read_text())
+    assert report["new"] == ["blocks.0.attn.elevation_alpha", "blocks.0.attn.H_scale"]
+    assert (report["moments"], report["moments_expected"]) == (47, 48)
+
+
+def test_a_fine_tune_takes_weights_only(program):
+    assert program.train("train.max_steps=3").returncode == 0
+    done = program.train("train.max_steps=1", f"checkpoint.init_from={program.folder / 'run'}", run="tuned")
+    assert done.returncode == 0, done.stderr
+    assert "fine-tune" in done.stderr
+    assert sorted(program.losses("tuned")) == [1]
+    assert program.state("tuned", 1)["optimizer"]["state"]["head.0.bias"]["step"] == 1
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_loss_that_is_not_finite_stops_before_the_optimizer_step(program, processes):
+    assert program.train("train.max_steps=2", processes=processes).returncode == 0
+    done = program.train(
+        "optim.learning_rate=1e30", "optim.grad_clip_norm=null", "optim.warmup_steps=0",
+        "checkpoint.allow_changed=[optim.*]", "checkpoint.every_steps=null", "train.validate_every_steps=1000",
+        processes=processes,
+    )  # fmt: skip
+    assert "is not finite" in done.stderr
+    assert "step 4" in done.stderr or "step 3" in done.stderr
+    assert program.exit_record()["status"] == 4
+    assert 'train.py", line' not in done.stderr  # the only traceback is torchrun's own
+    again = program.train("train.max_steps=3", processes=processes)
+    assert again.returncode == 0, again.stderr
+
+
+def test_help_shows_every_key(capsys):
+    for main, arguments in ((train.main, ["--help"]), (cli.main, ["evaluate", "--help"])):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        said = capsys.readouterr().out
+        assert ended.value.code == 0
+        assert "optim.group_multipliers" in said
+        assert "Learning rate of each parameter group over the base rate." in said
+
+
+def test_bad_usage_is_status_2(capsys):
+    with pytest.raises(SystemExit) as ended:
+        train.main([])
+    assert ended.value.code == 2
+    assert "CONFIG" in capsys.readouterr().err

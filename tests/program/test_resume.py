@@ -1,0 +1,124 @@
+"""A run that was stopped and resumed ends with the same bits as one that never stopped."""
+
+import fcntl
+import json
+import shutil
+import signal
+import time
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+def stop_after(process, step, number):
+    """Send a signal once the step has been logged; returns all that the process said."""
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if line.startswith(f"step {step}/"):
+            process.send_signal(number)
+            break
+    said.append(process.communicate()[0])
+    return "".join(said)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_stopped_at_a_step_and_resumed(program, assert_same_run, processes):
+    # step 13 of 7 an epoch: in the middle of an epoch, between two checkpoints; max_steps may be raised
+    first = program.train("train.max_steps=13", processes=processes)
+    assert first.returncode == 0, first.stderr
+    resumed = program.train(processes=processes)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "weights 48/48" in resumed.stderr
+    assert "moments 48/48" in resumed.stderr
+    # the shorter run validated at its end too, which `progress` has counted
+    assert_same_run(processes, parts=("model", "optimizer", "scheduler"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_commits_a_checkpoint_and_the_run_goes_on(program, assert_same_run, number):
+    process = program.start("distributed.verify_every_steps=3")
+    said = stop_after(process, 9, number)
+    assert process.returncode == 75, said
+    assert f"stopped by {number.name} after step" in said
+    assert "Traceback" not in said
+    assert program.exit_record()["status"] == 75
+    stopped = program.events(kind="end")[0]["step"]
+    assert (program.folder / "run" / "checkpoints" / f"step-{stopped:08d}").is_dir()
+    assert program.train().returncode == 0
+    assert_same_run(1)
+    assert program.exit_record() == {"status": 0, "reason": "done"}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_and_resumed(program, assert_same_run, processes):
+    process = program.start(processes=processes)
+    said = stop_after(process, 10, signal.SIGKILL)
+    assert process.returncode != 0, said
+    wait_until_free(program.folder / "run")
+    assert program.train(processes=processes).returncode == 0
+    assert_same_run(processes)
+
+
+def wait_until_free(run):
+    """A killed launcher's processes may live on for a moment and hold the run directory."""
+    with open(run / ".lock", "a") as lock:
+        for _ in range(600):
+            try:
+                return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.1)
+    raise AssertionError("the run directory is still held")
+
+
+def test_the_report_says_what_was_restored(program):
+    assert program.train("train.max_steps=7").returncode == 0
+    resumed = program.train("train.max_steps=8")
+    report = json.loads((program.folder / "run" / "resume.json").read_text())
+    assert report["step"] == 7
+    assert (report["weights"], report["weights_expected"], report["moments"], report["moments_expected"]) == (48,) * 4
+    assert report["new"] == report["moved"] == []
+    assert set(report["learning_rates"]) == {"vit_blocks", "wind_embedding", "head", "others"}
+    assert "step-00000007" in report["from"]
+    assert "lines cut because this run goes on from step 7" in resumed.stderr
+
+
+def test_tensorboard_curves_go_on_without_overlap(program):
+    assert program.train("train.max_steps=9").returncode == 0
+    shutil.rmtree(program.folder / "run" / "checkpoints" / "step-00000009")  # so that steps 7-9 are done twice
+    assert program.train("train.max_steps=12").returncode == 0
+    reader = EventAccumulator(str(program.folder / "run" / "tensorboard"))
+    reader.Reload()
+    assert [point.step for point in reader.Scalars("loss/train")] == list(range(1, 13))
+    assert sorted(program.losses()) == list(range(1, 13))
+
+
+def test_resuming_a_finished_run_changes_nothing(program, undisturbed):
+    assert program.train("train.max_steps=6").returncode == 0
+    before = program.losses()
+    again = program.train("train.max_steps=6")
+    assert again.returncode == 0, again.stderr
+    assert program.losses() == before
+
+
+def test_rerunning_from_the_resolved_config_is_the_same_run(program, undisturbed):
+    assert program.train("train.max_steps=5", "optim.schedule_length=null").returncode == 0
+    program.config = program.folder / "run" / "config.yaml"
+    assert program.train(run="again").returncode == 0
+    assert program.losses("again") == program.losses("run")
+
+
+def test_a_raised_length_keeps_the_schedule(program):
+    options = ("optim.schedule_length=null",)
+    assert program.train(*options, "train.max_steps=6").returncode == 0
+    assert program.train(*options, "train.max_steps=8").returncode == 0
+    assert program.state(step=8)["config"]["optim"]["schedule_length"] == 6
+
+
+def test_another_world_size_sees_the_same_samples(program, undisturbed):
+    assert program.train("train.max_steps=10", processes=2).returncode == 0
+    assert program.train(processes=1).returncode == 0
+    losses, _ = undisturbed(1)
+    for step, loss in program.losses().items():
+        assert float.fromhex(loss) == pytest.approx(float.fromhex(losses[step]), rel=1e-5)
+    assert program.state()["progress"]["samples_in_epoch"] == undisturbed(1)[1]["progress"]["samples_in_epoch"]

@@ -1,0 +1,7 @@
+"""`python -m topoflow COMMAND`."""
+
+import sys
+
+from topoflow.cli import main
+
+sys.exit(main())

@@ -1,0 +1,122 @@
+"""The commands beside training: `python -m topoflow COMMAND ...`, also installed as `topoflow`.
+
+Each command imports what it needs when it runs, so that one that needs no torch does not wait for it.
+"""
+
+import argparse
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+from topoflow.config.help import config_help
+from topoflow.errors import Refusal
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="topoflow", description="Forecasts of air pollutants: data and scores.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_make_demo_data(commands)
+    _add_grid_stations(commands)
+    _add_evaluate(commands)
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options)
+    except Refusal as refusal:
+        print(f"topoflow: {refusal}", file=sys.stderr)
+        return refusal.exit_status
+    except KeyboardInterrupt:
+        print("topoflow: interrupted", file=sys.stderr)
+        return 130
+
+
+def _add_make_demo_data(commands) -> None:
+    parser = commands.add_parser("make-demo-data", help="simulate a small world, in the format of real data")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to make, with data_YYYY.zarr")
+    parser.add_argument("--days", type=int, default=150, metavar="N", help="length (default %(default)s)")
+    parser.add_argument("--grid", type=_grid_size, default=(24, 32), metavar="HxW", help="cells (default 24x32)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of terrain, towns, weather (default 0)")
+    parser.set_defaults(run=_make_demo_data)
+
+
+def _make_demo_data(options: argparse.Namespace) -> int:
+    from topoflow.data.demo_world import make_demo_data
+
+    _log_to_terminal()
+    make_demo_data(options.out, options.days, options.grid, options.seed, progress=sys.stderr.isatty())
+    print(f"{options.out}: {options.days} days on {options.grid[0]} x {options.grid[1]} cells, seed {options.seed}")
+    return 0
+
+
+def _add_grid_stations(commands) -> None:
+    parser = commands.add_parser("grid-stations", help="average station measurements over the cells of a grid")
+    parser.add_argument("inputs", nargs="+", metavar="IN.nc", type=Path, help="CF timeSeries files (time, station)")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", type=Path, help="folder to make")
+    parser.add_argument("--degrees", type=float, default=1.0, help="side of a cell (default %(default)g)")
+    parser.add_argument("--box", type=_box, metavar="S,N,W,E", help="edges in degrees (default: round the stations)")
+    parser.add_argument("--terrain", type=Path, metavar="FILE.nc", help="terrain heights that cover the box")
+    parser.set_defaults(run=_grid_stations)
+
+
+def _grid_stations(options: argparse.Namespace) -> int:
+    from topoflow.data.stations import grid_stations
+
+    _log_to_terminal()
+    shown = sys.stderr.isatty()
+    print(grid_stations(options.inputs, options.output, options.degrees, options.box, options.terrain, shown))
+    return 0
+
+
+def _add_evaluate(commands) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="score a checkpoint next to the baselines",
+        epilog=config_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="CHECKPOINT-OR-RUN", type=Path, help="of a run: its best, else its last")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="what differs from its config")
+    parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="default: test")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: run.device")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: the run's evaluation folder")
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from topoflow.config import DistributedConfig
+    from topoflow.distributed import choose_device, distributed_context, read_launch
+    from topoflow.exit import run_to_exit
+    from topoflow.inference import score_checkpoint
+    from topoflow.tracking import setup_logging
+
+    launch = read_launch()
+    device = choose_device(options.device or "auto", launch)
+
+    def body() -> None:
+        with ExitStack() as stack:
+            context = stack.enter_context(distributed_context(launch, DistributedConfig(), device))
+            setup_logging(None, context.is_main)
+            score_checkpoint(context, options.source, options.split, options.overrides, options.output)
+
+    return run_to_exit(body, launch)
+
+
+def _log_to_terminal() -> None:
+    from topoflow.tracking import setup_logging
+
+    setup_logging(None, is_main=True)
+
+
+def _grid_size(text: str) -> tuple[int, int]:
+    rows, _, columns = text.partition("x")
+    if not (rows.isdecimal() and columns.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected ROWSxCOLUMNS, such as 24x32")
+    return int(rows), int(columns)
+
+
+def _box(text: str) -> tuple[float, float, float, float]:
+    try:
+        south, north, west, east = (float(edge) for edge in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected S,N,W,E in degrees, such as 18,54,73,135") from None
+    return south, north, west, east

@@ -1,0 +1,61 @@
+"""A model as a checkpoint describes it: its config, its weights and its normalization, on data of the user's choice."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from topoflow.checkpoint import find_checkpoint, read_everywhere, restore_weights
+from topoflow.config import override_config
+from topoflow.data import Normalization, open_forecast_data
+from topoflow.distributed import Context
+from topoflow.errors import ConfigError
+from topoflow.evaluation import evaluate_model
+from topoflow.model import build_model
+from topoflow.reproducibility import set_deterministic
+from topoflow.scores import Record
+
+log = logging.getLogger(__name__)
+
+
+def score_checkpoint(
+    context: Context, source: Path, split: str, overrides: Sequence[str] = (), output: Path | None = None
+) -> list[Record]:
+    """Score the checkpoint (or the run's best, else last) `source` on a split; all ranks call it.
+
+    Scores and plots go to `output`; by default to the evaluation folder of the run that the checkpoint lies in, or
+    beside the checkpoint.
+
+    Raises:
+        MissingPath, ResumeRefused: the checkpoint is not there, or damaged.
+        ConfigError, DataError: an override or the data cannot be used.
+    """
+    path, saved = read_everywhere(context, lambda: find_checkpoint(source), ("model", "data", "config"))
+    with context.together("data"):
+        config = override_config(saved["config"], overrides, f"the checkpoint {path}")
+        set_deterministic(config.run, compile=False)
+        data = open_forecast_data(config.data, config.model.wind != "none", config.model.terrain != "none", (split,))
+        if split not in data.splits:
+            raise ConfigError(f"data.{split}: no range is configured: expected at least one to score")
+        if data.grid.shape != tuple(config.model.img_size):
+            raise ConfigError(
+                f"data.path: grid {data.grid.shape}: expected {tuple(config.model.img_size)} as in {path}"
+            )
+        model = build_model(
+            config.model,
+            data.input_names,
+            data.target_names,
+            data.grid.shape,
+            *data.grid.patch_centres_km(config.model.patch_size),
+            seed=config.run.seed,
+        )
+    if data.source.fingerprint != saved["data"]["fingerprint"]:
+        log.warning("data.path: %s is not the data set of the training", config.data.path)
+    with context.together("restoring the weights"):
+        restore_weights(model, saved["model"])
+    normalization = Normalization.from_dict(saved["data"]["normalization"])
+    model.to(context.device)
+    log.info("scoring %s on the %s split", path, split)
+    if output is None:
+        in_run = path.parent.name == "checkpoints"
+        output = (path.parent.parent if in_run else path.parent) / "evaluation"
+    return evaluate_model(context, model, data, normalization, split, config.train, output)

@@ -1,0 +1,297 @@
+#!/usr/bin/env python3
+"""Train TopoFlow: `python train.py CONFIG [section.key=value ...]`, or the same under torchrun or srun.
+
+This file is the table of contents: it builds every part in order and hands each to the next.
+"""
+
+import argparse
+import dataclasses
+import logging
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from topoflow.checkpoint import (
+    FORMAT,
+    CheckpointDirectory,
+    CheckpointSaver,
+    capture_state,
+    find_checkpoint,
+    read_everywhere,
+    restore_weights,
+)
+from topoflow.config import Config, config_to_dict, load_config
+from topoflow.config.help import config_help
+from topoflow.data import BatchPlan, ForecastData, Normalization, open_forecast_data
+from topoflow.distributed import Context, choose_device, distributed_context, read_launch, wrap_for_training
+from topoflow.errors import ConfigError, Refusal, StopRequested
+from topoflow.evaluation import evaluate_model
+from topoflow.exit import run_to_exit, say_refusal
+from topoflow.model import build_model
+from topoflow.optim import build_optimizer, build_scheduler
+from topoflow.reproducibility import describe_software, set_deterministic
+from topoflow.resume import (
+    Start,
+    adopt_saved,
+    read_start,
+    require_resumable,
+    restore_start,
+    say_restored,
+)
+from topoflow.run_directory import RunDirectory
+from topoflow.stop import StopFlag
+from topoflow.tracking import MetricsWriter, format_summary, setup_logging
+from topoflow.trainer import TrainData, Trainer, TrainProgress, TrainState
+
+log = logging.getLogger("topoflow.train")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=config_help(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="what differs from the file")
+    options = parser.parse_args(arguments)
+    try:
+        launch = read_launch()
+        config = load_config(options.config, options.overrides)
+        device = choose_device(config.run.device, launch)
+    except Refusal as refusal:
+        say_refusal(refusal)
+        return refusal.exit_status
+    directory = RunDirectory(config.run.dir)
+
+    def body() -> None:
+        set_deterministic(config.run, config.train.compile)
+        with ExitStack() as stack:
+            stop = stack.enter_context(StopFlag().listening())
+            context = stack.enter_context(distributed_context(launch, config.distributed, device))
+            with context.together("run directory"):
+                if context.is_main:
+                    stack.enter_context(directory.in_use())
+            setup_logging(directory.path, context.is_main)
+            train(config, context, directory, stop)
+
+    return run_to_exit(body, launch, directory)
+
+
+def train(config: Config, context: Context, directory: RunDirectory, stop: StopFlag) -> None:
+    """Data, model, optimizer, restore, fit, evaluate."""
+    launch = context.launch
+    log.info("%s, %d process(es), on %s (%s)", launch.launcher, launch.world_size, context.device, launch.reason)
+    checkpoints = CheckpointDirectory(directory.checkpoints)
+    start = read_start(config.checkpoint, checkpoints, context)
+
+    with context.together("data"):
+        data = open_forecast_data(config.data, config.model.wind != "none", config.model.terrain != "none")
+        plan = build_plan(config, data, context)
+    with context.together("config"):
+        config = resolve(config, data, plan, start)
+        require_resumable(start, config, data.source.fingerprint)
+    normalization = agree_on_normalization(data, start, config, context)
+    if context.is_main:
+        directory.write_config(config)
+
+    state = build_state(config, data, plan, context)
+    report = restore_start(start, state, config, context)
+    state.forward = wrap_for_training(state.model, context)
+    with ExitStack() as stack:
+        resume_step = state.progress.step if start.kind == "resume" else None
+        writer = MetricsWriter(directory.path if context.is_main else None, resume_step)
+        stack.callback(writer.close)
+        if start.kind == "resume" and context.is_main:
+            say_restored(start, report, directory, checkpoints, writer)
+        capture = capture_with(state, config, data, normalization, context)
+        saver = CheckpointSaver(context, checkpoints, config.checkpoint, capture, start.path)
+        trainer = build_trainer(config, context, state, data, normalization, plan, saver, writer, stop)
+        trainer.verify_ranks("before the first step")
+        if context.is_main:
+            announce(config, data, state, plan, context)
+        stop_if_asked(stop, context)
+        if start.kind == "resume" and config.checkpoint.validate_on_resume:
+            trainer.validate_restored()
+        trainer.fit()
+    stop.interrupt_from_now_on("the evaluation; the training is complete")
+    evaluate_best(config, context, state, data, normalization, directory)
+
+
+def build_plan(config: Config, data: ForecastData, context: Context) -> BatchPlan:
+    """How samples are ordered and shared by ranks."""
+    return BatchPlan(
+        num_samples=len(data.splits["train"].starts) * len(config.data.lead_times_hours),
+        seed=config.run.seed,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        rank=context.rank,
+        world_size=context.world_size,
+    )
+
+
+def total_steps(config: Config, plan: BatchPlan) -> int:
+    """Length of the run in optimizer steps: max_steps or max_epochs, whichever ends first."""
+    by_epochs = config.train.max_epochs and config.train.max_epochs * plan.steps_per_epoch
+    return min(steps for steps in (config.train.max_steps, by_epochs) if steps)
+
+
+def resolve(config: Config, data: ForecastData, plan: BatchPlan, start: Start) -> Config:
+    """The config with what it left open: the grid's size, and the length of the schedule.
+
+    A resumed run keeps the schedule's length of the run that it goes on with, also where max_steps was raised since.
+    """
+    if start.kind == "resume":
+        config = adopt_saved(start, config)
+    model, optim = config.model, config.optim
+    if model.img_size is None:
+        model = dataclasses.replace(model, img_size=data.grid.shape)
+    if tuple(model.img_size) != data.grid.shape:
+        raise ConfigError(f"model.img_size: {list(model.img_size)}: expected the data's {list(data.grid.shape)}")
+    if optim.schedule_length is None:
+        steps = total_steps(config, plan)
+        epochs = -(-steps // plan.steps_per_epoch)
+        optim = dataclasses.replace(optim, schedule_length=epochs if optim.schedule_interval == "epoch" else steps)
+    return dataclasses.replace(config, model=model, optim=optim)
+
+
+def agree_on_normalization(data: ForecastData, start: Start, config: Config, context: Context) -> Normalization:
+    """The checkpoint's when a run resumes on the same data, else rank 0's, broadcast."""
+    if start.kind == "resume" and start.state["data"]["fingerprint"] == data.source.fingerprint:
+        return Normalization.from_dict(start.state["data"]["normalization"])
+    constants = None
+    with context.together("normalization"):
+        if context.is_main:
+            constants = data.build_normalization().to_dict()
+    return Normalization.from_dict(context.broadcast_object(constants))
+
+
+def build_state(config: Config, data: ForecastData, plan: BatchPlan, context: Context) -> TrainState:
+    """Model, optimizer and scheduler, as they are before the first step of a new run."""
+    with context.together("model"):
+        model = build_model(
+            config.model,
+            data.input_names,
+            data.target_names,
+            data.grid.shape,
+            *data.grid.patch_centres_km(config.model.patch_size),
+            seed=config.run.seed,
+            activation_checkpointing=config.train.activation_checkpointing,
+        )
+    model.to(context.device)
+    if config.train.compile:
+        model.compile()
+    optimizer = build_optimizer(model, config.optim)
+    scheduler = build_scheduler(optimizer, config.optim, plan.steps_per_epoch, total_steps(config, plan))
+    return TrainState(model, model, optimizer, scheduler, TrainProgress())
+
+
+def capture_with(
+    state: TrainState, config: Config, data: ForecastData, normalization: Normalization, context: Context
+) -> Callable[[], dict[str, Any]]:
+    """What a checkpoint holds, as a function that captures it when called."""
+    constant = {
+        "format": FORMAT,
+        "random": {"seed": config.run.seed, "keyed_by": "(seed, purpose, step, micro-batch index in the global batch)"},
+        "data": {
+            "fingerprint": data.source.fingerprint,
+            "normalization": normalization.to_dict(),
+            "normalization_fingerprint": normalization.fingerprint,
+        },
+        "config": config_to_dict(config),
+        "software": {**describe_software(context.device), "world_size": context.world_size},
+    }
+
+    def capture() -> dict[str, Any]:
+        arrays = capture_state(state.model, state.optimizer, state.scheduler)
+        return {**constant, **arrays, "progress": dataclasses.asdict(state.progress)}
+
+    return capture
+
+
+def build_trainer(
+    config: Config,
+    context: Context,
+    state: TrainState,
+    data: ForecastData,
+    normalization: Normalization,
+    plan: BatchPlan,
+    saver: CheckpointSaver,
+    writer: MetricsWriter,
+    stop: StopFlag,
+) -> Trainer:
+    """The loop over its data."""
+    train_data = TrainData(
+        train=data.dataset("train", normalization),
+        validation=data.dataset("validation", normalization) if "validation" in data.splits else None,
+        plan=plan,
+        elevation_m=torch.from_numpy(data.grid.heights_m()).to(context.device),
+        workers=config.data.workers,
+    )
+    return Trainer(
+        context,
+        state,
+        train_data,
+        config.train,
+        seed=config.run.seed,
+        grad_clip_norm=config.optim.grad_clip_norm,
+        total_steps=total_steps(config, plan),
+        save_every_steps=config.checkpoint.every_steps,
+        verify_every_steps=config.distributed.verify_every_steps,
+        saver=saver,
+        writer=writer,
+        stop=stop,
+    )
+
+
+def announce(config: Config, data: ForecastData, state: TrainState, plan: BatchPlan, context: Context) -> None:
+    """The summary at the start, line by line."""
+    lines = data.summary()
+    if plan.dropped:
+        lines.append(f"{plan.dropped} samples at the end of each epoch's order do not fill a global batch: not used")
+    summary = format_summary(
+        device=f"{context.device}, {config.train.precision}, {torch.get_num_threads()} thread(s) a process",
+        param_groups=state.optimizer.param_groups,
+        splits={},
+        global_batch_size=plan.global_batch_size,
+        micro_batch_size=plan.micro_batch_size,
+        world_size=plan.world_size,
+        accumulation=plan.accumulation,
+        steps_per_epoch=plan.steps_per_epoch,
+        total_steps=total_steps(config, plan),
+        first_step=state.progress.step,
+    )
+    for line in (*lines, *summary.splitlines()):
+        log.info("%s", line)
+
+
+def stop_if_asked(stop: StopFlag, context: Context) -> None:
+    """End here if a signal arrived on any rank during the set-up: no step has been made that could be lost."""
+    asked = [name for name in context.gather_objects(stop.signal_name) if name]
+    if asked:
+        refusal = StopRequested(f"stopped by {asked[0]} during the set-up, before the first step")
+        refusal.shared = True
+        raise refusal
+
+
+def evaluate_best(
+    config: Config,
+    context: Context,
+    state: TrainState,
+    data: ForecastData,
+    normalization: Normalization,
+    directory: RunDirectory,
+) -> None:
+    """Score the best checkpoint of the run (its last, without a validation split) on the test split."""
+    if "test" not in data.splits:
+        return
+    path, saved = read_everywhere(context, lambda: find_checkpoint(directory.path), parts=("model",))
+    restore_weights(state.model, saved["model"])
+    log.info("scoring %s on the test split", path)
+    evaluate_model(context, state.model, data, normalization, "test", config.train, directory.evaluation)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
