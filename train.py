@@ -60,13 +60,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         launch = read_launch()
         config = load_config(options.config, options.overrides)
-        device = choose_device(config.run.device, launch)
     except Refusal as refusal:
         say_refusal(refusal)
         return refusal.exit_status
     directory = RunDirectory(config.run.dir)
 
     def body() -> None:
+        device = choose_device(config.run.device, launch)
         set_deterministic(config.run, config.train.compile)
         with ExitStack() as stack:
             stop = stack.enter_context(StopFlag().listening())

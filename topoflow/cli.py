@@ -19,7 +19,12 @@ def main(arguments: list[str] | None = None) -> int:
     _add_make_demo_data(commands)
     _add_grid_stations(commands)
     _add_evaluate(commands)
-    options = parser.parse_args(arguments)
+    # argparse gives a list of positional arguments only what stands before the first option
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (options.command != "evaluate" or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if options.command == "evaluate":
+        options.overrides += rest
     try:
         return options.run(options)
     except Refusal as refusal:
@@ -33,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _add_make_demo_data(commands) -> None:
     parser = commands.add_parser("make-demo-data", help="simulate a small world, in the format of real data")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to make, with data_YYYY.zarr")
-    parser.add_argument("--days", type=int, default=150, metavar="N", help="length (default %(default)s)")
+    parser.add_argument("--days", type=int, default=180, metavar="N", help="length (default %(default)s)")
     parser.add_argument("--grid", type=_grid_size, default=(24, 32), metavar="HxW", help="cells (default 24x32)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of terrain, towns, weather (default 0)")
     parser.set_defaults(run=_make_demo_data)

@@ -26,8 +26,7 @@ def run_to_exit(body: Callable[[], None], launch: Launch, directory: RunDirector
         status, reason = refusal.exit_status, str(refusal)
         say_refusal(refusal, launch)
     finally:
-        # a directory in use belongs to another process, whose exit this is not
-        if directory is not None and launch.is_main and directory.held:
+        if directory is not None and launch.is_main:
             directory.write_exit(status, reason)
         close_logging()
     return status

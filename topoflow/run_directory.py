@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ class RunDirectory:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.evaluation = self.path / "evaluation"
-        self.held = False
+        self.is_anothers = False
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -37,10 +37,10 @@ class RunDirectory:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                self.is_anothers = True
                 raise RunDirectoryError(
                     f"run.dir {self.path}: in use by another process: expected one run at a time in a folder"
                 ) from None
-            self.held = True
             yield
 
     def write_config(self, config: Config) -> None:
@@ -52,8 +52,11 @@ class RunDirectory:
         self._write(name, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     def write_exit(self, status: int, reason: str) -> None:
-        """RUN/exit.json: the exit status, which torchrun would not pass on."""
-        self.write_json("exit.json", {"status": status, "reason": reason})
+        """RUN/exit.json: the exit status, which torchrun would not pass on. Not where another process's run is."""
+        if not self.is_anothers:
+            with suppress(OSError):  # a folder that cannot be written has been refused already
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.write_json("exit.json", {"status": status, "reason": reason})
 
     def _write(self, name: str, text: str) -> None:
         temporary = self.path / f".{name}-{os.getpid()}"

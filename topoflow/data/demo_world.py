@@ -1,6 +1,5 @@
 """A small physical world to try the program on: towns, wind and terrain, six pollutants, in the gridded data format."""
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,6 @@ from topoflow.data.demo_weather import Weather, WeatherFields, draw_weather, red
 from topoflow.data.store_writer import Field, StoreWriter, refuse_existing
 from topoflow.data.variables import POLLUTANTS, VARIABLES
 from topoflow.errors import ConfigError
-
-log = logging.getLogger(__name__)
 
 START = np.datetime64("2018-10-01T00", "h")
 SPIN_UP_HOURS = 96
@@ -109,7 +106,6 @@ def make_demo_data(
                 else:
                     values = getattr(weather, name)
                 writer.write(block, name, values.astype("float32"))
-    log.info("%d x %d cells, %d hours from %s to %s: %s", *grid, len(times), times[0], times[-1], output)
 
 
 _STATIC = {"elevation": "elevation_m", "population": "population"}

@@ -36,6 +36,14 @@ class GridSummary:
     skipped: tuple[str, ...]
     """Variables of the files over time that the format does not know."""
 
+    def __str__(self) -> str:
+        skipped = f", not {', '.join(self.skipped)}" if self.skipped else ""
+        return (
+            f"{self.output}: {self.shape[0]} x {self.shape[1]} cells, {self.cells_with_stations} with stations "
+            f"({self.stations} inside, {self.stations_outside} outside the box), {self.hours} hours of "
+            f"{', '.join(self.variables)}{skipped}"
+        )
+
 
 def grid_stations(
     inputs: Sequence[Path],
@@ -117,7 +125,6 @@ def _grid_files(
     summary = GridSummary(
         output, cells.shape, len(writer.times), int(inside.sum()), int((~inside).sum()), occupied, tuple(names), skipped
     )
-    log.info("%d x %d cells, %d with stations, %d hours: %s", *cells.shape, occupied, summary.hours, output)
     return summary
 
 

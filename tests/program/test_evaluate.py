@@ -1,0 +1,81 @@
+"""`evaluate` on what train.py left behind."""
+
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from topoflow import cli
+
+TEST_SPLIT = "data.test=[[2018-10-09, 2018-10-10]]"
+
+
+@pytest.fixture
+def run(program):
+    assert program.train("train.max_steps=8", TEST_SPLIT).returncode == 0
+    return program.folder / "run"
+
+
+def scores(folder):
+    return json.loads((folder / "scores.json").read_text())
+
+
+def test_the_training_ends_with_the_scores_that_evaluate_gives_again(program, run):
+    at_the_end = scores(run / "evaluation")
+    assert {(record["target"], record["lead_hours"]) for record in at_the_end} == {
+        (target, lead) for target in ("pm25", "pm10", "so2", "no2", "co", "o3") for lead in (6, 12)
+    }
+    for record in at_the_end:
+        assert record["n"] > 0
+        assert record["unit"] == ("mg m-3" if record["target"] == "co" else "ug m-3")
+    assert {path.name for path in (run / "evaluation").iterdir()} == {
+        "scores.json", "scores.csv", "skill.png", "case.png",
+    }  # fmt: skip
+    output = program.folder / "again"
+    assert cli.main(["evaluate", str(run), "--output", str(output)]) == 0
+    assert scores(output) == at_the_end
+
+
+def test_two_processes_and_another_batch_size_give_the_same_scores(program, run):
+    output = program.folder / "two"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "topoflow",
+        "evaluate", str(run), "--output", str(output), "train.micro_batch_size=8",
+    ]  # fmt: skip
+    done = subprocess.run(command, env=program.environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(scores(output), scores(run / "evaluation"), strict=True):
+        for key, value in theirs.items():
+            assert ours[key] == (pytest.approx(value, rel=1e-4, abs=1e-6) if isinstance(value, float) else value), key
+
+
+def test_a_checkpoint_and_another_split_can_be_named(program, run, capsys):
+    checkpoint = run / "checkpoints" / "step-00000006"
+    assert cli.main(["evaluate", str(checkpoint), "--split", "validation"]) == 0
+    assert "step-00000006 on the validation split" in capsys.readouterr().err
+    assert cli.main(["evaluate", str(checkpoint), "data.test=[]"]) == 2
+    assert "data.test" in capsys.readouterr().err
+
+
+def test_a_checkpoint_with_code_in_it_is_refused(program, run, capsys):
+    trap = program.folder / "trap"
+
+    class Malicious:
+        def __reduce__(self):
+            return (open, (str(trap), "w"))
+
+    (run / "evil").mkdir()
+    torch.save({"model": Malicious()}, run / "evil" / "state.pt")
+    assert cli.main(["evaluate", str(run / "evil")]) == 3
+    (run / "evil" / "state.pt").write_bytes(pickle.dumps(Malicious()))
+    assert cli.main(["evaluate", str(run / "evil")]) == 3
+    assert not trap.exists()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_model_options_that_the_checkpoint_does_not_fit_are_refused(program, run, capsys):
+    assert cli.main(["evaluate", str(run), "model.depth=3"]) == 3
+    assert "blocks.2." in capsys.readouterr().err

@@ -1,0 +1,72 @@
+import inspect
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from topoflow import cli
+from topoflow.data.demo_world import make_demo_data
+
+
+@pytest.fixture
+def stations(tmp_path):
+    """Two stations of one cell and one of another, PM2.5 for two hours."""
+    path = tmp_path / "stations.nc"
+    xr.Dataset(
+        {"pm25": (("time", "station"), np.array([[10.0, 20.0, 7.0], [30.0, np.nan, 8.0]]), {"units": "ug m-3"})},
+        coords={
+            "time": np.datetime64("2019-01-01", "ns") + np.arange(2) * np.timedelta64(1, "h"),
+            "station": ["a", "b", "c"],
+            "lat": ("station", [20.2, 20.7, 21.5], {"units": "degrees_north"}),
+            "lon": ("station", [100.1, 100.9, 101.5], {"units": "degrees_east"}),
+        },
+    ).to_netcdf(path)
+    return path
+
+
+def test_grid_stations_writes_cell_means(tmp_path, stations, capsys):
+    out = tmp_path / "gridded"
+    assert cli.main(["grid-stations", str(stations), "-o", str(out), "--box", "20,22,100,102"]) == 0
+    store = xr.open_zarr(out / "data_2019.zarr", consolidated=False)
+    np.testing.assert_allclose(store["pm25"].sel(lat=20.5, lon=100.5), [15.0, 30.0])
+    np.testing.assert_allclose(store["pm25"].sel(lat=21.5, lon=101.5), [7.0, 8.0])
+    assert np.isnan(store["pm25"].sel(lat=20.5, lon=101.5)).all()
+    assert "2 x 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["grid-stations", "nowhere.nc", "-o", "OUT"], "nowhere.nc"),
+        (["grid-stations", "STATIONS", "-o", "OUT", "--degrees", "0.3", "--box", "20,22,100,102"], "0.3"),
+        (["grid-stations", "STATIONS", "-o", "STATIONS"], "stations.nc"),
+        (["make-demo-data", "STATIONS"], "stations.nc"),
+        (["make-demo-data", "OUT", "--days", "0"], "--days 0"),
+        (["evaluate", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_command_that_cannot_be_done_is_one_line_and_status_2(tmp_path, stations, capsys, arguments, word):
+    named = {"STATIONS": str(stations), "OUT": str(tmp_path / "out")}
+    assert cli.main([named.get(argument, argument) for argument in arguments]) == 2
+    said = capsys.readouterr().err
+    assert word in said
+    assert len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["pack"], ["make-demo-data", "x", "--grid", "24"], ["grid-stations", "x"]])
+def test_bad_usage_is_status_2(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    assert "usage" in capsys.readouterr().err
+
+
+def test_the_default_demo_world_is_that_of_the_demo_config(monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr("topoflow.data.demo_world.make_demo_data", lambda *args, **more: made.append(args))
+    assert cli.main(["make-demo-data", "world"]) == 0
+    defaults = {name: p.default for name, p in inspect.signature(make_demo_data).parameters.items()}
+    assert made == [(Path("world"), defaults["days"], defaults["grid"], defaults["seed"])]
+    capsys.readouterr()
