@@ -1,0 +1,77 @@
+# Sourced by the scripts beside it. By itself it only sets:
+#   root     the project's folder
+#   python   .venv's Python if .venv is there, else python3
+# and defines functions. Nothing is exported.
+# shellcheck shell=bash
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=$root/.venv/bin/python
+[ -x "$python" ] || python=python3
+
+fail() {
+  echo "topoflow: $*" >&2
+  exit 2
+}
+
+# make_venv [EXTRA]: .venv with the package, its dependencies and those of EXTRA (a list from setup.cfg such as
+# test,lint), at the versions of constraints.txt. Does nothing if all that is there; two at once wait for each other.
+make_venv() {
+  local extra=${1:-} wanted
+  # what was installed is known by its full recipe; the folder is in it because a moved .venv does not work
+  wanted=$(printf '%s\n' "$root" && cat "$root/setup.cfg" "$root/pyproject.toml" "$root/launch/constraints.txt")
+  if ! venv_has "$extra" "$wanted"; then
+    (
+      command -v flock >/dev/null && flock 9
+      venv_has "$extra" "$wanted" || install_into_venv "$extra" "$wanted"
+    ) 9>"$root/.venv.lock" || exit
+  fi
+  python=$root/.venv/bin/python
+}
+
+venv_has() {
+  [ "$(cat "$root/.venv/installed-$1" 2>/dev/null)" = "$2" ] && "$root/.venv/bin/python" -c '' 2>/dev/null
+}
+
+install_into_venv() {
+  local extra=$1 wanted=$2 base venv=$root/.venv
+  base=$(find_python) || exit
+  if [ "$(head -n 1 "$venv/made-in" 2>/dev/null)" != "$root" ] || ! "$venv/bin/python" -c '' 2>/dev/null; then
+    echo "topoflow: making $venv with $base" >&2
+    "$base" -m venv --clear "$venv" || fail "$venv: '$base -m venv' failed"
+    echo "$root" >"$venv/made-in"
+  fi
+  echo "topoflow: installing${extra:+ [$extra]} into $venv; the first time this takes a few minutes" >&2
+  "$venv/bin/python" -m pip install -qq --disable-pip-version-check \
+    --constraint "$root/launch/constraints.txt" --editable "$root${extra:+[$extra]}" ||
+    fail "$venv: pip could not install the package, see above"
+  printf '%s\n' "$wanted" >"$venv/installed-$extra"
+}
+
+# The first Python on the PATH that is new enough and can make a venv; PYTHON names another one.
+find_python() {
+  local candidate found=
+  for candidate in ${PYTHON:+"$PYTHON"} python3 python python3.{14..11}; do
+    "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue
+    found=$candidate
+    # Debian leaves ensurepip out of a Python without its venv package
+    "$candidate" -c 'import ensurepip, venv' 2>/dev/null && echo "$candidate" && return
+  done
+  [ -z "$found" ] || fail "$found has no venv module: expected one (Debian and Ubuntu: apt-get install python3-venv)"
+  fail "$(python3 --version 2>/dev/null || echo 'no python3') found: expected Python 3.11 or newer (or set PYTHON)"
+}
+
+# run_dir_of CONFIG [section.key=value ...]: prints run.dir; a config that cannot be used is one line and status 2.
+run_dir_of() {
+  PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "$python" -m topoflow.config --print run.dir "$@"
+}
+
+# status_of RUN_DIR STATUS: prints the program's own exit status, given the launcher's. torchrun ends with 1 whatever
+# its processes ended with, srun with the highest status, which is that of a task it killed because another had ended.
+status_of() {
+  local run_dir=$1 status=$2 told=0
+  if [ "$status" -ne 0 ] && [ -f "$run_dir/exit.json" ]; then
+    told=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["status"])' "$run_dir/exit.json")
+  fi
+  [ "$told" -eq 0 ] || status=$told
+  echo "$status"
+}

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Train on the devices of this machine (or, with torchrun's own options, of several):
+#   launch/torchrun.sh [--nproc-per-node=N] [other options of torchrun, as --name=value] CONFIG [section.key=value ...]
+# Without --nproc-per-node: a process per visible GPU, or one without a GPU. Without --nnodes: this machine alone.
+# This script ends with the program's own exit status, where torchrun always says 1.
+set -euo pipefail
+# shellcheck source=launch/env.sh
+. "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+options=()
+while [[ ${1:-} = -* ]]; do
+  options+=("$1")
+  shift
+done
+[ $# -gt 0 ] || fail "no config: expected launch/torchrun.sh [options of torchrun] CONFIG [section.key=value ...]"
+
+# what cannot be used ends here, with one line and before anything is launched
+run_dir=$(run_dir_of "$@")
+if [ -e "$run_dir/.lock" ] && ! flock -n "$run_dir/.lock" true; then
+  fail "run.dir $run_dir: in use by another process: expected one run at a time in a folder"
+fi
+rm -f "$run_dir/exit.json"
+
+case " ${options[*]-} " in
+  *" --nproc"[-_]"per"[-_]"node="*) ;;
+  *) options+=("--nproc-per-node=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')") ;;
+esac
+case " ${options[*]-} " in
+  *" --nnodes="* | *" --standalone "*) ;;
+  *) options+=(--standalone) ;;
+esac
+
+# set -m: torchrun gets its own process group, so that Ctrl-C reaches it once, through the trap
+set -m
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} \
+  "$python" -m torch.distributed.run "${options[@]}" "$root/train.py" "$@" &
+torchrun=$!
+signalled=
+# shellcheck disable=SC2317
+pass_on() {
+  signalled=1
+  kill -s "$1" "$torchrun" 2>/dev/null || true
+}
+trap 'pass_on INT' INT
+# USR1 is SLURM's warning; torchrun passes only some signals on to the processes, and USR1 would end it
+trap 'pass_on TERM' TERM HUP USR1
+while :; do
+  signalled=
+  status=0
+  wait "$torchrun" || status=$?
+  # a signal ends the wait, not torchrun
+  if [ -z "$signalled" ] || ! kill -0 "$torchrun" 2>/dev/null; then break; fi
+done
+
+exit "$(status_of "$run_dir" "$status")"

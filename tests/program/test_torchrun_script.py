@@ -1,0 +1,96 @@
+"""launch/torchrun.sh: torchrun, with the program's own exit status."""
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "launch" / "torchrun.sh"
+
+
+@pytest.fixture
+def torchrun(program):
+    """Starts the script with two processes on the small world."""
+
+    def start(*overrides, stdout=subprocess.PIPE):
+        command = ["bash", str(SCRIPT), "--nproc-per-node=2", str(program.config), f"run.dir={program.folder / 'run'}"]
+        return subprocess.Popen(
+            [*command, *overrides],
+            stdout=stdout, stderr=subprocess.STDOUT, text=True, env=program.environment(), cwd=program.folder,
+        )  # fmt: skip
+
+    return start
+
+
+def wait_for_step(program, step, process):
+    deadline = time.monotonic() + 120
+    path = program.folder / "run" / "metrics.jsonl"
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and f'"step": {step},' in path.read_text():
+            return
+        time.sleep(0.05)
+    pytest.fail(f"step {step} was not made")
+
+
+def test_it_trains_as_torchrun_does(torchrun, assert_same_run):
+    process = torchrun()
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    assert "torchrun, 2 process(es)" in said
+    assert_same_run(2)
+
+
+def test_a_config_that_cannot_be_used_ends_before_anything_is_launched(torchrun):
+    process = torchrun("train.max_step=3")
+    said, _ = process.communicate()
+    assert process.returncode == 2
+    assert said.count("\n") == 1
+    assert "train.max_steps" in said
+
+
+def test_data_that_are_missing_end_with_2_and_not_with_torchruns_1(torchrun):
+    process = torchrun("data.path=nowhere")
+    said, _ = process.communicate()
+    assert process.returncode == 2, said
+
+
+# SIGUSR1 is what SLURM sends before a time limit; torchrun itself would die of it
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_script_ends_in_a_checkpoint_and_75(program, torchrun, assert_same_run, number):
+    process = torchrun()
+    wait_for_step(program, 4, process)
+    process.send_signal(number)
+    said, _ = process.communicate()
+    assert process.returncode == 75, said
+    [end] = program.events(kind="end")
+    assert (program.folder / "run" / "checkpoints" / f"step-{end['step']:08d}").is_dir()
+    assert torchrun().wait() == 0
+    assert_same_run(2)
+
+
+def test_an_earlier_runs_exit_json_is_not_believed(program, torchrun):
+    (program.folder / "run").mkdir()
+    (program.folder / "run" / "exit.json").write_text(json.dumps({"status": 3, "reason": "an earlier run"}))
+    process = torchrun("train.max_steps=100000")
+    wait_for_step(program, 2, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = Path(f"/proc/{children[0]}/task/{children[0]}/children").read_text().split()
+    for worker in workers:
+        subprocess.run(["kill", "-KILL", worker], check=False)
+    said, _ = process.communicate()
+    assert process.returncode == 1, said
+
+
+def test_a_run_directory_in_use_is_refused_before_anything_is_launched(program, torchrun):
+    holder = torchrun("train.max_steps=100000", stdout=subprocess.DEVNULL)
+    wait_for_step(program, 2, holder)
+    second = torchrun()
+    said, _ = second.communicate()
+    assert second.returncode == 2, said
+    assert said.count("\n") == 1
+    assert "in use" in said
+    holder.send_signal(signal.SIGTERM)
+    assert holder.wait() == 75

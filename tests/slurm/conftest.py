@@ -1,0 +1,98 @@
+"""A real SLURM of four nodes on this machine; where that cannot be, these tests skip and say so."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from topoflow.data.demo_world import make_demo_data
+
+ROOT = Path(__file__).parents[2]
+CONFIG = {
+    "run": {"seed": 3},
+    "data": {"train": [["2018-10-01", "2018-10-06"]], "lead_times_hours": [6, 12], "workers": 1},
+    "model": {"embed_dim": 16, "depth": 1, "num_heads": 2, "decoder_depth": 1, "drop_rate": 0.1},
+    "train": {"max_steps": 6, "global_batch_size": 8, "micro_batch_size": 2, "log_every_steps": 1},
+    "checkpoint": {"every_steps": 3},
+}
+
+
+@dataclass
+class Cluster:
+    """The cluster, and a config for a small world; what is run writes below `folder`."""
+
+    folder: Path
+    config: Path
+    environ: dict[str, str]
+
+    def run(self, *command: str, timeout: float = 300) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            command, cwd=self.folder, env=self.environ, capture_output=True, text=True, timeout=timeout
+        )
+
+    def send(self, *command: str) -> str:
+        """Number of the job that `sbatch *command` made."""
+        sent = self.run("sbatch", "--parsable", *command)
+        assert sent.returncode == 0, sent.stderr
+        return sent.stdout.strip()
+
+    def wait_for(self, job: str) -> int:
+        """Exit status of a job, once it has ended (sbatch --wait looks only every ten seconds)."""
+        self.wait_until(lambda: self.describe(job, "EndTime") != "Unknown" and self.describe(job, "JobState") in ENDED)
+        return int(self.describe(job, "ExitCode").split(":")[0])
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 180) -> None:
+        """Look five times a second."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "waited in vain"
+            time.sleep(0.2)
+
+    def describe(self, job: str, key: str) -> str:
+        """One value of `scontrol show job`."""
+        shown = self.run("scontrol", "show", "job", job).stdout.split()
+        return next(word.partition("=")[2] for word in shown if word.startswith(f"{key}="))
+
+
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+
+@pytest.fixture(scope="session")
+def slurm_environ(shared_dir):
+    """Environment in which srun and sbatch find the cluster."""
+    script = shared_dir / "slurm_local.sh"
+    if not script.exists() or os.geteuid() != 0:
+        pytest.skip("no SLURM: it takes slurm_local.sh in TOPOFLOW_SHARED, and root")
+    was_up = subprocess.run(["bash", str(script), "status"], capture_output=True).returncode == 0
+    up = subprocess.run(["bash", str(script), "up"], capture_output=True, text=True)
+    if up.returncode != 0:
+        pytest.skip(f"no SLURM: {(up.stdout + up.stderr).strip().splitlines()[-1]}")
+    env_file = (
+        Path(os.environ.get("SLURM_LOCAL_DIR", Path(os.environ.get("TMPDIR", "/tmp")) / "slurm_local")) / "env.sh"
+    )
+    [line] = [line for line in env_file.read_text().splitlines() if "SLURM_CONF=" in line]
+    # the nodes take this interpreter where there is no .venv
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    yield {**os.environ, "PATH": path, "SLURM_CONF": line.split("=", 1)[1]}
+    if not was_up:
+        subprocess.run(["bash", str(script), "down"], capture_output=True)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    path = tmp_path_factory.mktemp("world") / "data"
+    make_demo_data(path, days=8, grid=(8, 12), seed=0, progress=False)
+    return path
+
+
+@pytest.fixture
+def cluster(tmp_path, world, slurm_environ):
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump({**CONFIG, "data": {**CONFIG["data"], "path": str(world)}}))
+    return Cluster(tmp_path, config, slurm_environ)
