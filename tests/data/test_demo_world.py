@@ -1,9 +1,11 @@
 import hashlib
+import inspect
 from pathlib import Path
 
 import numpy as np
 import pytest
 import xarray as xr
+import yaml
 
 from topoflow.data import demo_world
 from topoflow.data.demo_geography import Geography, build_flow, build_geography
@@ -268,6 +270,15 @@ def test_air_is_worse_in_towns(demo):
     for name in ("pm25", "pm10", "no2", "co"):
         assert np.nanmean(values[name][:, town]) > 1.3 * np.nanmean(values[name])
     assert np.nanmean(values["o3"][:, town]) < np.nanmean(values["o3"])
+
+
+def test_the_demo_config_asks_for_the_days_that_are_made_by_default():
+    path = Path(__file__).parents[2] / "configs" / "demo.yaml"
+    config = yaml.safe_load(path.read_text())["data"]
+    days = [day for split in ("train", "validation", "test") for range_ in config[split] for day in range_]
+    default_days = inspect.signature(make_demo_data).parameters["days"].default
+    assert str(min(days)) == str(demo_world.START)[:10]
+    assert str(max(days)) == str(demo_world.START + (24 * default_days - 1) * np.timedelta64(1, "h"))[:10]
 
 
 def digest(folder: Path) -> str:

@@ -176,6 +176,7 @@ def test_stations_outside_are_counted_and_skipped_variables_named(tmp_path, capl
     assert 0 < summary.stations_outside == outside
     assert f"{outside} of 9 stations lie outside" in caplog.text
     assert summary.skipped == ("rain",)
+    assert f"({9 - outside} inside, {outside} outside the box), 30 hours of pm25, not rain" in str(summary)
     assert "rain" in caplog.text
 
 
