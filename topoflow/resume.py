@@ -145,6 +145,7 @@ def restore_start(start: Start, state: TrainState, config: Config, context: Cont
                 rates_from_config=any(line.startswith("optim.") for line in accepted),
             )
             state.progress = TrainProgress(**start.state["progress"])
+            _require_whole_batches(state.progress, config)
             _warn_of_software(start.state["software"], context.device)
     what = "fine-tune from" if start.kind == "fine-tune" else "resume from"
     log.info("%s %s (%s)", what, start.path, "weights only, step 0" if start.kind == "fine-tune" else "everything")
@@ -165,6 +166,16 @@ def say_restored(
     writer.resume(report["step"], start.path)
     for folder in checkpoints.set_aside_after(report["step"]):
         log.warning("set aside as %s: this run goes on from step %d", folder.name, report["step"])
+
+
+def _require_whole_batches(progress: TrainProgress, config: Config) -> None:
+    """With another global batch size (allowed by the user) the position in the epoch may fall inside a batch."""
+    size = config.train.global_batch_size
+    if progress.samples_in_epoch % size:
+        raise ResumeRefused(
+            f"train.global_batch_size: {size} does not divide the {progress.samples_in_epoch} samples of the epoch that "
+            "are done: expected a size that does, or a checkpoint from the end of an epoch"
+        )
 
 
 def _warn_of_software(saved: dict[str, Any], device: torch.device) -> None:

@@ -255,7 +255,7 @@ class Trainer:
         progress.step += 1
         progress.samples_in_epoch += plan.global_batch_size
         self._log_step(result, time.monotonic() - start, bar)
-        epoch_ended = progress.samples_in_epoch == plan.steps_per_epoch * plan.global_batch_size
+        epoch_ended = progress.samples_in_epoch >= plan.steps_per_epoch * plan.global_batch_size
         if epoch_ended:
             progress.epoch, progress.samples_in_epoch = progress.epoch + 1, 0
         if self.verify_every_steps and progress.step % self.verify_every_steps == 0:

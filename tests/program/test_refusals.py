@@ -108,6 +108,19 @@ def test_a_changed_config_is_refused_unless_it_is_allowed(program):
     assert "optim.weight_decay: 0.01 -> 0.5" in done.stderr
 
 
+def test_another_batch_size_may_not_cut_a_batch_of_the_epoch(program):
+    assert program.train("train.max_steps=2").returncode == 0  # 32 samples of 264
+    allowed = "checkpoint.allow_changed=[train.global_batch_size]"
+    refused(program.train("train.max_steps=3", allowed, "train.global_batch_size=24"), 3, "24", "32 samples")
+    done = program.train(allowed, "train.global_batch_size=8", "train.max_steps=32", "data.validation=[]")
+    refused(done, 3, "data.validation")
+    allowed = "checkpoint.allow_changed=[train.global_batch_size, data.validation]"
+    done = program.train(allowed, "train.global_batch_size=8", "train.max_steps=32", "data.validation=[]")
+    assert done.returncode == 0, done.stderr
+    progress = program.state(step=32)["progress"]  # 4 batches of 8 were done, 29 more end the epoch of 33
+    assert (progress["epoch"], progress["samples_in_epoch"]) == (1, 8)
+
+
 def test_another_data_set_is_refused(program, tmp_path):
     assert program.train("train.max_steps=2").returncode == 0
     assert (
