@@ -1,0 +1,155 @@
+"""What a step does, against a loop that is torch's own, and what the options of a run do."""
+
+import json
+
+import pytest
+import torch
+
+from topoflow.config import load_config
+from topoflow.data import BatchPlan, ForecastDataset, open_forecast_data
+from topoflow.model import build_model
+
+PLAIN = (
+    "model.drop_rate=0",
+    "model.drop_path=0",
+    "optim.schedule=constant",
+    "optim.warmup_steps=0",
+    "data.validation=[]",
+)
+
+
+def plain_loop(program, steps):
+    """Weights after some steps on whole global batches, and the losses: torch's mean, clipping and AdamW."""
+    config = load_config(program.config, PLAIN)
+    data = open_forecast_data(config.data, with_wind=True, with_terrain=True)
+    train = data.dataset("train", data.build_normalization())
+    centres_km = data.grid.patch_centres_km(2)
+    model = build_model(config.model, data.input_names, data.target_names, data.grid.shape, *centres_km, seed=3)
+    prefixes = {"blocks.": 0.1, "token_embeds.": 2.0, "head.": 0.5}
+    groups = [
+        {"params": [parameter], "lr": 1e-3 * next((m for p, m in prefixes.items() if name.startswith(p)), 1.0)}
+        for name, parameter in model.named_parameters()
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.01)
+    plan = BatchPlan(len(train), 3, 16, 16, 0, 1)
+    losses = []
+    for indices in list(plan.micro_batches(0))[:steps]:
+        batch = torch.utils.data.default_collate([train[i] for i in indices])
+        elevation_m = torch.from_numpy(data.grid.elevation_m)
+        output = model(batch["x"], batch["lead_time_hours"], elevation_m, batch["wind_ms"])
+        loss = (output - batch["y"])[batch["valid"]].square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return {name: p.detach() for name, p in model.named_parameters()}, losses
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_step_is_that_of_a_plain_loop(program, processes):
+    weights, losses = plain_loop(program, 3)
+    done = program.train(*PLAIN, "train.max_steps=3", processes=processes)
+    assert done.returncode == 0, done.stderr
+    assert [event["loss"] for event in program.events()] == pytest.approx(losses, rel=1e-5)
+    saved = program.state(step=3)["model"]
+    for name, weight in weights.items():
+        # the keys' bias has no gradient but rounding, which Adam makes a step of
+        if not name.endswith(("qkv.bias", "in_proj_bias")):
+            torch.testing.assert_close(saved[name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_does_not_depend_on_how_the_batch_was_cut(program):
+    for size in (2, 16):
+        assert (
+            program.train(*PLAIN, "train.max_steps=2", f"train.micro_batch_size={size}", run=f"{size}").returncode == 0
+        )
+    ours, theirs = ([event["loss"] for event in program.events(f"{size}")] for size in (2, 16))
+    assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+def test_activation_checkpointing_has_the_same_bits(program, undisturbed):
+    done = program.train("train.activation_checkpointing=true", "train.max_steps=3")
+    assert done.returncode == 0, done.stderr
+    losses, _ = undisturbed(1)
+    assert program.losses() == {step: losses[step] for step in (1, 2, 3)}
+
+
+def test_bf16_stays_near_fp32_and_its_state_is_fp32(program, undisturbed):
+    done = program.train("train.precision=bf16", "train.max_steps=2")
+    assert done.returncode == 0, done.stderr
+    losses, _ = undisturbed(1)
+    ours = float.fromhex(program.losses()[1])
+    assert ours == pytest.approx(float.fromhex(losses[1]), rel=0.02)
+    assert program.losses()[1] != losses[1]
+    assert {tensor.dtype for tensor in program.state(step=2)["model"].values()} == {torch.float32}
+
+
+def test_early_stopping_ends_the_run_and_a_resume_knows_it(program):
+    frozen = ("optim.group_multipliers={vit_blocks: 0, wind_embedding: 0, head: 0, others: 0}", "train.max_steps=1000")
+    options = (*frozen, "train.early_stopping_patience=2", "train.validate_every_steps=2")
+    assert program.train(*options).returncode == 0
+    assert program.events(kind="end")[0] == {"event": "end", "step": 6, "reason": "early stopping"}
+    assert program.train(*options).returncode == 0
+    assert max(program.losses()) == 6
+
+
+def test_a_batch_without_a_target_changes_nothing(program, monkeypatch):
+    whole = ForecastDataset.__getitem__
+
+    def without_targets(self, i):
+        sample = whole(self, i)
+        return {**sample, "valid": torch.zeros_like(sample["valid"])}
+
+    options = ("data.workers=0", "data.validation=[]", "checkpoint.every_steps=1")
+    assert program.train(*options, "train.max_steps=1").returncode == 0
+    monkeypatch.setattr(ForecastDataset, "__getitem__", without_targets)
+    done = program.train(*options, "train.max_steps=2")
+    assert done.returncode == 0, done.stderr
+    event = program.events()[-1]
+    assert (event["step"], event["loss"], event["grad_norm"]) == (2, None, 0.0)
+    before, after = program.state(step=1), program.state(step=2)
+    assert all(torch.equal(before["model"][name], after["model"][name]) for name in before["model"])
+
+
+def test_validation_counts_every_sample_once_on_any_world_size(program):
+    for processes in (1, 2):
+        done = program.train(*PLAIN[:-1], "train.max_steps=1", run=f"{processes}", processes=processes)
+        assert done.returncode == 0, done.stderr
+    one, two = (program.events(f"{processes}", "validation")[0] for processes in (1, 2))
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)
+    assert two["by_target"] == pytest.approx(one["by_target"], rel=1e-6)
+
+
+def test_validation_on_resume_repeats_the_checkpoints_loss(program):
+    assert program.train("train.max_steps=8").returncode == 0
+    loss = program.events(kind="validation")[0]["loss"]
+    done = program.train("train.max_steps=9", "checkpoint.validate_on_resume=true")
+    assert f"validation on resume: loss {loss:.6f}; the checkpoint's last was {loss}" in done.stderr
+
+
+def test_the_manifest_and_state_hold_what_the_design_says(program):
+    assert program.train("train.max_steps=2").returncode == 0
+    state = program.state(step=2)
+    assert set(state) >= {
+        "format",
+        "model",
+        "optimizer",
+        "scheduler",
+        "progress",
+        "random",
+        "data",
+        "config",
+        "software",
+    }
+    assert state["progress"]["step"] == 2
+    assert state["random"]["seed"] == 3
+    assert [group["name"] for group in state["optimizer"]["groups"]] == [
+        "vit_blocks",
+        "wind_embedding",
+        "head",
+        "others",
+    ]
+    assert set(state["optimizer"]["state"]["var_query"]) == {"step", "exp_avg", "exp_avg_sq"}
+    manifest = json.loads((program.folder / "run" / "checkpoints" / "step-00000002" / "manifest.json").read_text())
+    assert set(manifest["tensors"]) >= {f"model/{name}" for name in state["model"]}
