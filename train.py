@@ -36,6 +36,8 @@ from topoflow.reproducibility import describe_software, set_deterministic
 from topoflow.resume import (
     Start,
     adopt_saved,
+    is_normalized_alike,
+    keep_or_forget_best,
     read_start,
     require_resumable,
     restore_start,
@@ -73,8 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
             context = stack.enter_context(distributed_context(launch, config.distributed, device))
             with context.together("run directory"):
                 if context.is_main:
-                    stack.enter_context(directory.in_use())
-            setup_logging(directory.path, context.is_main)
+                    directory.hold()
+                setup_logging(directory.path, context.is_main)
             train(config, context, directory, stop)
 
     return run_to_exit(body, launch, directory)
@@ -92,20 +94,22 @@ def train(config: Config, context: Context, directory: RunDirectory, stop: StopF
         plan = build_plan(config, data, context)
     with context.together("config"):
         config = resolve(config, data, plan, start)
-        require_resumable(start, config, data.source.fingerprint)
+        require_resumable(start, config, data, plan.steps_per_epoch)
     normalization = agree_on_normalization(data, start, config, context)
-    if context.is_main:
-        directory.write_config(config)
-
     state = build_state(config, data, plan, context)
     report = restore_start(start, state, config, context)
+    start = dataclasses.replace(start, state=None)  # it is in the model and the optimizer now
     state.forward = wrap_for_training(state.model, context)
     with ExitStack() as stack:
         resume_step = state.progress.step if start.kind == "resume" else None
-        writer = MetricsWriter(directory.path if context.is_main else None, resume_step)
-        stack.callback(writer.close)
-        if start.kind == "resume" and context.is_main:
-            say_restored(start, report, directory, checkpoints, writer)
+        with context.together("run directory"):
+            writer = MetricsWriter(directory.path if context.is_main else None, resume_step)
+            stack.callback(writer.close)
+            if context.is_main:
+                directory.write_config(config)
+                say_restored(start, report, directory, checkpoints, writer)
+        if start.kind == "resume":
+            keep_or_forget_best(state.progress, checkpoints, config.checkpoint, context)
         capture = capture_with(state, config, data, normalization, context)
         saver = CheckpointSaver(context, checkpoints, config.checkpoint, capture, start.path)
         trainer = build_trainer(config, context, state, data, normalization, plan, saver, writer, stop)
@@ -159,7 +163,7 @@ def resolve(config: Config, data: ForecastData, plan: BatchPlan, start: Start) -
 
 def agree_on_normalization(data: ForecastData, start: Start, config: Config, context: Context) -> Normalization:
     """The checkpoint's when a run resumes on the same data, else rank 0's, broadcast."""
-    if start.kind == "resume" and start.state["data"]["fingerprint"] == data.source.fingerprint:
+    if start.kind == "resume" and is_normalized_alike(start, config, data):
         return Normalization.from_dict(start.state["data"]["normalization"])
     constants = None
     with context.together("normalization"):
@@ -197,6 +201,7 @@ def capture_with(
         "random": {"seed": config.run.seed, "keyed_by": "(seed, purpose, step, micro-batch index in the global batch)"},
         "data": {
             "fingerprint": data.source.fingerprint,
+            "mask_fingerprint": data.mask_fingerprint,
             "normalization": normalization.to_dict(),
             "normalization_fingerprint": normalization.fingerprint,
         },

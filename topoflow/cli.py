@@ -82,7 +82,7 @@ def _add_evaluate(commands) -> None:
     parser.add_argument("source", metavar="CHECKPOINT-OR-RUN", type=Path, help="of a run: its best, else its last")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="what differs from its config")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="default: test")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: run.device")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: auto")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: the run's evaluation folder")
     parser.set_defaults(run=_evaluate)
 

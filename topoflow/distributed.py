@@ -164,10 +164,6 @@ class Context:
         self.launch, self.device = launch, device
         self.rank, self.world_size, self.is_main = launch.rank, launch.world_size, launch.is_main
 
-    def barrier(self) -> None:
-        """Wait until every process is here."""
-        self.gather_objects(None)
-
     def gather_objects(self, item: Any) -> list[Any]:
         """`item` of every process, in the order of ranks, on every process (pickled, over the host)."""
         if self.world_size == 1:

@@ -28,6 +28,7 @@ def run_to_exit(body: Callable[[], None], launch: Launch, directory: RunDirector
     finally:
         if directory is not None and launch.is_main:
             directory.write_exit(status, reason)
+            directory.release()
         close_logging()
     return status
 

@@ -5,16 +5,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from topoflow.checkpoint import find_checkpoint, read_everywhere, restore_weights
-from topoflow.config import override_config
+from topoflow.config import Config, changed_on_resume, override_config
 from topoflow.data import Normalization, open_forecast_data
 from topoflow.distributed import Context
-from topoflow.errors import ConfigError
+from topoflow.errors import ConfigError, RunDirectoryError
 from topoflow.evaluation import evaluate_model
 from topoflow.model import build_model
 from topoflow.reproducibility import set_deterministic
 from topoflow.scores import Record
 
 log = logging.getLogger(__name__)
+
+FREE_TO_SCORE = (
+    "run.*", "data.train", "data.validation", "data.mask", "data.lead_times_hours", "train.*", "optim.*",
+)  # fmt: skip
+"""Keys that may differ between a checkpoint and an evaluation of it, beside those that may on a resume."""
 
 
 def score_checkpoint(
@@ -23,7 +28,7 @@ def score_checkpoint(
     """Score the checkpoint (or the run's best, else last) `source` on a split; all ranks call it.
 
     Scores and plots go to `output`; by default to the evaluation folder of the run that the checkpoint lies in, or
-    beside the checkpoint.
+    beside the checkpoint, and for another split than test to a folder of its name in it.
 
     Raises:
         MissingPath, ResumeRefused: the checkpoint is not there, or damaged.
@@ -32,6 +37,7 @@ def score_checkpoint(
     path, saved = read_everywhere(context, lambda: find_checkpoint(source), ("model", "data", "config"))
     with context.together("data"):
         config = override_config(saved["config"], overrides, f"the checkpoint {path}")
+        _require_same_network(saved["config"], config, path)
         set_deterministic(config.run, compile=False)
         data = open_forecast_data(config.data, config.model.wind != "none", config.model.terrain != "none", (split,))
         if split not in data.splits:
@@ -58,4 +64,20 @@ def score_checkpoint(
     if output is None:
         in_run = path.parent.name == "checkpoints"
         output = (path.parent.parent if in_run else path.parent) / "evaluation"
+        output = output if split == "test" else output / split
+    with context.together("output"):
+        _make_folder(output)
     return evaluate_model(context, model, data, normalization, split, config.train, output)
+
+
+def _require_same_network(saved: dict, config: Config, path: Path) -> None:
+    refused, _ = changed_on_resume(saved, config, FREE_TO_SCORE)
+    if refused:
+        raise ConfigError(f"{'; '.join(refused)}: expected as in {path}: its weights know these channels and no others")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirectoryError(f"{folder}: cannot be made: {error.strerror}") from None

@@ -56,8 +56,11 @@ def setup_logging(run_dir: Path | None, is_main: bool) -> None:
     terminal.addFilter(_is_not_on_the_bar)
     handlers: list[logging.Handler] = [terminal]
     if is_main and run_dir is not None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(run_dir / "train.log", encoding="utf-8")
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            file = logging.FileHandler(run_dir / "train.log", encoding="utf-8")
+        except OSError as error:
+            raise RunDirectoryError(f"{run_dir / 'train.log'}: cannot be written: {error.strerror}") from None
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handlers.append(file)
     for handler, name in zip(handlers, _HANDLER_NAMES, strict=False):

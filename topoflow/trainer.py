@@ -15,7 +15,7 @@ from topoflow.checkpoint import CheckpointSaver, state_digests
 from topoflow.config import TrainConfig
 from topoflow.data import BatchPlan, ForecastDataset, build_eval_loader, build_train_loader
 from topoflow.distributed import Context
-from topoflow.errors import StopRequested, TrainingDiverged
+from topoflow.errors import DataError, RunDirectoryError, StopRequested, TrainingDiverged
 from topoflow.loss import masked_squared_error
 from topoflow.reproducibility import seed_draws
 from topoflow.stop import StopFlag
@@ -31,10 +31,13 @@ class TrainProgress:
     """Where a run stands; all of it is in a checkpoint."""
 
     step: int = 0
+    updates: int = 0
+    """Steps that changed weights: all but those whose batch held no target at all."""
     epoch: int = 0
     samples_in_epoch: int = 0
     validation_loss: float | None = None
     best_validation_loss: float | None = None
+    best_step: int | None = None
     validations_since_best: int = 0
 
 
@@ -154,6 +157,7 @@ class Trainer:
                 scale *= min(1.0, self.grad_clip_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
             torch._foreach_mul_(gradients, scale)
             self.state.optimizer.step()
+            self.state.progress.updates += 1
         self.state.optimizer.zero_grad()
         return norm
 
@@ -196,6 +200,10 @@ class Trainer:
                 mine[index] = torch.stack([sums.double(), counts.double()]).cpu()
         rows = {index: row for part in self.context.gather_objects(mine) for index, row in part.items()}
         sums, counts = torch.stack([rows[index] for index in sorted(rows)]).sum(dim=0)  # [T], [T]
+        if counts.sum() == 0:
+            refusal = DataError("data.validation: no target has a value that counts in the whole split")
+            refusal.shared = True
+            raise refusal
         by_target = (sums / counts).tolist()  # nan where a target has no value
         loss = (sums.sum() / counts.sum()).item()
         return loss, dict(zip(self.data.validation.target_names, by_target, strict=True))
@@ -221,11 +229,14 @@ class Trainer:
         bar = Progress(progress.step, self.total_steps, self.context.is_main)
         try:
             while not self._is_over():
+                before = progress.step
                 for batches in self._steps_of_epoch():
                     self._step_and_after(batches, bar)
                     if self._is_over():
                         break
+                assert progress.step > before, "an epoch without a step never ends"
             self._save_once(is_best=False)
+            self._require_saved("the end of the run")
             early = progress.step < self.total_steps
             self.writer.end(progress.step, "early stopping" if early else "all steps done")
         finally:
@@ -262,7 +273,7 @@ class Trainer:
             self.verify_ranks(f"after step {progress.step}")
         is_best = self._validation_due(epoch_ended) and self._validate_and_compare()
         save_due = self.save_every_steps and progress.step % self.save_every_steps == 0
-        if is_best or save_due or result.stop:
+        if (is_best and self.saver.keeps_best) or save_due or result.stop:
             self._save_once(is_best)
         if result.stop:
             self._stop()
@@ -296,11 +307,13 @@ class Trainer:
         self.writer.validation(progress.step, loss, by_target)
         log.info("validation after step %d: loss %.5f", progress.step, loss)
         if not math.isfinite(loss):
-            self._refuse(f"validation after step {progress.step}: the loss is not finite ({loss})")
+            refusal = TrainingDiverged(f"validation after step {progress.step}: the loss is not finite ({loss})")
+            refusal.shared = True
+            raise refusal
         progress.validation_loss = loss
         is_best = progress.best_validation_loss is None or loss < progress.best_validation_loss
         if is_best:
-            progress.best_validation_loss = loss
+            progress.best_validation_loss, progress.best_step = loss, progress.step
         progress.validations_since_best = 0 if is_best else progress.validations_since_best + 1
         return is_best
 
@@ -310,13 +323,21 @@ class Trainer:
         if step == self._last_saved_step:
             return
         folder = self.saver.save(is_best)
-        self._last_saved_step = step
         if folder is not None:
+            self._last_saved_step = step
             self.writer.checkpoint(step, folder)
+
+    def _require_saved(self, when: str) -> None:
+        """No run ends as if its state were safe when the last save failed, whatever checkpoint.on_error says."""
+        if self._last_saved_step != self.state.progress.step:
+            refusal = RunDirectoryError(f"{when}: the checkpoint of step {self.state.progress.step} was not written")
+            refusal.shared = True
+            raise refusal
 
     def _stop(self) -> None:
         names = [name for name in self.context.gather_objects(self.stop.signal_name) if name]
         step = self.state.progress.step
+        self._require_saved(f"stopped by {names[0]}")
         self.writer.end(step, f"stopped by {names[0]}")
         refusal = StopRequested(f"stopped by {names[0]} after step {step}; its checkpoint is committed")
         refusal.shared = True

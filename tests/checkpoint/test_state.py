@@ -50,7 +50,7 @@ def train(parts, first, last):
 def saved_after(steps=4, **options):
     parts = build(**options)
     train(parts, 0, steps)
-    return parts, {**copy.deepcopy(capture_state(*parts)), "progress": {"step": steps}}
+    return parts, {**copy.deepcopy(capture_state(*parts)), "progress": {"step": steps, "updates": steps}}
 
 
 def named(parts):

@@ -56,6 +56,7 @@ def test_a_checkpoint_and_another_split_can_be_named(program, run, capsys):
     checkpoint = run / "checkpoints" / "step-00000006"
     assert cli.main(["evaluate", str(checkpoint), "--split", "validation"]) == 0
     assert "step-00000006 on the validation split" in capsys.readouterr().err
+    assert scores(run / "evaluation" / "validation") != scores(run / "evaluation")
     assert cli.main(["evaluate", str(checkpoint), "data.test=[]"]) == 2
     assert "data.test" in capsys.readouterr().err
 
@@ -77,5 +78,13 @@ def test_a_checkpoint_with_code_in_it_is_refused(program, run, capsys):
 
 
 def test_model_options_that_the_checkpoint_does_not_fit_are_refused(program, run, capsys):
-    assert cli.main(["evaluate", str(run), "model.depth=3"]) == 3
-    assert "blocks.2." in capsys.readouterr().err
+    for override in ("model.depth=3", "data.targets=[o3, co, no2, so2, pm10, pm25]", "data.availability=false"):
+        assert cli.main(["evaluate", str(run), override]) == 2
+        assert override.partition("=")[0] in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_made_is_refused_before_the_work(program, run, capsys):
+    assert cli.main(["evaluate", str(run), "--output", str(program.config / "below")]) == 2
+    said = capsys.readouterr().err
+    assert "cannot be made" in said
+    assert "RMSE" not in said

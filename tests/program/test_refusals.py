@@ -201,3 +201,71 @@ def test_bad_usage_is_status_2(capsys):
         train.main([])
     assert ended.value.code == 2
     assert "CONFIG" in capsys.readouterr().err
+
+
+def test_a_shrunk_training_split_that_ends_before_the_position_is_refused(program):
+    assert program.train("train.max_steps=12", "data.validation=[]").returncode == 0
+    changed = ("data.train=[[2018-10-01, 2018-10-03]]", "checkpoint.allow_changed=[data.train]", "data.validation=[]")
+    refused(program.train(*changed), 3, "192 samples of the epoch")
+
+
+def test_a_changed_mask_is_refused_and_a_moved_one_is_not(program):
+    mask = np.ones((8, 12))
+    np.save(program.folder / "mask.npy", mask)
+    masked = f"data.mask={program.folder / 'mask.npy'}"
+    assert program.train("train.max_steps=1", masked).returncode == 0
+    (program.folder / "mask.npy").rename(program.folder / "moved.npy")
+    masked = f"data.mask={program.folder / 'moved.npy'}"
+    assert program.train("train.max_steps=2", masked).returncode == 0
+    mask[:4] = 0
+    np.save(program.folder / "moved.npy", mask)
+    refused(program.train("train.max_steps=3", masked), 3, "data.mask_fingerprint")
+
+
+def test_a_save_that_failed_is_never_called_committed(program):
+    (program.folder / "run").mkdir()
+    (program.folder / "run" / "checkpoints").write_text("in the way")
+    options = ("train.max_steps=2", "checkpoint.every_steps=1", "data.validation=[]")
+    done = program.train(*options)
+    refused(done, 2, "checkpoints", "not written")
+    assert sorted(program.losses()) == [1]
+    done = program.train(*options, "checkpoint.on_error=continue")
+    refused(done, 2, "the end of the run", "step 2 was not written")
+    assert sorted(program.losses()) == [1, 2]
+
+
+def test_files_of_the_run_that_cannot_be_written(program):
+    (program.folder / "run" / "config.yaml").mkdir(parents=True)
+    for processes in (1, 2):
+        done = program.train("train.max_steps=1", processes=processes)
+        assert sum("config.yaml: cannot be written" in line for line in done.stderr.splitlines()) == 1
+        assert 'train.py", line' not in done.stderr
+        assert program.exit_record()["status"] == 2
+
+
+def test_a_refused_resume_leaves_the_config_as_it_was(program):
+    assert program.train("train.max_steps=2").returncode == 0
+    before = (program.folder / "run" / "config.yaml").read_text()
+    refused(program.train("train.max_steps=3", "model.embed_dim=32"), 3, "model.embed_dim: 16 -> 32")
+    assert (program.folder / "run" / "config.yaml").read_text() == before
+
+
+def test_a_validation_split_without_a_value_is_no_divergence(program, world):
+    copy = program.folder / "copy"
+    shutil.copytree(world, copy)
+    store = next(copy.glob("*.zarr"))
+    data = xr.open_zarr(store, consolidated=False).load()
+    shutil.rmtree(store)
+    for name in ("pm25", "pm10", "so2", "no2", "co", "o3"):
+        data[name].loc[{"time": slice("2018-10-07", "2018-10-08")}] = np.nan
+    data.drop_encoding().to_netcdf(copy / "data_2018.nc")
+    refused(program.train(f"data.path={copy}"), 2, "data.validation", "no target has a value")
+
+
+def test_an_accepted_normalization_is_the_one_that_is_used(program):
+    names = ("u", "v", "temp", "rh", "psfc", "pm10", "so2", "no2", "co", "o3", "lat2d", "lon2d", "pm25", "elevation")
+    constants = ", ".join(f"{name}: [1, 100]" for name in (*names, "population"))
+    assert program.train("train.max_steps=1").returncode == 0
+    changed = (f"data.normalization={{{constants}}}", "checkpoint.allow_changed=[data.normalization]")
+    assert program.train("train.max_steps=2", *changed).returncode == 0
+    assert program.state(step=2)["data"]["normalization"]["pm25"] == [1.0, 100.0]

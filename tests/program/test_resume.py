@@ -7,7 +7,10 @@ import signal
 import time
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from topoflow.data import ForecastDataset
 
 
 def stop_after(process, step, number):
@@ -36,8 +39,8 @@ def test_stopped_at_a_step_and_resumed(program, assert_same_run, processes):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_commits_a_checkpoint_and_the_run_goes_on(program, assert_same_run, number):
-    process = program.start("distributed.verify_every_steps=3")
+def test_a_signal_commits_a_checkpoint_and_the_run_goes_on(program, undisturbed, number):
+    process = program.start("train.max_steps=100000")
     said = stop_after(process, 9, number)
     assert process.returncode == 75, said
     assert f"stopped by {number.name} after step" in said
@@ -45,15 +48,16 @@ def test_a_signal_commits_a_checkpoint_and_the_run_goes_on(program, assert_same_
     assert program.exit_record()["status"] == 75
     stopped = program.events(kind="end")[0]["step"]
     assert (program.folder / "run" / "checkpoints" / f"step-{stopped:08d}").is_dir()
-    assert program.train().returncode == 0
-    assert_same_run(1)
+    assert program.train(f"train.max_steps={max(20, stopped + 1)}").returncode == 0
+    losses, _ = undisturbed(1)
+    assert {step: loss for step, loss in program.losses().items() if step <= 20} == losses
     assert program.exit_record() == {"status": 0, "reason": "done"}
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_and_resumed(program, assert_same_run, processes):
-    process = program.start(processes=processes)
-    said = stop_after(process, 10, signal.SIGKILL)
+    process = program.start("data.workers=0", processes=processes)
+    said = stop_after(process, 8, signal.SIGKILL)
     assert process.returncode != 0, said
     wait_until_free(program.folder / "run")
     assert program.train(processes=processes).returncode == 0
@@ -122,3 +126,71 @@ def test_another_world_size_sees_the_same_samples(program, undisturbed):
     for step, loss in program.losses().items():
         assert float.fromhex(loss) == pytest.approx(float.fromhex(losses[step]), rel=1e-5)
     assert program.state()["progress"]["samples_in_epoch"] == undisturbed(1)[1]["progress"]["samples_in_epoch"]
+
+
+def test_the_best_pointer_survives_a_kill_before_it_was_written(program):
+    assert program.train("train.max_steps=9").returncode == 0
+    folder = program.folder / "run" / "checkpoints"
+    (folder / "best").unlink()
+    shutil.rmtree(folder / "step-00000009")
+    (folder / ".writing-step-00000010-1").mkdir()
+    assert program.train("train.max_steps=9").returncode == 0
+    validated = {event["step"]: event["loss"] for event in program.events(kind="validation")}
+    assert (folder / "best").read_text().strip() == f"step-{min(validated, key=validated.get):08d}"
+    assert not (folder / ".writing-step-00000010-1").exists()
+
+
+def test_the_best_is_the_lowest_validation_and_old_checkpoints_go(program):
+    options = (
+        "train.validate_every_steps=2",
+        "checkpoint.every_steps=1",
+        "checkpoint.keep_last=2",
+        "train.max_steps=9",
+    )
+    assert program.train(*options).returncode == 0
+    validated = {event["step"]: event["loss"] for event in program.events(kind="validation")}
+    best = min(validated, key=validated.get)
+    folder = program.folder / "run" / "checkpoints"
+    assert (folder / "best").read_text().strip() == f"step-{best:08d}"
+    kept = {int(path.name.removeprefix("step-")) for path in folder.glob("step-*")}
+    assert kept == {8, 9, best}
+
+
+def test_a_named_checkpoint_of_another_run_and_its_requeue(program):
+    assert program.train("train.max_steps=6").returncode == 0
+    asked = f"checkpoint.resume={program.folder / 'run'}"
+    assert program.train(asked, "train.max_steps=8", run="second").returncode == 0
+    assert sorted(program.losses("second")) == [7, 8]
+    requeued = program.train(asked, "train.max_steps=10", run="second")
+    assert requeued.returncode == 0, requeued.stderr
+    assert sorted(program.losses("second")) == [7, 8, 9, 10]
+
+
+def test_a_named_older_checkpoint_rewinds_the_run(program):
+    assert program.train("train.max_steps=8", "checkpoint.every_steps=2").returncode == 0
+    folder = program.folder / "run" / "checkpoints"
+    assert program.train("train.max_steps=5", f"checkpoint.resume={folder / 'step-00000004'}").returncode == 0
+    assert sorted(program.losses()) == [1, 2, 3, 4, 5]
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    assert names == [
+        "abandoned-step-00000006",
+        "abandoned-step-00000008",
+        "step-00000002",
+        "step-00000004",
+        "step-00000005",
+    ]
+
+
+def test_a_run_that_began_with_an_empty_batch_goes_on(program, monkeypatch):
+    whole = ForecastDataset.__getitem__
+
+    def without_targets(self, i):
+        sample = whole(self, i)
+        return {**sample, "valid": torch.zeros_like(sample["valid"])}
+
+    options = ("data.workers=0", "data.validation=[]")
+    with monkeypatch.context() as patch:
+        patch.setattr(ForecastDataset, "__getitem__", without_targets)
+        assert program.train(*options, "train.max_steps=1").returncode == 0
+    done = program.train(*options, "train.max_steps=2")
+    assert done.returncode == 0, done.stderr

@@ -54,9 +54,9 @@ class CheckpointDirectory:
         """
         folder = self.folder(state["progress"]["step"])
         write_checkpoint(folder, state)
-        self._point("last", folder)
         if is_best:
-            self._point("best", folder)
+            self.point("best", folder)
+        self.point("last", folder)
         return folder
 
     def newest_whole(self) -> tuple[Path, dict[str, Any]] | None:
@@ -87,21 +87,42 @@ class CheckpointDirectory:
                 file = self.path / name
                 if file.is_file() and file.read_text(encoding="ascii", errors="replace").strip() == folder.name:
                     file.unlink()
-            target = self.path / f"abandoned-{folder.name}"
-            shutil.rmtree(target, ignore_errors=True)
+            target, number = self.path / f"abandoned-{folder.name}", 2
+            while target.exists():
+                target, number = self.path / f"abandoned-{folder.name}-{number}", number + 1
             folder.rename(target)
             renamed.append(target)
         return renamed
 
     def prune(self, keep_last: int, keep: set[Path]) -> list[Path]:
         """Delete all but the newest `keep_last` checkpoints, the best and those in `keep`; returns what went."""
-        keep = {*keep, self.pointer("best"), *map(self.folder, self.steps()[-keep_last:])}
+        try:
+            best = self.pointer("best")
+        except ResumeRefused as damage:
+            log.warning("%s", damage)
+            best = None
+        keep = {*keep, best, *map(self.folder, self.steps()[-keep_last:])}
         gone = [self.folder(step) for step in self.steps() if self.folder(step) not in keep]
         for folder in gone:
             shutil.rmtree(folder)
         return gone
 
-    def _point(self, name: str, folder: Path) -> None:
+    def clean_up(self) -> None:
+        """Remove what a killed save left behind; a checkpoint that it was about to replace comes back."""
+        for temporary in self.path.glob(".writing-*") if self.path.is_dir() else ():
+            shutil.rmtree(temporary)
+        for hidden in self.path.glob(".replaced-step-*") if self.path.is_dir() else ():
+            folder = self.path / re.sub(r"^\.replaced-(step-\d+)-\d+$", r"\1", hidden.name)
+            if folder.exists():
+                shutil.rmtree(hidden)
+            else:
+                hidden.rename(folder)
+
+    def point(self, name: str, folder: Path | None) -> None:
+        """Let `last` or `best` name this checkpoint, in one move; None removes the pointer."""
+        if folder is None:
+            (self.path / name).unlink(missing_ok=True)
+            return
         temporary = self.path / f".{name}-{os.getpid()}"
         with open(temporary, "w", encoding="ascii") as file:
             file.write(folder.name + "\n")

@@ -1,5 +1,6 @@
 """One checkpoint: a folder with state.pt and manifest.json, written whole or not at all, verified when it is read."""
 
+import errno
 import hashlib
 import json
 import os
@@ -7,7 +8,7 @@ import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -47,7 +48,7 @@ def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     try:
         temporary.mkdir(parents=True)
         with open(temporary / STATE, "wb") as file:
-            torch.save(state, file)
+            _save(state, file)
             _flush(file)
         with open(temporary / MANIFEST, "w", encoding="ascii") as file:
             file.write(
@@ -58,7 +59,12 @@ def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
         replaced = folder.with_name(f".replaced-{folder.name}-{os.getpid()}")
         if folder.exists():
             os.rename(folder, replaced)
-        os.rename(temporary, folder)
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if replaced.exists():
+                os.rename(replaced, folder)
+            raise
         _flush_folder(folder.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
@@ -102,6 +108,14 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise ResumeRefused(f"checkpoint {folder}: format {found}: expected {FORMAT[0]}.x")
     return state
+
+
+def _save(state: dict[str, Any], file: BinaryIO) -> None:
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:
+        # torch's writer says so when the file takes no more bytes, and hides the cause
+        raise OSError(errno.EIO, f"{str(error).splitlines()[0]} (is the disk full?)") from error
 
 
 def _contents(folder: Path, state: dict[str, Any]) -> dict[str, Any]:

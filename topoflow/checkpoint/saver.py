@@ -32,6 +32,11 @@ class CheckpointSaver:
         self._context, self._directory, self._config, self._capture = context, directory, config, capture
         self._keep = {resumed_from} if resumed_from is not None else set()
 
+    @property
+    def keeps_best(self) -> bool:
+        """Whether a new lowest validation loss is worth a checkpoint of its own."""
+        return self._config.keep_best
+
     def save(self, is_best: bool) -> Path | None:
         """Commit a checkpoint of the present state; call on every rank.
 
@@ -46,15 +51,23 @@ class CheckpointSaver:
             try:
                 folder = self._directory.save(self._capture(), is_best and self._config.keep_best)
                 self._keep.clear()
-                self._directory.prune(self._config.keep_last, self._keep)
             except OSError as error:
                 failure = f"checkpoint in {self._directory.path}: not written: {error.strerror or error}"
-        failure = self._context.broadcast_object(failure)
+            else:
+                self._prune()
+        folder, failure = self._context.broadcast_object((folder, failure))
         if failure is None:
             return folder
         if self._config.on_error == "continue":
-            log.error("%s; training goes on (checkpoint.on_error=continue)", failure)
+            if self._context.is_main:
+                log.error("%s; training goes on (checkpoint.on_error=continue)", failure)
             return None
         refusal = RunDirectoryError(f"{failure}; older checkpoints are as they were")
         refusal.shared = True
         raise refusal
+
+    def _prune(self) -> None:
+        try:
+            self._directory.prune(self._config.keep_last, self._keep)
+        except OSError as error:
+            log.warning("%s: an old checkpoint could not be deleted: %s", self._directory.path, error)

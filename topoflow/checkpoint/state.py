@@ -117,7 +117,7 @@ def restore_state(
     home = {name: group["name"] for group in optimizer.param_groups for name in group["param_names"]}
     parameters = dict(model.named_parameters())
     moments = state["optimizer"]["state"]
-    if state["progress"]["step"] > 0:
+    if state["progress"]["updates"] > 0:
         new = set(_allowed_new(list(home), list(moments), allow_new, "moments of"))
     else:
         new = set(home) - set(moments)

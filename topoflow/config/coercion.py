@@ -55,7 +55,7 @@ def coerce(kind: Any, value: Any, key: str) -> Any:
         return {coerce(str, name, key): coerce(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
     elif kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
-    elif kind is int and isinstance(value, int | float) and not isinstance(value, bool) and value == math.floor(value):
+    elif kind is int and isinstance(value, int | float) and not isinstance(value, bool) and value % 1 == 0:
         return int(value)
     elif kind in (bool, str, type(None)) and type(value) is kind:
         return value

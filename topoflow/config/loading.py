@@ -19,7 +19,7 @@ from topoflow.errors import ConfigError, MissingPath
 # Keys that may differ between a checkpoint and the run that resumes from it, because they do not alter the mathematics
 # (globs). The rest are refused unless checkpoint.allow_changed lists them.
 FREE_ON_RESUME = (
-    "run.dir", "run.threads", "run.device", "data.path", "data.test", "data.workers", "data.in_memory",
+    "run.dir", "run.threads", "run.device", "data.path", "data.mask", "data.test", "data.workers", "data.in_memory",
     "train.max_epochs", "train.max_steps", "train.compile", "train.activation_checkpointing",
     "train.early_stopping_patience", "train.validate_every_steps", "train.log_every_steps", "checkpoint.*",
     "distributed.*",
@@ -37,14 +37,20 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that `_Loader` would take for something else."""
+
+
 _Loader.yaml_implicit_resolvers = {}
+_Dumper.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
     ("bool", r"true|false|True|False", "tfTF"),
     ("null", r"null|Null|~|", ["n", "N", "~", ""]),
     ("int", r"[-+]?[0-9]+", "-+0123456789"),
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf)|\.(nan|NaN)", "-+.0123456789"),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -74,6 +80,7 @@ def override_config(tree: Any, overrides: Sequence[str], where: str) -> Config:
     said: dict[str, str] = {}
     tree = copy.deepcopy(tree)
     try:
+        _require_sections(tree)
         for override in overrides:
             _apply_override(tree, override, said)
         return config_from_dict(tree)
@@ -93,8 +100,7 @@ def _where(key: str, tree: Any, said: dict[str, str], path: str) -> str:
 
 def config_from_dict(tree: Any) -> Config:
     """The config that nested dicts {section: {key: value}} describe; see `load_config` for what is refused."""
-    if not isinstance(tree, dict):
-        raise ConfigError(f"config: {tree!r} is not usable: expected sections {', '.join(_sections())}")
+    _require_sections(tree)
     built = {}
     for name, section in tree.items():
         _require_known(str(name), "", list(_sections()))
@@ -112,7 +118,7 @@ def config_to_dict(config: Config) -> dict[str, dict[str, Any]]:
 
 def dump_config(config: Config) -> str:
     """The resolved config as YAML; loading it gives the same config."""
-    return yaml.safe_dump(config_to_dict(config), sort_keys=False, default_flow_style=None, width=100)
+    return yaml.dump(config_to_dict(config), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100)
 
 
 def changed_on_resume(saved: dict, now: Config, allowed: Sequence[str] = ()) -> tuple[list[str], list[str]]:
@@ -131,6 +137,11 @@ def changed_on_resume(saved: dict, now: Config, allowed: Sequence[str] = ()) -> 
             listed = any(fnmatch.fnmatchcase(key, pattern) for pattern in allowed)
             (accepted if listed else refused).append(f"{key}: {was!r} -> {is_now!r}")
     return refused, accepted
+
+
+def _require_sections(tree: Any) -> None:
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config: {tree!r} is not usable: expected sections {', '.join(_sections())}")
 
 
 def _sections() -> dict[str, type]:

@@ -1,5 +1,6 @@
 """From the data section of the config to data sets: the one place that knows which part needs which."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,6 +43,11 @@ class ForecastData:
     def target_names(self) -> tuple[str, ...]:
         """Names of the forecast variables, in order."""
         return self.config.targets
+
+    @property
+    def mask_fingerprint(self) -> str:
+        """Hex SHA-256 of which cells count."""
+        return hashlib.sha256(np.packbits(self.mask).tobytes()).hexdigest()
 
     def build_normalization(self) -> Normalization:
         """From the constants of data.normalization, or computed over the training split (one pass over the data)."""
