@@ -1,3 +1,5 @@
+import socket
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from topoflow.distributed import (
     expand_tasks_per_node,
     read_launch,
 )
-from topoflow.errors import ConfigError, DataError
+from topoflow.errors import ConfigError, DataError, RanksDisagree
 
 TORCHRUN = {
     "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
@@ -124,3 +126,18 @@ def test_one_process_needs_no_group():
             raise DataError("gone")
         context.require_same({"a": "1"}, "test")
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_that_do_not_meet_are_told_who_and_where(rank):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launch = Launch("srun", "a test", rank=rank, world_size=2, address="127.0.0.1", port=port)
+    config = DistributedConfig(setup_timeout_seconds=1)
+    with (
+        pytest.raises(RanksDisagree, match=rf"rank {rank} of 2 .* 127\.0\.0\.1:{port} within 1 s") as refusal,
+        distributed_context(launch, config, torch.device("cpu")),
+    ):
+        pass
+    assert refusal.value.exit_status == 5
