@@ -59,11 +59,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="what differs from the file")
     options = parser.parse_args(arguments)
+    launch = None
     try:
         launch = read_launch()
         config = load_config(options.config, options.overrides)
     except Refusal as refusal:
-        say_refusal(refusal)
+        refusal.shared = True  # all processes read the same file and the same words
+        say_refusal(refusal, launch)
         return refusal.exit_status
     directory = RunDirectory(config.run.dir)
 

@@ -13,16 +13,29 @@ SCRIPT = Path(__file__).parents[2] / "launch" / "torchrun.sh"
 
 @pytest.fixture
 def torchrun(program):
-    """Starts the script with two processes on the small world."""
+    """Starts the script with two processes on the small world, as a terminal does."""
+
+    def heed_ctrl_c():
+        # a shell's background job, which the tests may be part of, ignores it, and bash cannot trap what it inherits so
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    started = []
 
     def start(*overrides, stdout=subprocess.PIPE):
         command = ["bash", str(SCRIPT), "--nproc-per-node=2", str(program.config), f"run.dir={program.folder / 'run'}"]
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [*command, *overrides],
             stdout=stdout, stderr=subprocess.STDOUT, text=True, env=program.environment(), cwd=program.folder,
+            preexec_fn=heed_ctrl_c,
         )  # fmt: skip
+        started.append(process)
+        return process
 
-    return start
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(60)
 
 
 def wait_for_step(program, step, process):
@@ -37,7 +50,7 @@ def wait_for_step(program, step, process):
 
 def test_it_trains_as_torchrun_does(torchrun, assert_same_run):
     process = torchrun()
-    said, _ = process.communicate()
+    said, _ = process.communicate(timeout=180)
     assert process.returncode == 0, said
     assert "torchrun, 2 process(es)" in said
     assert_same_run(2)
@@ -45,7 +58,7 @@ def test_it_trains_as_torchrun_does(torchrun, assert_same_run):
 
 def test_a_config_that_cannot_be_used_ends_before_anything_is_launched(torchrun):
     process = torchrun("train.max_step=3")
-    said, _ = process.communicate()
+    said, _ = process.communicate(timeout=180)
     assert process.returncode == 2
     assert said.count("\n") == 1
     assert "train.max_steps" in said
@@ -53,7 +66,7 @@ def test_a_config_that_cannot_be_used_ends_before_anything_is_launched(torchrun)
 
 def test_data_that_are_missing_end_with_2_and_not_with_torchruns_1(torchrun):
     process = torchrun("data.path=nowhere")
-    said, _ = process.communicate()
+    said, _ = process.communicate(timeout=180)
     assert process.returncode == 2, said
 
 
@@ -63,7 +76,7 @@ def test_a_signal_to_the_script_ends_in_a_checkpoint_and_75(program, torchrun, u
     process = torchrun("train.max_steps=100000")
     wait_for_step(program, 4, process)
     process.send_signal(number)
-    said, _ = process.communicate()
+    said, _ = process.communicate(timeout=180)
     assert process.returncode == 75, said
     [end] = program.events(kind="end")
     assert (program.folder / "run" / "checkpoints" / f"step-{end['step']:08d}").is_dir()
@@ -81,7 +94,7 @@ def test_an_earlier_runs_exit_json_is_not_believed(program, torchrun):
     workers = Path(f"/proc/{children[0]}/task/{children[0]}/children").read_text().split()
     for worker in workers:
         subprocess.run(["kill", "-KILL", worker], check=False)
-    said, _ = process.communicate()
+    said, _ = process.communicate(timeout=180)
     assert process.returncode == 1, said
 
 
