@@ -8,31 +8,26 @@ import argparse
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 
+from topoflow.build import build_plan, build_state, capture_with, resolve, total_steps
 from topoflow.checkpoint import (
-    FORMAT,
     CheckpointDirectory,
     CheckpointSaver,
-    capture_state,
     find_checkpoint,
     read_everywhere,
     restore_weights,
 )
-from topoflow.config import Config, config_to_dict, load_config
+from topoflow.config import Config, load_config
 from topoflow.config.help import config_help
 from topoflow.data import BatchPlan, ForecastData, Normalization, open_forecast_data
 from topoflow.distributed import Context, choose_device, distributed_context, read_launch, wrap_for_training
-from topoflow.errors import ConfigError, Refusal, StopRequested
+from topoflow.errors import Refusal, StopRequested
 from topoflow.evaluation import evaluate_model
 from topoflow.exit import run_to_exit, say_refusal
-from topoflow.model import build_model
-from topoflow.optim import build_optimizer, build_scheduler
-from topoflow.reproducibility import describe_software, set_deterministic
+from topoflow.reproducibility import set_deterministic
 from topoflow.resume import (
     Start,
     adopt_saved,
@@ -46,7 +41,7 @@ from topoflow.resume import (
 from topoflow.run_directory import RunDirectory
 from topoflow.stop import StopFlag
 from topoflow.tracking import MetricsWriter, format_summary, setup_logging
-from topoflow.trainer import TrainData, Trainer, TrainProgress, TrainState
+from topoflow.trainer import TrainData, Trainer, TrainState
 
 log = logging.getLogger("topoflow.train")
 
@@ -95,7 +90,8 @@ def train(config: Config, context: Context, directory: RunDirectory, stop: StopF
         data = open_forecast_data(config.data, config.model.wind != "none", config.model.terrain != "none")
         plan = build_plan(config, data, context)
     with context.together("config"):
-        config = resolve(config, data, plan, start)
+        config = adopt_saved(start, config) if start.kind == "resume" else config
+        config = resolve(config, data, plan)
         require_resumable(start, config, data, plan.steps_per_epoch)
     normalization = agree_on_normalization(data, start, config, context)
     state = build_state(config, data, plan, context)
@@ -126,43 +122,6 @@ def train(config: Config, context: Context, directory: RunDirectory, stop: StopF
     evaluate_best(config, context, state, data, normalization, directory)
 
 
-def build_plan(config: Config, data: ForecastData, context: Context) -> BatchPlan:
-    """How samples are ordered and shared by ranks."""
-    return BatchPlan(
-        num_samples=len(data.splits["train"].starts) * len(config.data.lead_times_hours),
-        seed=config.run.seed,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        rank=context.rank,
-        world_size=context.world_size,
-    )
-
-
-def total_steps(config: Config, plan: BatchPlan) -> int:
-    """Length of the run in optimizer steps: max_steps or max_epochs, whichever ends first."""
-    by_epochs = config.train.max_epochs and config.train.max_epochs * plan.steps_per_epoch
-    return min(steps for steps in (config.train.max_steps, by_epochs) if steps)
-
-
-def resolve(config: Config, data: ForecastData, plan: BatchPlan, start: Start) -> Config:
-    """The config with what it left open: the grid's size, and the length of the schedule.
-
-    A resumed run keeps the schedule's length of the run that it goes on with, also where max_steps was raised since.
-    """
-    if start.kind == "resume":
-        config = adopt_saved(start, config)
-    model, optim = config.model, config.optim
-    if model.img_size is None:
-        model = dataclasses.replace(model, img_size=data.grid.shape)
-    if tuple(model.img_size) != data.grid.shape:
-        raise ConfigError(f"model.img_size: {list(model.img_size)}: expected the data's {list(data.grid.shape)}")
-    if optim.schedule_length is None:
-        steps = total_steps(config, plan)
-        epochs = -(-steps // plan.steps_per_epoch)
-        optim = dataclasses.replace(optim, schedule_length=epochs if optim.schedule_interval == "epoch" else steps)
-    return dataclasses.replace(config, model=model, optim=optim)
-
-
 def agree_on_normalization(data: ForecastData, start: Start, config: Config, context: Context) -> Normalization:
     """The checkpoint's when a run resumes on the same data, else rank 0's, broadcast."""
     if start.kind == "resume" and is_normalized_alike(start, config, data):
@@ -172,50 +131,6 @@ def agree_on_normalization(data: ForecastData, start: Start, config: Config, con
         if context.is_main:
             constants = data.build_normalization().to_dict()
     return Normalization.from_dict(context.broadcast_object(constants))
-
-
-def build_state(config: Config, data: ForecastData, plan: BatchPlan, context: Context) -> TrainState:
-    """Model, optimizer and scheduler, as they are before the first step of a new run."""
-    with context.together("model"):
-        model = build_model(
-            config.model,
-            data.input_names,
-            data.target_names,
-            data.grid.shape,
-            *data.grid.patch_centres_km(config.model.patch_size),
-            seed=config.run.seed,
-            activation_checkpointing=config.train.activation_checkpointing,
-        )
-    model.to(context.device)
-    if config.train.compile:
-        model.compile()
-    optimizer = build_optimizer(model, config.optim)
-    scheduler = build_scheduler(optimizer, config.optim, plan.steps_per_epoch, total_steps(config, plan))
-    return TrainState(model, model, optimizer, scheduler, TrainProgress())
-
-
-def capture_with(
-    state: TrainState, config: Config, data: ForecastData, normalization: Normalization, context: Context
-) -> Callable[[], dict[str, Any]]:
-    """What a checkpoint holds, as a function that captures it when called."""
-    constant = {
-        "format": FORMAT,
-        "random": {"seed": config.run.seed, "keyed_by": "(seed, purpose, step, micro-batch index in the global batch)"},
-        "data": {
-            "fingerprint": data.source.fingerprint,
-            "mask_fingerprint": data.mask_fingerprint,
-            "normalization": normalization.to_dict(),
-            "normalization_fingerprint": normalization.fingerprint,
-        },
-        "config": config_to_dict(config),
-        "software": {**describe_software(context.device), "world_size": context.world_size},
-    }
-
-    def capture() -> dict[str, Any]:
-        arrays = capture_state(state.model, state.optimizer, state.scheduler)
-        return {**constant, **arrays, "progress": dataclasses.asdict(state.progress)}
-
-    return capture
 
 
 def build_trainer(

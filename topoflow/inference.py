@@ -4,13 +4,13 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from topoflow.build import build_network
 from topoflow.checkpoint import find_checkpoint, read_everywhere, restore_weights
 from topoflow.config import Config, changed_on_resume, override_config
 from topoflow.data import Normalization, open_forecast_data
 from topoflow.distributed import Context
 from topoflow.errors import ConfigError, RunDirectoryError
 from topoflow.evaluation import evaluate_model
-from topoflow.model import build_model
 from topoflow.reproducibility import set_deterministic
 from topoflow.scores import Record
 
@@ -46,14 +46,7 @@ def score_checkpoint(
             raise ConfigError(
                 f"data.path: grid {data.grid.shape}: expected {tuple(config.model.img_size)} as in {path}"
             )
-        model = build_model(
-            config.model,
-            data.input_names,
-            data.target_names,
-            data.grid.shape,
-            *data.grid.patch_centres_km(config.model.patch_size),
-            seed=config.run.seed,
-        )
+        model = build_network(config, data)
     if data.source.fingerprint != saved["data"]["fingerprint"]:
         log.warning("data.path: %s is not the data set of the training", config.data.path)
     with context.together("restoring the weights"):

@@ -1,0 +1,103 @@
+"""From config and data to what a training run is made of: the order of samples, model, optimizer, scheduler.
+
+Shared by training and by the import of checkpoints, which must build the same.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from topoflow.checkpoint import FORMAT, capture_state
+from topoflow.config import Config, config_to_dict
+from topoflow.data import BatchPlan, ForecastData, Normalization
+from topoflow.distributed import Context
+from topoflow.errors import ConfigError
+from topoflow.model import TopoFlow, build_model
+from topoflow.optim import build_optimizer, build_scheduler
+from topoflow.reproducibility import describe_software
+from topoflow.trainer import TrainProgress, TrainState
+
+
+def build_plan(config: Config, data: ForecastData, context: Context) -> BatchPlan:
+    """How samples are ordered and shared by ranks."""
+    return BatchPlan(
+        num_samples=len(data.splits["train"].starts) * len(config.data.lead_times_hours),
+        seed=config.run.seed,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        rank=context.rank,
+        world_size=context.world_size,
+    )
+
+
+def total_steps(config: Config, plan: BatchPlan) -> int:
+    """Length of the run in optimizer steps: max_steps or max_epochs, whichever ends first."""
+    by_epochs = config.train.max_epochs and config.train.max_epochs * plan.steps_per_epoch
+    return min(steps for steps in (config.train.max_steps, by_epochs) if steps)
+
+
+def resolve(config: Config, data: ForecastData, plan: BatchPlan) -> Config:
+    """The config with what it left open: the grid's size, and the length of the schedule.
+
+    Raises:
+        ConfigError: model.img_size is not the data's grid.
+    """
+    model, optim = config.model, config.optim
+    if model.img_size is None:
+        model = dataclasses.replace(model, img_size=data.grid.shape)
+    if tuple(model.img_size) != data.grid.shape:
+        raise ConfigError(f"model.img_size: {list(model.img_size)}: expected the data's {list(data.grid.shape)}")
+    if optim.schedule_length is None:
+        steps = total_steps(config, plan)
+        epochs = -(-steps // plan.steps_per_epoch)
+        optim = dataclasses.replace(optim, schedule_length=epochs if optim.schedule_interval == "epoch" else steps)
+    return dataclasses.replace(config, model=model, optim=optim)
+
+
+def build_network(config: Config, data: ForecastData) -> TopoFlow:
+    """The network for these data on CPU, with its initial weights."""
+    return build_model(
+        config.model,
+        data.input_names,
+        data.target_names,
+        data.grid.shape,
+        *data.grid.patch_centres_km(config.model.patch_size),
+        seed=config.run.seed,
+        activation_checkpointing=config.train.activation_checkpointing,
+    )
+
+
+def build_state(config: Config, data: ForecastData, plan: BatchPlan, context: Context) -> TrainState:
+    """Model, optimizer and scheduler, as they are before the first step of a new run."""
+    with context.together("model"):
+        model = build_network(config, data)
+    model.to(context.device)
+    if config.train.compile:
+        model.compile()
+    optimizer = build_optimizer(model, config.optim)
+    scheduler = build_scheduler(optimizer, config.optim, plan.steps_per_epoch, total_steps(config, plan))
+    return TrainState(model, model, optimizer, scheduler, TrainProgress())
+
+
+def capture_with(
+    state: TrainState, config: Config, data: ForecastData, normalization: Normalization, context: Context
+) -> Callable[[], dict[str, Any]]:
+    """What a checkpoint holds, as a function that captures it when called."""
+    constant = {
+        "format": FORMAT,
+        "random": {"seed": config.run.seed, "keyed_by": "(seed, purpose, step, micro-batch index in the global batch)"},
+        "data": {
+            "fingerprint": data.source.fingerprint,
+            "mask_fingerprint": data.mask_fingerprint,
+            "normalization": normalization.to_dict(),
+            "normalization_fingerprint": normalization.fingerprint,
+        },
+        "config": config_to_dict(config),
+        "software": {**describe_software(context.device), "world_size": context.world_size},
+    }
+
+    def capture() -> dict[str, Any]:
+        arrays = capture_state(state.model, state.optimizer, state.scheduler)
+        return {**constant, **arrays, "progress": dataclasses.asdict(state.progress)}
+
+    return capture
