@@ -27,6 +27,7 @@ def test_what_does_not_alter_the_mathematics_may_change(override):
     [
         "optim.learning_rate=1e-3", "run.seed=4", "data.train=[2014]", "data.lead_times_hours=[12]",
         "train.global_batch_size=64", "train.micro_batch_size=8", "train.precision=bf16", "model.drop_rate=0.2",
+        "distributed.reduction=canonical",
     ],
 )  # fmt: skip
 def test_what_alters_the_mathematics_is_refused_unless_listed(override):
@@ -38,3 +39,11 @@ def test_what_alters_the_mathematics_is_refused_unless_listed(override):
     assert refused == []
     assert [line.partition(":")[0] for line in accepted] == [key]
     assert changes(override, allowed=[key.partition(".")[0] + ".*"])[0] == []
+
+
+def test_a_key_that_is_younger_than_the_checkpoint_has_its_default_there():
+    saved = config_to_dict(config_from_dict(TREE))
+    del saved["distributed"]["reduction"]
+    assert changed_on_resume(saved, config_from_dict(TREE)) == ([], [])
+    other = override_config(TREE, ["distributed.reduction=canonical"], "a test")
+    assert changed_on_resume(saved, other) == (["distributed.reduction: 'ddp' -> 'canonical'"], [])

@@ -1,6 +1,7 @@
 """The configuration: its schema, and how it is read, written and compared."""
 
 from topoflow.config.loading import (
+    ADDS_NAMES,
     changed_on_resume,
     config_from_dict,
     config_to_dict,
@@ -21,6 +22,7 @@ from topoflow.config.schema import (
 )
 
 __all__ = [
+    "ADDS_NAMES",
     "PARAMETER_GROUPS",
     "CheckpointConfig",
     "Config",

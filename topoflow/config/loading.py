@@ -22,7 +22,14 @@ FREE_ON_RESUME = (
     "run.dir", "run.threads", "run.device", "data.path", "data.mask", "data.test", "data.workers", "data.in_memory",
     "train.max_epochs", "train.max_steps", "train.compile", "train.activation_checkpointing",
     "train.early_stopping_patience", "train.validate_every_steps", "train.log_every_steps", "checkpoint.*",
-    "distributed.*",
+    "distributed.backend", "distributed.setup_timeout_seconds", "distributed.timeout_seconds",
+    "distributed.verify_every_steps",
+)  # fmt: skip
+
+# Keys that add parts to the network: with checkpoint.allow_new they may differ too, and the names of what is restored,
+# and the probe, tell whether anything else did.
+ADDS_NAMES = (
+    "model.wind", "model.terrain", "model.elevation_alpha_init", "model.relative_position", "model.patch_norm",
 )  # fmt: skip
 
 
@@ -128,7 +135,8 @@ def changed_on_resume(saved: dict, now: Config, allowed: Sequence[str] = ()) -> 
         (refused, accepted): lines "key: was -> is"; accepted are those that a name or glob in `allowed` covers.
     """
     refused, accepted = [], []
-    old, new = _flatten(saved), _flatten(config_to_dict(now))
+    # the default of a key that is younger than the checkpoint is what the program did before it
+    old, new = {**_defaults(), **_flatten(saved)}, _flatten(config_to_dict(now))
     for key in sorted(old.keys() | new.keys()):
         if any(fnmatch.fnmatchcase(key, pattern) for pattern in FREE_ON_RESUME):
             continue
@@ -218,6 +226,16 @@ def _apply_override(tree: dict, override: str, said: dict[str, str]) -> None:
 def _default_of(kind: type, key: str) -> Any:
     field = next(f for f in dataclasses.fields(kind) if f.name == key)
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+
+
+def _defaults() -> dict[str, Any]:
+    """section.key: default, of all keys that have one."""
+    return {
+        f"{name}.{key}": _plain(_default_of(kind, key))
+        for name, kind in _sections().items()
+        for key in _hints(kind)
+        if key not in _required_keys(kind)
+    }
 
 
 def _plain(value: Any) -> Any:

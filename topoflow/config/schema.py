@@ -107,14 +107,22 @@ class ModelConfig:
     """Hidden width of a block's MLP over embed_dim."""
     drop_rate: float = 0.1
     """Dropout on embeddings, attention weights, projections and MLPs."""
+    block_dropout: Literal["all", "first", "none"] | None = None
+    """Blocks that drop with drop_rate, for imported weights; absent: first with patch_norm or relative_position (as the
+    published program did), else all."""
     drop_path: float = 0.1
     """Stochastic depth: rate of the last block; it rises linearly from 0 at the first."""
-    wind: Literal["none", "rank"] = "rank"
-    """rank: each token is told where it stands along the field's mean wind; none: not."""
+    wind: Literal["none", "rank", "legacy_regional"] = "rank"
+    """rank: each token is told where it stands along the field's mean wind; none: not. legacy_regional: tokens sorted
+    within regions, for imported weights of the published program's predecessor (128 x 256 cells, patch_size 2)."""
     terrain: Literal["none", "endpoint"] = "endpoint"
     """endpoint: attention of block 0 is damped towards tokens that stand higher; none: not."""
     elevation_alpha_init: float = 0.01
     """Initial strength of the terrain term (learned)."""
+    relative_position: bool = False
+    """Bias attention of block 0 by relative position, for imported weights of the published program."""
+    patch_norm: bool = False
+    """Normalize each variable's token before they are aggregated, for imported weights of the published program."""
 
     def __post_init__(self):
         for key in ("patch_size", "embed_dim", "depth", "num_heads"):
@@ -230,6 +238,8 @@ class CheckpointConfig:
     """Names (or globs) of weights and buffers that may be absent from the checkpoint; they start fresh."""
     allow_changed: tuple[str, ...] = ()
     """Config keys (or globs) that alter the mathematics and may differ from the checkpoint's all the same."""
+    probe_tolerance: float = 1e-3
+    """Largest relative change of the probe loss on a resume with other software, device model or thread count."""
     validate_on_resume: bool = False
     """Run the whole validation after a restore, before the first step, and log it beside the checkpoint's."""
     on_error: Literal["stop", "continue"] = "stop"
@@ -239,6 +249,7 @@ class CheckpointConfig:
         every = self.every_steps
         _require(self, "every_steps", every is None or every >= 1, "an integer >= 1, or null")
         _require(self, "keep_last", self.keep_last >= 1, "an integer >= 1")
+        _require(self, "probe_tolerance", self.probe_tolerance >= 0, "a number >= 0")
         _require(self, "resume", self.resume != "", "auto, never or the path of a checkpoint")
         either = self.init_from is None or self.resume in ("auto", "never")
         _require(self, "init_from", either, "no checkpoint.resume=PATH beside it: a run resumes or fine-tunes")
@@ -256,6 +267,8 @@ class DistributedConfig:
     """How long a collective operation may wait for the slowest process."""
     verify_every_steps: int | None = 1000
     """Optimizer steps between proofs that all processes hold the same state; null: only at start and after a resume."""
+    reduction: Literal["ddp", "canonical"] = "ddp"
+    """How gradients are summed over processes. canonical: 1, 2, 4 ... give the same bits (with run.threads set)."""
 
     def __post_init__(self):
         for key in ("setup_timeout_seconds", "timeout_seconds"):

@@ -6,20 +6,26 @@ from torch.nn import functional as F
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; drop_rate applies to the attention weights and to the projection."""
+    """Multi-head self-attention; drop_rate applies to the attention weights and to the projection.
 
-    def __init__(self, embed_dim: int, num_heads: int, drop_rate: float):
+    rel_pos_bias, if given, returns what position adds to the scores of each head, [heads, N, N].
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, drop_rate: float, rel_pos_bias: nn.Module | None = None):
         super().__init__()
         self.num_heads = num_heads
         self.drop_rate = drop_rate
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.proj = nn.Linear(embed_dim, embed_dim)
         self.proj_drop = nn.Dropout(drop_rate)
+        self.rel_pos_bias = rel_pos_bias
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [B, N, D], bias [N, N] added to the scores [query, key] of all samples and heads -> [B, N, D]."""
         B, N, D = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each [B, heads, N, D/heads]
+        if self.rel_pos_bias is not None:
+            bias = self.rel_pos_bias() if bias is None else self.rel_pos_bias() + bias
         dropout = self.drop_rate if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, N, D)))

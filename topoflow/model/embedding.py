@@ -61,10 +61,10 @@ class VariableAggregation(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * embed_dim))
         self.out_proj = nn.Linear(embed_dim, embed_dim)
 
-    def forward(self, query: Tensor, inputs: Tensor, matrices: Tensor) -> Tensor:
+    def forward(self, query: Tensor, inputs: Tensor, matrices: Tensor | None) -> Tensor:
         """Attend from query [1, 1, D] to the tokens inputs[:, :, v] @ matrices[v] of the variables v.
 
-        inputs [B, N, V, K], matrices [V, K, D] -> [B, N, D]. With K = D and identities as matrices, the inputs are the
+        inputs [B, N, V, K], matrices [V, K, D] -> [B, N, D]. Without matrices (identities, K = D) the inputs are the
         variables' tokens themselves.
         """
         B, N, V, K = inputs.shape
@@ -75,13 +75,15 @@ class VariableAggregation(nn.Module):
 
         q = F.linear(query.flatten(), w_query, b_query).view(heads, 1, -1) * (D // heads) ** -0.5
         key = torch.bmm(q, w_key.view(heads, -1, D)).squeeze(1)  # [heads, D]
-        scores = torch.einsum("mvk,vkh->hmv", inputs, matrices @ key.T)
-        attention = scores.softmax(dim=-1)
-
-        mixed = (attention.unsqueeze(-1) * inputs).flatten(2)  # [heads, B*N, V*K]
-        values = torch.einsum("vkd,hed->hvke", matrices, w_value.view(heads, -1, D)).flatten(
-            1, 2
-        )  # [heads, V*K, D/heads]
+        if matrices is None:
+            attention = torch.einsum("mvd,hd->hmv", inputs, key).softmax(dim=-1)
+            mixed = torch.einsum("hmv,mvd->hmd", attention, inputs)
+            values = w_value.view(heads, -1, D).transpose(1, 2)  # [heads, D, D/heads]
+        else:
+            attention = torch.einsum("mvk,vkh->hmv", inputs, matrices @ key.T).softmax(dim=-1)
+            mixed = (attention.unsqueeze(-1) * inputs).flatten(2)  # [heads, B*N, V*K]
+            values = torch.einsum("vkd,hed->hvke", matrices, w_value.view(heads, -1, D))
+            values = values.flatten(1, 2)  # [heads, V*K, D/heads]
         x = torch.bmm(mixed, values).transpose(0, 1).reshape(B, N, D) + b_value
         return self.out_proj(x)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from topoflow.model.embedding import sincos_1d, sincos_2d
 
 LINEAR_STD = 0.02
-"""Standard deviation of queries, and of linear weights at REFERENCE_WIDTH (ClimaX, timm)."""
+"""Standard deviation of queries and relative positions, and of linear weights at REFERENCE_WIDTH (ClimaX, timm)."""
 
 REFERENCE_WIDTH = 768
 """Width of the paper scale. At other widths, linear weights have the variance that passes signals on as they are there.
@@ -58,7 +58,7 @@ def _initial_value(
         return _truncated_normal(parameter, 1 / math.sqrt(parameter.shape[1]), generator)
     if last == "weight" and parameter.ndim == 1:
         return torch.ones_like(parameter)  # of a LayerNorm
-    if name == "var_query":
+    if name == "var_query" or last == "bias_table":
         return _truncated_normal(parameter, LINEAR_STD, generator)
     if last == "weight" and parameter.ndim == 2:
         return _truncated_normal(parameter, LINEAR_STD * math.sqrt(REFERENCE_WIDTH / embed_dim), generator)

@@ -33,8 +33,15 @@ def terrain_bias(heights_m: Tensor, alpha: Tensor, h_scale_m: Tensor) -> Tensor:
 class TerrainAttention(Attention):
     """Self-attention with the terrain bias, of learned strength elevation_alpha."""
 
-    def __init__(self, embed_dim: int, num_heads: int, drop_rate: float, alpha_init: float):
-        super().__init__(embed_dim, num_heads, drop_rate)
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        drop_rate: float,
+        alpha_init: float,
+        rel_pos_bias: nn.Module | None = None,
+    ):
+        super().__init__(embed_dim, num_heads, drop_rate, rel_pos_bias)
         self.elevation_alpha = nn.Parameter(torch.full((1,), alpha_init))
         self.register_buffer("H_scale", torch.tensor(H_SCALE_M))
 

@@ -12,6 +12,12 @@ from topoflow.errors import ConfigError
 from topoflow.model.attention import Attention, Block
 from topoflow.model.embedding import PatchEmbedding, VariableAggregation, split_patches, unpatchify
 from topoflow.model.initialization import initialize_weights
+from topoflow.model.legacy import (
+    NormedPatchEmbedding,
+    RelativePositionBias,
+    require_regional_grid,
+    scan_regionally,
+)
 from topoflow.model.terrain import TerrainAttention, patch_heights
 from topoflow.model.wind import WindRank
 
@@ -22,7 +28,8 @@ class TopoFlow(nn.Module):
     input_names and target_names are the channels of the input and of the output; img_size is (rows, columns) of the
     grid; patch_x_km, patch_y_km [N] are the patch centres in raster order, x east and y north, used if config.wind is
     rank. Weights are whatever torch's layers start with: `build_model` gives the initial ones. Raises ConfigError if
-    the patch size does not divide the grid, ValueError if the patch centres are not N finite numbers.
+    the patch size does not divide the grid or the wind scan is not defined on it, ValueError if the patch centres are
+    not N finite numbers.
     """
 
     def __init__(
@@ -45,8 +52,11 @@ class TopoFlow(nn.Module):
         if any(cells % p for cells in self.img_size):
             raise ConfigError(f"model.patch_size: {p} does not divide the grid of {img_size[0]} x {img_size[1]} cells")
         self.grid_size = (self.img_size[0] // p, self.img_size[1] // p)
+        if config.wind == "legacy_regional":
+            require_regional_grid(self.img_size, p)
 
-        self.token_embeds = PatchEmbedding(len(self.input_names), p, D)
+        embedding = NormedPatchEmbedding if config.patch_norm else PatchEmbedding
+        self.token_embeds = embedding(len(self.input_names), p, D)
         self.var_embed = nn.Parameter(torch.empty(1, len(self.input_names), D))
         self.var_query = nn.Parameter(torch.empty(1, 1, D))
         self.var_agg = VariableAggregation(D, config.num_heads)
@@ -73,19 +83,24 @@ class TopoFlow(nn.Module):
 
     def _build_block(self, index: int) -> Block:
         config = self.config
+        D, heads = config.embed_dim, config.num_heads
+        published = config.patch_norm or config.relative_position
+        dropping = config.block_dropout or ("first" if published else "all")
+        drop_rate = config.drop_rate if dropping == "all" or (dropping == "first" and index == 0) else 0.0
+        rel_pos_bias = RelativePositionBias(heads, self.grid_size) if index == 0 and config.relative_position else None
         if index == 0 and config.terrain == "endpoint":
-            attn = TerrainAttention(config.embed_dim, config.num_heads, config.drop_rate, config.elevation_alpha_init)
+            attn = TerrainAttention(D, heads, drop_rate, config.elevation_alpha_init, rel_pos_bias)
         else:
-            attn = Attention(config.embed_dim, config.num_heads, config.drop_rate)
+            attn = Attention(D, heads, drop_rate, rel_pos_bias)
         drop_path_rate = config.drop_path * index / max(config.depth - 1, 1)
-        return Block(attn, config.embed_dim, config.mlp_ratio, config.drop_rate, drop_path_rate)
+        return Block(attn, D, config.mlp_ratio, drop_rate, drop_path_rate)
 
     def forward(self, x: Tensor, lead_time_hours: Tensor, elevation_m: Tensor, wind_ms: Tensor | None = None) -> Tensor:
         """Forecast the targets.
 
         x [B, V, H, W]: normalized inputs, channels as input_names, no NaN. lead_time_hours [B]. elevation_m [H, W]:
         terrain height in metres, no NaN, used if config.terrain is endpoint.
-        wind_ms [B, 2, H, W]: (u, v) in m/s, used and required if config.wind is rank.
+        wind_ms [B, 2, H, W]: (u, v) in m/s, used and required unless config.wind is none.
         Returns [B, T, H, W], normalized, channels as target_names. Raises ValueError for other shapes.
         """
         self._check_shapes(x, lead_time_hours, elevation_m, wind_ms)
@@ -104,7 +119,12 @@ class TopoFlow(nn.Module):
         """Tokens [B, N, D] of the fields [B, V, H, W], in raster order."""
         patches = split_patches(x, self.config.patch_size)  # [B, N, V, p*p]
         patches = F.pad(patches, (0, 1), value=1.0)  # the 1 that carries biases and variable embedding
-        tokens = self.var_agg(self.var_query, patches, self.token_embeds(self.var_embed))
+        if self.config.patch_norm:
+            tokens = self.var_agg(self.var_query, self.token_embeds.tokens(patches, self.var_embed), None)
+        else:
+            tokens = self.var_agg(self.var_query, patches, self.token_embeds(self.var_embed))
+        if self.config.wind == "legacy_regional":
+            tokens = scan_regionally(tokens, wind_ms)  # all that follows takes them for tokens in raster order
         lead_time = self.lead_time_embed(lead_time_hours.unsqueeze(-1)).unsqueeze(1)  # [B, 1, D]
         tokens = tokens + self.pos_embed + lead_time
         if self.config.wind == "rank":
@@ -112,15 +132,15 @@ class TopoFlow(nn.Module):
         return self.pos_drop(tokens)
 
     def _check_shapes(self, x: Tensor, lead_time_hours: Tensor, elevation_m: Tensor, wind_ms: Tensor | None) -> None:
-        if self.config.wind == "rank" and wind_ms is None:
-            raise ValueError("wind_ms: None, expected (u, v) in m/s [B, 2, H, W] for model.wind=rank")
+        if self.config.wind != "none" and wind_ms is None:
+            raise ValueError(f"wind_ms: None, expected (u, v) in m/s [B, 2, H, W] for model.wind={self.config.wind}")
         B, (H, W) = x.shape[0], self.img_size
         expected = {
             "x": (x, (B, len(self.input_names), H, W), f"[B, V, H, W] with the channels {', '.join(self.input_names)}"),
             "lead_time_hours": (lead_time_hours, (B,), "[B]"),
             "elevation_m": (elevation_m, (H, W), "[H, W]"),
         }
-        if self.config.wind == "rank":
+        if self.config.wind != "none":
             expected["wind_ms"] = (wind_ms, (B, 2, H, W), "[B, 2, H, W]")
         for name, (tensor, shape, meaning) in expected.items():
             if tuple(tensor.shape) != shape:
