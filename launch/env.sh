@@ -65,6 +65,12 @@ run_dir_of() {
   PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "$python" -m topoflow.config --print run.dir "$@"
 }
 
+# require_free RUN_DIR: one line and status 2 if this job could not have the run directory; takes nothing.
+require_free() {
+  PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} \
+    "$python" -m topoflow.lease "$1" "${SLURM_JOB_ID-}" "${SLURM_RESTART_COUNT-}"
+}
+
 # status_of RUN_DIR STATUS: prints the program's own exit status, given the launcher's. torchrun ends with 1 whatever
 # its processes ended with, srun with the highest status, which is that of a task it killed because another had ended.
 status_of() {

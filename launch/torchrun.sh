@@ -16,9 +16,7 @@ done
 
 # what cannot be used ends here, with one line and before anything is launched
 run_dir=$(run_dir_of "$@")
-if [ -e "$run_dir/.lock" ] && ! flock -n "$run_dir/.lock" true; then
-  fail "run.dir $run_dir: in use by another process: expected one run at a time in a folder"
-fi
+require_free "$run_dir" || exit
 rm -f "$run_dir/exit.json"
 
 case " ${options[*]-} " in

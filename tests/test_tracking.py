@@ -4,9 +4,11 @@ import logging
 import os
 import pty
 import re
+import resource
 import subprocess
 import sys
 import termios
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from topoflow.errors import RunDirectoryError
-from topoflow.tracking import MetricsWriter, Progress, cut_metrics, format_summary, setup_logging
+from topoflow.tracking import MetricsWriter, Progress, close_logging, cut_metrics, format_summary, setup_logging
 
 
 @pytest.fixture(autouse=True)
@@ -181,6 +183,92 @@ def test_a_broken_line_before_the_last_is_refused_by_number(tmp_path, broken):
     )
     with pytest.raises(RunDirectoryError, match=r"metrics\.jsonl: line 2"):
         MetricsWriter(tmp_path, 1)
+
+
+def test_every_change_of_the_lines_is_made_inside_the_guard(tmp_path):
+    path, grown_inside = tmp_path / "metrics.jsonl", []
+
+    def read():
+        return path.read_bytes() if path.exists() else b""
+
+    @contextmanager
+    def guard():
+        before = read()
+        yield
+        grown_inside.append((before, read()))
+
+    for resume_step in (None, 1):
+        writer = MetricsWriter(tmp_path, resume_step, guard)
+        write_step(writer, 2, 0.5)
+        writer.end(2, "done")
+        writer.close()
+    assert len(grown_inside) == 5  # two lines, a cut, two lines
+    assert [before for before, _ in grown_inside] == [b""] + [after for _, after in grown_inside[:-1]]
+
+
+def refuse_all():
+    raise RunDirectoryError("run.dir: taken over")
+
+
+def test_what_the_guard_refuses_is_not_written(tmp_path, capfd):
+    write_run(tmp_path, 1, 2, None, 0.0)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(RunDirectoryError, match="taken over"):
+        MetricsWriter(tmp_path, 1, refuse_all)
+    writer = MetricsWriter(tmp_path, 2)
+    writer._guard = refuse_all
+    lines = (tmp_path / "metrics.jsonl").read_bytes()
+    assert before.startswith(lines)
+    with pytest.raises(RunDirectoryError, match="taken over"):
+        write_step(writer, 3, 0.5)
+    writer.close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == lines
+    setup_logging(tmp_path, True, refuse_all)
+    logging.getLogger("topoflow.trainer").info("not for the file")
+    assert (tmp_path / "train.log").read_bytes() == b""
+    assert capfd.readouterr().err.endswith("not for the file\n")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_append_to_the_old_file_after_a_cut_is_not_in_the_new_one(tmp_path):
+    path, line = tmp_path / "metrics.jsonl", '{"event": "train", "step": 1}\n'
+    path.write_text(line)
+    with path.open("a") as of_who_held_it:
+        assert cut_metrics(path, 1) == 0
+        of_who_held_it.write("late")
+    assert path.read_text() == line
+
+
+@pytest.fixture
+def full_disk():
+    """Lets files grow to a size and no further, as far as this process is concerned."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_a_refusal_that_names_the_file_and_the_torn_line_goes_on_resume(tmp_path, full_disk, capsys):
+    writer = MetricsWriter(tmp_path, None)
+    setup_logging(tmp_path, True)
+    write_step(writer, 1, 0.5)
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    full_disk(size + 10)
+    with pytest.raises(RunDirectoryError, match=r"metrics\.jsonl: cannot be written: File too large"):
+        write_step(writer, 2, 0.5)
+    logging.getLogger("topoflow.trainer").info("x" * size * 2)
+    writer.close()
+    close_logging()
+    full_disk(resource.RLIM_INFINITY)
+    assert (tmp_path / "metrics.jsonl").stat().st_size == size + 10
+    assert capsys.readouterr().err == "x" * size * 2 + "\n"
+    MetricsWriter(tmp_path, 1).close()
+    assert (tmp_path / "metrics.jsonl").stat().st_size == size
+
+
+def test_a_log_file_that_cannot_be_opened(tmp_path):
+    (tmp_path / "train.log").mkdir()
+    with pytest.raises(RunDirectoryError, match=r"train\.log: cannot be written: Is a directory"):
+        setup_logging(tmp_path, True)
 
 
 def test_other_ranks_write_nothing(tmp_path, monkeypatch, capfd):

@@ -1,51 +1,67 @@
-"""The folder of a run: its lock, its config, and how it ended."""
+"""The folder of a run: who holds it, its config, and how it ended."""
 
-import fcntl
 import json
 import os
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from topoflow.config import Config, dump_config
 from topoflow.errors import RunDirectoryError
+from topoflow.lease import Lease
 
 
 class RunDirectory:
-    """RUN: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, resume.json, evaluation/, exit.json."""
+    """RUN: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, resume.json, evaluation/, exit.json.
 
-    def __init__(self, path: str | Path):
+    Args: job, restart: of the launch, see `Lease`.
+    """
+
+    def __init__(self, path: str | Path, job: str | None = None, restart: int = 0):
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.evaluation = self.path / "evaluation"
-        self._lock: TextIO | None = None
+        self._lease = Lease(self.path, job, restart)
+        self._was_asked_for = False
 
-    def hold(self) -> None:
-        """Create the folder and hold it for this process; the lock goes with the process, however that ends.
+    def hold(self, wait: bool = True) -> list[str]:
+        """Create the folder and take its lease, which is over when this process is, however it ends.
+
+        Returns lines that the user should be told: from whom it was taken over, if so.
+
+        Args: wait, whether to watch a holder on another machine for signs of life (30 s), or to be refused at once.
 
         Raises:
-            RunDirectoryError: another process holds it, or it cannot be created or written.
+            RunDirectoryError: another process holds it, and nothing was changed; or it cannot be created or written.
         """
+        self._was_asked_for = True
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = open(self.path / ".lock", "a", encoding="ascii")  # noqa: SIM115 (closed by release)
+            notes = self._lease.take(wait)
+            with self.writing():
+                for unfinished in self.path.glob(".writing-*"):  # of who held it before, and could still rename them
+                    unfinished.unlink(missing_ok=True)
+                (self.path / "exit.json").unlink(missing_ok=True)  # of an earlier process: this one has not ended
         except OSError as error:
             raise RunDirectoryError(f"run.dir {self.path}: cannot be written: {error.strerror}") from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            raise RunDirectoryError(
-                f"run.dir {self.path}: in use by another process: expected one run at a time in a folder"
-            ) from None
-        self._lock = lock
-        (self.path / "exit.json").unlink(missing_ok=True)  # of an earlier process: this one has not ended
+        return notes
 
     def release(self) -> None:
         """Let another process have the folder."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._lease.release()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """The guard around each single change of the folder (rename, append, removal): see `Lease.writing`.
+
+        Raises:
+            RunDirectoryError: this process does not hold the folder, or no longer.
+            OSError: the file system refused.
+        """
+        with self._lease.writing():
+            yield
 
     def write_config(self, config: Config) -> None:
         """RUN/config.yaml: the resolved config, enough to run it again."""
@@ -58,19 +74,25 @@ class RunDirectory:
     def write_exit(self, status: int, reason: str) -> None:
         """RUN/exit.json: the exit status, which torchrun would not pass on.
 
-        Only where this process holds the folder, or can: the exit of a run that goes on is not ours to tell.
+        Only where this process holds the folder, or was not refused it and can have it at once: the exit of a run that
+        goes on is not ours to tell.
         """
         try:
-            if self._lock is None:
-                self.hold()
+            if not self._was_asked_for:
+                self.hold(wait=False)
             self.write_json("exit.json", {"status": status, "reason": reason})
         except RunDirectoryError:
             return  # a folder that is another's, or cannot be written, has been refused already
 
     def _write(self, name: str, text: str) -> None:
-        temporary = self.path / f".{name}-{os.getpid()}"
+        temporary = self.path / f".writing-{name}-{secrets.token_hex(8)}"
         try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, self.path / name)
+            with self.writing():  # not ours: not even a temporary file
+                temporary.write_text(text, encoding="utf-8")
+            with self.writing():  # still ours, and whoever takes over now removes the temporary file
+                os.replace(temporary, self.path / name)
         except OSError as error:
             raise RunDirectoryError(f"{self.path / name}: cannot be written: {error.strerror}") from None
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)

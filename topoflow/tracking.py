@@ -1,15 +1,18 @@
 """What a run says: log lines, metrics.jsonl, TensorBoard curves and the progress bar. Only rank 0 speaks."""
 
+import io
 import json
 import logging
 import math
 import os
+import secrets
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -18,6 +21,9 @@ from topoflow.errors import RunDirectoryError
 logger = logging.getLogger(__name__)
 _progress_logger = logging.getLogger(f"{__name__}.progress")
 _HANDLER_NAMES = ("topoflow-terminal", "topoflow-file")
+
+Guard = Callable[[], AbstractContextManager[None]]
+"""Entered around each change of a run directory: raises RunDirectoryError where it is no longer this process's."""
 
 
 class _TerminalStream:
@@ -28,6 +34,33 @@ class _TerminalStream:
 
     def flush(self) -> None:
         sys.stderr.flush()
+
+
+class _LogFile(logging.StreamHandler):
+    """Lines appended to a file at once, while the run directory is this process's and takes them; else dropped.
+
+    The terminal has them all the same, and the next line of metrics.jsonl says what is wrong.
+    """
+
+    def __init__(self, path: Path, guard: Guard):
+        file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+        super().__init__(io.TextIOWrapper(file, encoding="utf-8", write_through=True))
+        self._guard = guard
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            with self._guard():
+                super().emit(record)
+        except (RunDirectoryError, OSError):
+            return
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        self.stream.close()
+        super().close()
 
 
 class _TerminalFormatter(logging.Formatter):
@@ -42,11 +75,14 @@ def _is_not_on_the_bar(record: logging.LogRecord) -> bool:
     return record.name != _progress_logger.name or not sys.stderr.isatty()
 
 
-def setup_logging(run_dir: Path | None, is_main: bool) -> None:
+def setup_logging(run_dir: Path | None, is_main: bool, guard: Guard = nullcontext) -> None:
     """Let the `topoflow` loggers speak: messages to stderr, and dated lines appended to run_dir/train.log.
 
     On ranks that are not main only errors are shown, and nothing goes to the file. run_dir None: no file. A second
     call replaces what the first one set up; `close_logging` undoes it.
+
+    Raises:
+        RunDirectoryError: train.log cannot be written.
     """
     close_logging()
     package = logging.getLogger("topoflow")
@@ -58,7 +94,7 @@ def setup_logging(run_dir: Path | None, is_main: bool) -> None:
     if is_main and run_dir is not None:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            file = logging.FileHandler(run_dir / "train.log", encoding="utf-8")
+            file = _LogFile(run_dir / "train.log", guard)
         except OSError as error:
             raise RunDirectoryError(f"{run_dir / 'train.log'}: cannot be written: {error.strerror}") from None
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -83,26 +119,35 @@ class MetricsWriter:
     that is not finite becomes null (JSON has no NaN) and no point in TensorBoard.
 
     Args: run_dir, or None to write nothing (ranks that are not main); resume_step, the step that was restored: what
-    the files hold of later steps is removed, as is an earlier `end`. None: a new run, everything is removed.
+    the files hold of later steps is removed, as is an earlier `end`. None: a new run, everything is removed. guard is
+    entered around each append, and the removal.
 
-    Raises: RunDirectoryError if a line of metrics.jsonl other than a torn last one cannot be read.
+    Raises: RunDirectoryError, here or when writing, if a file cannot be written or the run directory is no longer this
+    process's; here if a line of metrics.jsonl other than a torn last one cannot be read.
     """
 
-    def __init__(self, run_dir: Path | None, resume_step: int | None):
+    def __init__(self, run_dir: Path | None, resume_step: int | None, guard: Guard = nullcontext):
         self._lines = self._curves = None
         if run_dir is None:
             return
         # here and not above: only rank 0 pays for the import (0.2 s, many small files)
         from torch.utils.tensorboard import SummaryWriter
 
-        run_dir.mkdir(parents=True, exist_ok=True)
+        self._guard, self._path, self._curves_path = guard, run_dir / "metrics.jsonl", run_dir / "tensorboard"
         last_step = -1 if resume_step is None else resume_step
-        path = run_dir / "metrics.jsonl"
-        cut = cut_metrics(path, last_step)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            cut = cut_metrics(self._path, last_step, guard)
+            # unbuffered: what could not be written is not kept to be written later
+            self._lines = self._path.open("ab", buffering=0)
+        except OSError as error:
+            self._refuse(self._path, error)
         if cut:
-            logger.info("%s: lines cut because this run goes on from step %d: %d", path, max(last_step, 0), cut)
-        self._lines = path.open("a", encoding="utf-8", buffering=1)
-        self._curves = SummaryWriter(run_dir / "tensorboard", purge_step=last_step + 1)
+            logger.info("%s: lines cut because this run goes on from step %d: %d", self._path, max(last_step, 0), cut)
+        try:
+            self._curves = SummaryWriter(self._curves_path, purge_step=last_step + 1)
+        except OSError as error:
+            self._refuse(self._curves_path, error)
 
     def train_step(
         self,
@@ -143,19 +188,38 @@ class MetricsWriter:
         """Finish both files."""
         if self._lines is not None:
             self._lines.close()
-            self._curves.close()
+        if self._curves is not None:
+            try:
+                self._curves.close()
+            except OSError as error:
+                self._refuse(self._curves_path, error)
 
     def _write(self, event: str, step: int, **values: Any) -> None:
-        if self._lines is not None:
-            record = {"event": event, "step": step} | {key: _finite_or_null(value) for key, value in values.items()}
-            self._lines.write(json.dumps(record, allow_nan=False) + "\n")
+        if self._lines is None:
+            return
+        record = {"event": event, "step": step} | {key: _finite_or_null(value) for key, value in values.items()}
+        left = memoryview(json.dumps(record, allow_nan=False).encode() + b"\n")
+        try:
+            with self._guard():
+                while left:  # a disk that fills up takes a part first
+                    left = left[self._lines.write(left) :]
+        except OSError as error:
+            self._refuse(self._path, error)
 
     def _draw(self, step: int, points: Mapping[str, float]) -> None:
-        if self._curves is not None:
+        if self._curves is None:
+            return
+        try:
             for tag, value in points.items():
                 if math.isfinite(value):
                     self._curves.add_scalar(tag, value, step)
             self._curves.flush()
+        except OSError as error:
+            self._refuse(self._curves_path, error)
+
+    def _refuse(self, path: Path, error: OSError) -> NoReturn:
+        self._curves = None  # it would try again when it is closed, and hide this refusal behind the next
+        raise RunDirectoryError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def _loss(loss: float) -> dict[str, Any]:
@@ -168,12 +232,13 @@ def _finite_or_null(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def cut_metrics(path: Path, last_step: int) -> int:
+def cut_metrics(path: Path, last_step: int, guard: Guard = nullcontext) -> int:
     """Remove from a metrics.jsonl the events after last_step, every `end`, and a last line that was torn.
 
-    The file is replaced in one move, so a kill leaves the old one or the new one. Returns the number of lines removed.
+    The file is replaced by a copy in one move, so a kill leaves the old one or the new one, and an append by a process
+    that held the run before and has it open still goes to the old one. Returns the number of lines removed.
 
-    Raises: RunDirectoryError for any other line that is not an event.
+    Raises: RunDirectoryError for any other line that is not an event; OSError.
     """
     if not path.exists():
         return 0
@@ -187,13 +252,16 @@ def cut_metrics(path: Path, last_step: int) -> int:
         except (ValueError, TypeError, KeyError) as error:
             if number < len(lines):
                 raise RunDirectoryError(f"{path}: line {number} is not an event: expected a JSON object") from error
-    if "".join(kept) != text:
-        temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f".writing-{path.name}-{secrets.token_hex(8)}")
+    try:
         with temporary.open("w", encoding="utf-8") as file:
             file.writelines(kept)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        with guard():
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return len(lines) - len(kept)
 
 
