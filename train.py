@@ -12,27 +12,31 @@ from contextlib import ExitStack
 
 import torch
 
-from topoflow.build import build_plan, build_state, capture_with, resolve, total_steps
+from topoflow.build import build_plan, build_state, build_train_data, capture_with, resolve, total_steps
+from topoflow.certificate import Certifier
 from topoflow.checkpoint import (
     CheckpointDirectory,
     CheckpointSaver,
+    deliver,
     find_checkpoint,
+    plan_weights,
     read_everywhere,
-    restore_weights,
 )
 from topoflow.config import Config, load_config
 from topoflow.config.help import config_help
 from topoflow.data import BatchPlan, ForecastData, Normalization, open_forecast_data
-from topoflow.distributed import Context, choose_device, distributed_context, read_launch, wrap_for_training
+from topoflow.distributed import Context, choose_device, distributed_context, read_launch
 from topoflow.errors import Refusal, StopRequested
 from topoflow.evaluation import evaluate_model
 from topoflow.exit import run_to_exit, say_refusal
+from topoflow.reduction import CanonicalReduction, DdpReduction, build_reduction
 from topoflow.reproducibility import set_deterministic
 from topoflow.resume import (
     Start,
     adopt_saved,
     is_normalized_alike,
     keep_or_forget_best,
+    prove,
     read_start,
     require_resumable,
     restore_start,
@@ -41,7 +45,8 @@ from topoflow.resume import (
 from topoflow.run_directory import RunDirectory
 from topoflow.stop import StopFlag
 from topoflow.tracking import MetricsWriter, format_summary, setup_logging
-from topoflow.trainer import TrainData, Trainer, TrainState
+from topoflow.train_state import TrainData, TrainState, verify_ranks
+from topoflow.trainer import Trainer
 
 log = logging.getLogger("topoflow.train")
 
@@ -62,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         refusal.shared = True  # all processes read the same file and the same words
         say_refusal(refusal, launch)
         return refusal.exit_status
-    directory = RunDirectory(config.run.dir)
+    directory = RunDirectory(config.run.dir, launch.job, launch.restart)
 
     def body() -> None:
         device = choose_device(config.run.device, launch)
@@ -71,9 +76,10 @@ def main(arguments: list[str] | None = None) -> int:
             stop = stack.enter_context(StopFlag().listening())
             context = stack.enter_context(distributed_context(launch, config.distributed, device))
             with context.together("run directory"):
-                if context.is_main:
-                    directory.hold()
-                setup_logging(directory.path, context.is_main)
+                notes = directory.hold() if context.is_main else []
+                setup_logging(directory.path, context.is_main, directory.writing)
+            for note in notes:
+                log.warning("%s", note)
             train(config, context, directory, stop)
 
     return run_to_exit(body, launch, directory)
@@ -83,7 +89,7 @@ def train(config: Config, context: Context, directory: RunDirectory, stop: StopF
     """Data, model, optimizer, restore, fit, evaluate."""
     launch = context.launch
     log.info("%s, %d process(es), on %s (%s)", launch.launcher, launch.world_size, context.device, launch.reason)
-    checkpoints = CheckpointDirectory(directory.checkpoints)
+    checkpoints = CheckpointDirectory(directory.checkpoints, directory.writing)
     start = read_start(config.checkpoint, checkpoints, context)
 
     with context.together("data"):
@@ -92,26 +98,29 @@ def train(config: Config, context: Context, directory: RunDirectory, stop: StopF
     with context.together("config"):
         config = adopt_saved(start, config) if start.kind == "resume" else config
         config = resolve(config, data, plan)
-        require_resumable(start, config, data, plan.steps_per_epoch)
+        changed = require_resumable(start, config, data, plan.steps_per_epoch)
     normalization = agree_on_normalization(data, start, config, context)
     state = build_state(config, data, plan, context)
-    report = restore_start(start, state, config, context)
+    report = restore_start(start, state, config, changed, context)
+    train_data = build_train_data(config, data, normalization, plan, context.device)
+    certifier = Certifier(state, train_data, config.train)
+    proof = prove(start, certifier, report, config.checkpoint, changed, context)
     start = dataclasses.replace(start, state=None)  # it is in the model and the optimizer now
-    state.forward = wrap_for_training(state.model, context)
+    reduction = build_reduction(config.distributed, state.model, context, plan.accumulation)
+    verify_ranks(context, state, train_data, "before the first step")
     with ExitStack() as stack:
         resume_step = state.progress.step if start.kind == "resume" else None
         with context.together("run directory"):
-            writer = MetricsWriter(directory.path if context.is_main else None, resume_step)
+            writer = MetricsWriter(directory.path if context.is_main else None, resume_step, directory.writing)
             stack.callback(writer.close)
             if context.is_main:
                 directory.write_config(config)
-                say_restored(start, report, directory, checkpoints, writer)
+                say_restored(start, state, report, proof, config.checkpoint, directory, checkpoints, writer)
         if start.kind == "resume":
             keep_or_forget_best(state.progress, checkpoints, config.checkpoint, context)
-        capture = capture_with(state, config, data, normalization, context)
-        saver = CheckpointSaver(context, checkpoints, config.checkpoint, capture, start.path)
-        trainer = build_trainer(config, context, state, data, normalization, plan, saver, writer, stop)
-        trainer.verify_ranks("before the first step")
+        capture = capture_with(certifier, config, data, context)
+        saver = CheckpointSaver(context, checkpoints, config.checkpoint, capture, writer.checkpoint)
+        trainer = build_trainer(config, context, state, reduction, train_data, saver, writer, stop)
         if context.is_main:
             announce(config, data, state, plan, context)
         stop_if_asked(stop, context)
@@ -137,29 +146,22 @@ def build_trainer(
     config: Config,
     context: Context,
     state: TrainState,
-    data: ForecastData,
-    normalization: Normalization,
-    plan: BatchPlan,
+    reduction: DdpReduction | CanonicalReduction,
+    data: TrainData,
     saver: CheckpointSaver,
     writer: MetricsWriter,
     stop: StopFlag,
 ) -> Trainer:
     """The loop over its data."""
-    train_data = TrainData(
-        train=data.dataset("train", normalization),
-        validation=data.dataset("validation", normalization) if "validation" in data.splits else None,
-        plan=plan,
-        elevation_m=torch.from_numpy(data.grid.heights_m()).to(context.device),
-        workers=config.data.workers,
-    )
     return Trainer(
         context,
         state,
-        train_data,
+        reduction,
+        data,
         config.train,
         seed=config.run.seed,
         grad_clip_norm=config.optim.grad_clip_norm,
-        total_steps=total_steps(config, plan),
+        total_steps=total_steps(config, data.plan),
         save_every_steps=config.checkpoint.every_steps,
         verify_every_steps=config.distributed.verify_every_steps,
         saver=saver,
@@ -210,7 +212,9 @@ def evaluate_best(
     if "test" not in data.splits:
         return
     path, saved = read_everywhere(context, lambda: find_checkpoint(directory.path), parts=("model",))
-    restore_weights(state.model, saved["model"])
+    with context.together("restoring the weights"):
+        restore = plan_weights(state.model, saved["model"])
+    deliver(context, restore.pairs)
     log.info("scoring %s on the test split", path)
     evaluate_model(context, state.model, data, normalization, "test", config.train, directory.evaluation)
 

@@ -1,7 +1,11 @@
+import os
 import socket
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from topoflow.config import DistributedConfig
 from topoflow.distributed import (
@@ -11,6 +15,7 @@ from topoflow.distributed import (
     expand_node_list,
     expand_tasks_per_node,
     read_launch,
+    require_distinct_ranks,
 )
 from topoflow.errors import ConfigError, DataError, RanksDisagree
 
@@ -25,6 +30,9 @@ STEP = JOB | {
 }  # fmt: skip
 
 
+AGENT = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "2"}
+
+
 @pytest.mark.parametrize(
     ("environ", "expected"),
     [
@@ -32,7 +40,9 @@ STEP = JOB | {
         (JOB, ("single process", 0, 1, 0, 1)),
         ({"MASTER_ADDR": "n1"}, ("single process", 0, 1, 0, 1)),
         (TORCHRUN, ("torchrun", 3, 8, 1, 2)),
-        (STEP | TORCHRUN, ("torchrun", 3, 8, 1, 2)),
+        (STEP | TORCHRUN | AGENT, ("torchrun", 3, 8, 1, 2)),
+        # a wrapper that puts the step's numbers under the usual names
+        (STEP | TORCHRUN | {"RANK": "6"}, ("torchrun", 6, 8, 1, 2)),
         (STEP, ("srun", 6, 8, 0, 1)),
     ],
 )
@@ -40,6 +50,24 @@ def test_who_am_i(environ, expected):
     launch = read_launch(environ)
     found = (launch.launcher, launch.rank, launch.world_size, launch.local_rank, launch.local_world_size)
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, (None, 0)),
+        (TORCHRUN | AGENT | {"TORCHELASTIC_RUN_ID": "my run"}, (None, 0)),  # a name that users choose, and use again
+        (JOB, ("17", 0)),
+        (JOB | TORCHRUN | AGENT, ("17", 0)),
+        (STEP | {"SLURM_RESTART_COUNT": "3"}, ("17", 3)),
+        (STEP | TORCHRUN | AGENT | {"SLURM_RESTART_COUNT": "3"}, ("17", 3)),
+        (JOB | {"SLURM_RESTART_COUNT": ""}, ("17", 0)),
+        ({"SLURM_RESTART_COUNT": "3"}, (None, 0)),
+    ],
+)
+def test_the_job_and_how_often_it_was_restarted(environ, expected):
+    launch = read_launch(environ)
+    assert (launch.job, launch.restart) == expected
 
 
 def test_a_slurm_step_meets_at_its_first_node_on_a_port_of_its_own():
@@ -56,6 +84,13 @@ def test_a_slurm_step_meets_at_its_first_node_on_a_port_of_its_own():
         ({"RANK": "0"}, ["RANK", "WORLD_SIZE", "MASTER_PORT"]),
         (TORCHRUN | {"RANK": "eight"}, ["RANK", "'eight'", "integer"]),
         (TORCHRUN | {"RANK": "8"}, ["rank 8", "world size 8"]),
+        # exported in the batch shell, and inherited by every task
+        (STEP | {"RANK": "0"}, ["RANK=0", "SLURM_PROCID=6"]),
+        (STEP | TORCHRUN, ["RANK=3", "SLURM_PROCID=6"]),
+        (STEP | TORCHRUN | {"RANK": "6", "WORLD_SIZE": "4"}, ["WORLD_SIZE=4", "SLURM_STEP_NUM_TASKS=8"]),
+        (STEP | {"WORLD_SIZE": "1"}, ["WORLD_SIZE=1", "SLURM_STEP_NUM_TASKS=8"]),
+        (STEP | {"RANK": "6"}, ["RANK", "WORLD_SIZE", "all of them or none"]),
+        (STEP | {"SLURM_RESTART_COUNT": "two"}, ["SLURM_RESTART_COUNT", "'two'", "integer"]),
         (STEP | {"SLURM_NODEID": "4"}, ["SLURM_NODEID=4", "4 nodes"]),
         (STEP | {"SLURM_STEP_TASKS_PER_NODE": "4,x"}, ["SLURM_STEP_TASKS_PER_NODE", "'4,x'"]),
     ],
@@ -141,3 +176,23 @@ def test_processes_that_do_not_meet_are_told_who_and_where(rank):
     ):
         pass
     assert refusal.value.exit_status == 5
+
+
+@pytest.mark.parametrize(("ranks", "said"), [((2, 0, 1), None), ((0, 2, 2), "rank 2"), ((0, 0, 2), "rank 0")])
+def test_two_processes_with_one_rank_are_found_by_all(ranks, said):
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def meet(rank):
+        store = TCPStore("127.0.0.1", server.port, timeout=timedelta(seconds=60))
+        try:
+            require_distinct_ranks(store, Launch("srun", "a test", rank=rank, world_size=3))
+        except ConfigError as refusal:
+            return str(refusal)
+
+    with ThreadPoolExecutor(3) as pool:
+        refusals = set(pool.map(meet, ranks))
+    if said is None:
+        assert refusals == {None}
+        return
+    [refusal] = refusals
+    assert f"{said} is that of process {os.getpid()} on {socket.gethostname()} and of process" in refusal

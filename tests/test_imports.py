@@ -22,7 +22,7 @@ FILES = {
 LAYERS = [
     {"errors", "config", "data.variables"},
     {"data", "model", "loss", "metrics", "distributed", "tracking"},
-    {"optim", "checkpoint"},
+    {"optim", "checkpoint", "reduction", "lightning_import"},
     {"trainer", "evaluation", "prediction"},
     {"train", "cli", "__main__"},
 ]
@@ -33,6 +33,7 @@ NEVER = {
     "optim": {"model", "data", "distributed"},
     "checkpoint": {"model", "data", "optim"},
     "tracking": {"model", "data", "distributed", "checkpoint", "optim"},
+    "lightning_import": {"config", "data", "model", "distributed", "tracking", "checkpoint", "optim", "trainer"},
 }
 TRAINER_FRAMEWORKS = {"lightning", "pytorch_lightning", "lightning_fabric", "accelerate", "transformers", "ignite"}
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

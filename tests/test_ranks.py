@@ -1,5 +1,6 @@
 """What ranks say to each other, with three real processes."""
 
+import resource
 import socket
 
 import pytest
@@ -7,11 +8,13 @@ import torch
 from torch import nn
 from torch.multiprocessing import spawn
 
-from topoflow.checkpoint import broadcast, broadcast_state, read_everywhere, state_digests
-from topoflow.config import DistributedConfig, OptimConfig
-from topoflow.distributed import Launch, distributed_context, wrap_for_training
-from topoflow.errors import DataError, MissingPath, RanksDisagree
+from topoflow.checkpoint import CheckpointSaver, broadcast, deliver, read_everywhere, share_outline, state_fingerprints
+from topoflow.checkpoint.file import named_tensors
+from topoflow.config import CheckpointConfig, DistributedConfig, OptimConfig
+from topoflow.distributed import Launch, distributed_context
+from topoflow.errors import DataError, MissingPath, RanksDisagree, RunDirectoryError
 from topoflow.optim import build_optimizer, build_scheduler
+from topoflow.reduction import build_reduction
 
 WORLD = 3
 
@@ -42,21 +45,21 @@ def build_parts():
 
 def equal_state_is_proved_and_one_ulp_is_found(context):
     parts = build_parts()
-    context.require_same(state_digests(*parts), "a test")
+    context.require_same(state_fingerprints(*parts), "a test")
     if context.rank == 2:
         with torch.no_grad():
             weight = parts[0].weight
             weight[1, 2] = torch.nextafter(weight[1, 2], torch.tensor(9.0))
-    with pytest.raises(RanksDisagree, match=r"a test: weight differs between rank 0 and rank\(s\) 2"):
-        context.require_same(state_digests(*parts), "a test")
+    with pytest.raises(RanksDisagree, match=r"a test: weight differs on rank\(s\) 2 from 2 others"):
+        context.require_same(state_fingerprints(*parts), "a test")
 
 
 def moments_on_rank_0_only_are_found(context):
     parts = build_parts()
     if context.rank > 0:
         parts[1].state.clear()
-    with pytest.raises(RanksDisagree, match=r"exp_avg of bias differs between rank 0 and rank\(s\) 1, 2"):
-        context.require_same(state_digests(*parts), "a test")
+    with pytest.raises(RanksDisagree, match=r"exp_avg of bias differs on rank\(s\) 0 from 2 others"):
+        context.require_same(state_fingerprints(*parts), "a test")
 
 
 def what_one_refuses_all_refuse(context):
@@ -81,13 +84,29 @@ def a_state_arrives_whole_in_pieces(context):
         "plain": {"step": 3, "names": ["x"], "loss": None},
         "empty": torch.zeros(0, 4),
     }
-    received = broadcast_state(context, state if context.is_main else None)
-    assert received["plain"] == state["plain"]
-    for part in ("model", "half"):
-        for name, tensor in state[part].items():
-            assert received[part][name].dtype == tensor.dtype
-            assert torch.equal(received[part][name], tensor)
-    assert received["empty"].shape == (0, 4)
+    outline = share_outline(context, state if context.is_main else None)
+    assert outline["plain"] == state["plain"]
+    wanted, got = dict(named_tensors(state)), dict(named_tensors(outline))
+    assert [(t.shape, t.dtype) for t in got.values()] == [(t.shape, t.dtype) for t in wanted.values()]
+    assert context.is_main or all(tensor.is_meta for tensor in got.values())
+    received = {name: torch.full_like(tensor, 7) for name, tensor in wanted.items()}
+    deliver(context, [(got[name], received[name]) for name in got])
+    for name, tensor in wanted.items():
+        assert torch.equal(received[name], tensor), name
+
+
+def host_memory_of_the_others_stays_flat(context):
+    length, count = 4_000_000, 8  # 128 MB in all, pieces of 4 MB
+    broadcast.PIECE_BYTES = 4 * 2**20
+    state = {str(n): torch.full((length,), float(n)) for n in range(count)} if context.is_main else None
+    destination = torch.zeros(count, length)
+    destination.fill_(-1.0)  # its pages exist
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    outline = share_outline(context, state)
+    deliver(context, [(outline[name], destination[int(name)]) for name in outline])
+    grown_mb = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert destination[:, -1].tolist() == list(range(count))
+    assert context.is_main or grown_mb < 40, grown_mb
 
 
 def a_failed_read_on_rank_0_ends_every_rank_with_the_same_message(context):
@@ -99,13 +118,54 @@ def a_failed_read_on_rank_0_ends_every_rank_with_the_same_message(context):
         read_everywhere(context, find, ("model",))
 
 
+class FailingDirectory:
+    """Where rank 0, and no other, fails to write a checkpoint."""
+
+    path = "checkpoints"
+
+    def __init__(self, error):
+        self.error = error
+
+    def save(self, state, is_best):
+        raise self.error
+
+
+def a_save_that_failed_on_rank_0_ends_every_rank_alike_or_none(context):
+    def settle(error, on_error):
+        def capture():
+            assert context.is_main, "another rank captured its state"
+            return {"model": {}, "optimizer": {"state": {}}, "certificate": {}}
+
+        config = CheckpointConfig(on_error=on_error)
+        saver = CheckpointSaver(context, FailingDirectory(error), config, capture, on_commit=None)
+        saver.save(1, is_best=False)
+        while context.is_main and not saver.poll():
+            pass
+        said = context.gather_rows(torch.tensor([saver.poll()]))  # as in a step: one flag, no further collective
+        assert said.tolist() == [True, False, False]
+        try:
+            saver.settle()
+        finally:
+            saver.close()
+
+    settle(OSError(28, "No space left on device"), "continue")
+    for error, words in ((OSError(28, "No space"), "not written: No space"), (RunDirectoryError("lost"), "^lost")):
+        with pytest.raises(RunDirectoryError, match=words) as refusal:
+            settle(error, "stop")
+        assert refusal.value.shared
+    with pytest.raises(RuntimeError, match="KeyError") as defect:
+        settle(KeyError("a defect"), "continue")
+    assert isinstance(defect.value.__cause__, KeyError) == context.is_main
+
+
 def gradients_are_averaged_and_buffers_are_rank_0s(context):
     model = nn.BatchNorm1d(2)
     model.running_mean.fill_(context.rank)
-    wrapped = wrap_for_training(model, context)
+    reduction = build_reduction(DistributedConfig(), model, context, accumulation=1)
     assert model.running_mean.tolist() == [0.0, 0.0]
     model.eval()
-    wrapped(torch.full((1, 2), float(context.rank))).sum().backward()
+    with reduction.micro_batch(0):
+        reduction.forward(torch.full((1, 2), float(context.rank))).sum().backward()
     assert model.bias.grad.tolist() == [1.0, 1.0]
     rows = context.gather_rows(torch.tensor([[float(context.rank), 1.0]]))
     assert rows.tolist() == [[0.0, 1.0], [1.0, 1.0], [2.0, 1.0]]
@@ -118,7 +178,9 @@ def gradients_are_averaged_and_buffers_are_rank_0s(context):
         moments_on_rank_0_only_are_found,
         what_one_refuses_all_refuse,
         a_state_arrives_whole_in_pieces,
+        host_memory_of_the_others_stays_flat,
         a_failed_read_on_rank_0_ends_every_rank_with_the_same_message,
+        a_save_that_failed_on_rank_0_ends_every_rank_alike_or_none,
         gradients_are_averaged_and_buffers_are_rank_0s,
     ],
     ids=lambda body: body.__name__,

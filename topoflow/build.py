@@ -7,6 +7,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from topoflow.certificate import Certifier
 from topoflow.checkpoint import FORMAT, capture_state
 from topoflow.config import Config, config_to_dict
 from topoflow.data import BatchPlan, ForecastData, Normalization
@@ -14,12 +17,16 @@ from topoflow.distributed import Context
 from topoflow.errors import ConfigError
 from topoflow.model import TopoFlow, build_model
 from topoflow.optim import build_optimizer, build_scheduler
+from topoflow.reduction import require_whole_subtrees
 from topoflow.reproducibility import describe_software
-from topoflow.trainer import TrainProgress, TrainState
+from topoflow.train_state import TrainData, TrainProgress, TrainState
 
 
 def build_plan(config: Config, data: ForecastData, context: Context) -> BatchPlan:
     """How samples are ordered and shared by ranks."""
+    if config.distributed.reduction == "canonical":
+        micro_batches = config.train.global_batch_size // config.train.micro_batch_size
+        require_whole_subtrees(micro_batches, context.world_size)
     return BatchPlan(
         num_samples=len(data.splits["train"].starts) * len(config.data.lead_times_hours),
         seed=config.run.seed,
@@ -76,13 +83,27 @@ def build_state(config: Config, data: ForecastData, plan: BatchPlan, context: Co
         model.compile()
     optimizer = build_optimizer(model, config.optim)
     scheduler = build_scheduler(optimizer, config.optim, plan.steps_per_epoch, total_steps(config, plan))
-    return TrainState(model, model, optimizer, scheduler, TrainProgress())
+    return TrainState(model, optimizer, scheduler, TrainProgress())
+
+
+def build_train_data(
+    config: Config, data: ForecastData, normalization: Normalization, plan: BatchPlan, device: torch.device
+) -> TrainData:
+    """What training reads."""
+    return TrainData(
+        train=data.dataset("train", normalization),
+        validation=data.dataset("validation", normalization) if "validation" in data.splits else None,
+        plan=plan,
+        elevation_m=torch.from_numpy(data.grid.heights_m()).to(device),
+        workers=config.data.workers,
+    )
 
 
 def capture_with(
-    state: TrainState, config: Config, data: ForecastData, normalization: Normalization, context: Context
+    certifier: Certifier, config: Config, data: ForecastData, context: Context
 ) -> Callable[[], dict[str, Any]]:
-    """What a checkpoint holds, as a function that captures it when called."""
+    """What a checkpoint holds, as a function that captures it when called: its tensors are those of the live state."""
+    state, normalization = certifier.state, certifier.data.train.normalization
     constant = {
         "format": FORMAT,
         "random": {"seed": config.run.seed, "keyed_by": "(seed, purpose, step, micro-batch index in the global batch)"},
@@ -98,6 +119,7 @@ def capture_with(
 
     def capture() -> dict[str, Any]:
         arrays = capture_state(state.model, state.optimizer, state.scheduler)
-        return {**constant, **arrays, "progress": dataclasses.asdict(state.progress)}
+        certificate = certifier.certify()
+        return {**constant, **arrays, "progress": dataclasses.asdict(state.progress), "certificate": certificate}
 
     return capture

@@ -3,19 +3,19 @@
 Nothing else in the package reads a launcher's variables or calls a collective operation (DDP aside).
 """
 
+import hashlib
 import os
 import re
 import socket
-import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from topoflow import errors
 from topoflow.config import DistributedConfig
@@ -34,6 +34,10 @@ class Launch:
     local_world_size: int = 1
     address: str = "127.0.0.1"
     port: int = 0
+    job: str | None = None
+    """Number of the SLURM job, under any launcher. torchrun's run id is no job: users choose it, and use it again."""
+    restart: int = 0
+    """How often SLURM has put the job back into its queue and started it again."""
 
     @property
     def is_main(self) -> bool:
@@ -51,6 +55,29 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     Raises:
         ConfigError: variables that are half set, not integers, or contradict each other.
     """
+    _refuse_inherited_rank(environ)
+    job = environ.get("SLURM_JOB_ID")
+    restart = _integer(environ, "SLURM_RESTART_COUNT") if job and environ.get("SLURM_RESTART_COUNT") else 0
+    return replace(_read_launcher(environ), job=job or None, restart=restart)
+
+
+def _refuse_inherited_rank(environ: Mapping[str, str]) -> None:
+    """A rank exported in the shell that calls srun reaches all tasks alike; torchrun gives one to each of its own."""
+    if "TORCHELASTIC_RUN_ID" in environ or not _is_task_of_step(environ):
+        return
+    for name, of_step in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")):
+        if name in environ and _integer(environ, name) != _integer(environ, of_step):
+            raise ConfigError(
+                f"environment: {name}={environ[name]} in a task of a SLURM step with {of_step}={environ[of_step]}: "
+                f"expected the same, or {name} not to be exported to srun"
+            )
+
+
+def _is_task_of_step(environ: Mapping[str, str]) -> bool:
+    return all(name in environ for name in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"))
+
+
+def _read_launcher(environ: Mapping[str, str]) -> Launch:
     torchrun = [name for name in TORCHRUN_VARIABLES if name in environ]
     if len(torchrun) == len(TORCHRUN_VARIABLES):
         launch = Launch(
@@ -66,7 +93,7 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     elif any(name in environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
         missing = ", ".join(name for name in TORCHRUN_VARIABLES if name not in environ)
         raise ConfigError(f"environment: {', '.join(torchrun)} set without {missing}: expected all of them or none")
-    elif "SLURM_STEP_NUM_TASKS" in environ and "SLURM_PROCID" in environ and "SLURM_LOCALID" in environ:
+    elif _is_task_of_step(environ):
         launch = _read_slurm_step(environ)
     else:
         inside = " (inside a SLURM job, but not a task of a step)" if "SLURM_JOB_ID" in environ else ""
@@ -199,6 +226,12 @@ class Context:
         dist.all_gather(list(gathered.chunk(self.world_size)), rows.contiguous())
         return gathered
 
+    def exchange(self, partner: int, sent: torch.Tensor, received: torch.Tensor) -> None:
+        """Send one tensor to the process `partner` while it sends one here, which overwrites `received`."""
+        operations = [dist.P2POp(dist.isend, sent, partner), dist.P2POp(dist.irecv, received, partner)]
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+
     @contextmanager
     def together(self, phase: str) -> Iterator[None]:
         """What one process refuses here, all refuse with the same message, so that none waits for another.
@@ -222,54 +255,27 @@ class Context:
         shared.shared = True
         raise shared from refusal
 
-    def require_same(self, digests: Mapping[str, str], what: str) -> None:
-        """Prove that `digests` {name: hash} are equal on all processes.
+    def require_same(self, values: Mapping[str, str], what: str) -> None:
+        """Prove that `values` {name: what is held} are equal on all processes; only their hash travels if they are.
 
         Raises:
-            RanksDisagree: naming the first name that differs and the ranks that differ from rank 0.
+            RanksDisagree: naming the first name that differs, and the ranks that differ from most others.
         """
-        gathered = self.gather_objects(dict(digests))
-        for name in sorted({name for item in gathered for name in item}):
-            odd = [rank for rank, item in enumerate(gathered) if item.get(name) != gathered[0].get(name)]
-            if odd:
-                ranks = ", ".join(map(str, odd))
-                refusal = RanksDisagree(f"{what}: {name} differs between rank 0 and rank(s) {ranks}")
+        text = "\n".join(f"{name}={values[name]}" for name in sorted(values))
+        digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.int64)
+        rows = self.gather_rows(digest.unsqueeze(0).to(self.device))
+        if (rows == rows[0]).all():
+            return
+        gathered = self.gather_objects(dict(values))
+        for name in sorted({name for held in gathered for name in held}):
+            held = [values.get(name) for values in gathered]
+            usual, times = Counter(held).most_common(1)[0]
+            if times < self.world_size:
+                odd = ", ".join(str(rank) for rank, value in enumerate(held) if value != usual)
+                most = f"from {times} others" if times > 1 else "from every other"
+                refusal = RanksDisagree(f"{what}: {name} differs on rank(s) {odd} {most}")
                 refusal.shared = True
                 raise refusal
-
-
-class _WithUnusedParameter(nn.Module):
-    """A model, and beside it a parameter that no forward pass uses: DDP then keeps its buckets, and keeps silent."""
-
-    def __init__(self, model: nn.Module, device: torch.device):
-        super().__init__()
-        self.model = model
-        self.unused = nn.Parameter(torch.zeros(1, device=device))
-
-    def forward(self, *arguments: torch.Tensor | None) -> torch.Tensor:
-        return self.model(*arguments)
-
-
-def wrap_for_training(model: nn.Module, context: Context) -> nn.Module:
-    """The model as it is called in training: DDP around it, or itself where there is one process.
-
-    After the first backward pass DDP re-orders its buckets, unless it looks for unused parameters; a resumed run would
-    then add gradients in another order than one that never stopped, and on more than two ranks differ in the last
-    bits. So it looks for them, and finds one (without any, it warns on every rank). Buffers are sent once, not at each
-    step.
-    """
-    if context.world_size == 1:
-        return model
-    for buffer in model.buffers():
-        context.broadcast_tensor(buffer)
-    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # torch 2.6 knows no other name
-    return nn.parallel.DistributedDataParallel(
-        _WithUnusedParameter(model, context.device),
-        device_ids=[context.device.index] if context.device.type == "cuda" else None,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-        find_unused_parameters=True,
-    )
 
 
 @contextmanager
@@ -292,17 +298,44 @@ def distributed_context(launch: Launch, config: DistributedConfig, device: torch
         dist.destroy_process_group()
 
 
+def require_distinct_ranks(store: dist.Store, launch: Launch) -> None:
+    """Prove that no two of the processes that meet at `store` have the same rank: the first to come asks all others.
+
+    Raises:
+        ConfigError: on every process, naming two that have.
+    """
+    number = store.add("arrived", 1) - 1
+    store.set(f"process {number}", f"{launch.rank} process {os.getpid()} on {socket.gethostname()}")
+    if number == 0:
+        processes: dict[str, str] = {}
+        refusal = ""
+        for other in range(launch.world_size):
+            rank, _, who = store.get(f"process {other}").decode().partition(" ")
+            if rank in processes:
+                refusal = f"environment: rank {rank} is that of {processes[rank]} and of {who}: expected one of each"
+            processes[rank] = who
+        store.set("refusal", refusal)
+    refusal = store.get("refusal").decode()
+    if refusal:
+        error = ConfigError(refusal)
+        error.shared = True
+        raise error
+
+
 def _join(launch: Launch, config: DistributedConfig, device: torch.device) -> None:
     # Host tensors and objects go over gloo beside the devices' own backend.
     on_device = {"auto": "nccl" if device.type == "cuda" else "gloo"}.get(config.backend, config.backend)
     backend = "gloo" if device.type == "cpu" else f"cpu:gloo,cuda:{on_device}"
     if device.type == "cpu" and on_device == "nccl":
         raise ConfigError("distributed.backend: 'nccl' is not usable on CPU: expected gloo or auto")
+    if device.type == "cuda" and on_device == "gloo" and config.reduction == "canonical":
+        raise ConfigError("distributed.backend: 'gloo' sends nothing between GPUs one by one: expected nccl or auto")
     setup = timedelta(seconds=config.setup_timeout_seconds)
     url = "env://" if launch.launcher == "torchrun" else f"tcp://{launch.address}:{launch.port}"
     try:
         store, _, _ = next(dist.rendezvous(url, launch.rank, launch.world_size, timeout=setup))
         store.set_timeout(setup)
+        require_distinct_ranks(dist.PrefixStore("topoflow", store), launch)
         dist.init_process_group(
             backend,
             store=store,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from topoflow.build import build_network
-from topoflow.checkpoint import find_checkpoint, read_everywhere, restore_weights
+from topoflow.checkpoint import deliver, find_checkpoint, plan_weights, read_everywhere
 from topoflow.config import Config, changed_on_resume, override_config
 from topoflow.data import Normalization, open_forecast_data
 from topoflow.distributed import Context
@@ -49,10 +49,11 @@ def score_checkpoint(
         model = build_network(config, data)
     if data.source.fingerprint != saved["data"]["fingerprint"]:
         log.warning("data.path: %s is not the data set of the training", config.data.path)
-    with context.together("restoring the weights"):
-        restore_weights(model, saved["model"])
-    normalization = Normalization.from_dict(saved["data"]["normalization"])
     model.to(context.device)
+    with context.together("restoring the weights"):
+        restore = plan_weights(model, saved["model"])
+    deliver(context, restore.pairs)
+    normalization = Normalization.from_dict(saved["data"]["normalization"])
     log.info("scoring %s on the %s split", path, split)
     if output is None:
         in_run = path.parent.name == "checkpoints"

@@ -1,6 +1,23 @@
 """The training loss: squared error in normalized units, as sums and counts, so that any cut of a batch adds up."""
 
+from collections.abc import Mapping
+from contextlib import nullcontext
+
 import torch
+from torch import nn
+
+
+def loss_sums(
+    network: nn.Module, batch: Mapping[str, torch.Tensor], elevation_m: torch.Tensor, precision: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`masked_squared_error` of the network's forecast for a batch of the data set, all on one device.
+
+    Args: batch, samples of the data set stacked along a first dimension; elevation_m [H, W], terrain height in metres;
+    precision, fp32 or bf16 (then the forward pass runs under autocast to bfloat16).
+    """
+    with torch.autocast(elevation_m.device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
+        output = network(batch["x"], batch["lead_time_hours"], elevation_m, batch.get("wind_ms"))
+    return masked_squared_error(output, batch["y"], batch["valid"])
 
 
 def masked_squared_error(

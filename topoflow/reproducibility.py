@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ def set_deterministic(config: RunConfig, compile: bool) -> None:
 
 def describe_software(device: torch.device) -> dict[str, str | int]:
     """What the bits of a run depend on beside config, data and seed."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} cpu"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _describe_cpu()
     return {
         "topoflow": __version__,
         "torch": str(torch.__version__),
@@ -41,6 +42,15 @@ def describe_software(device: torch.device) -> dict[str, str | int]:
         "device": name,
         "threads": torch.get_num_threads(),
     }
+
+
+def _describe_cpu() -> str:
+    """The processor's model, and the instruction set that torch's kernels use on it."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    model = models[0] if models else platform.processor() or platform.machine()
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def derive_seed(seed: int, purpose: str, *position: int) -> int:

@@ -4,34 +4,35 @@ import dataclasses
 import fnmatch
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
+from topoflow.certificate import Certifier, Proof
 from topoflow.checkpoint import (
     CheckpointDirectory,
-    broadcast_state,
+    RestoreReport,
+    deliver,
     find_checkpoint,
+    plan_state,
+    plan_weights,
     read_checkpoint,
-    restore_state,
-    restore_weights,
+    share_outline,
 )
-from topoflow.config import CheckpointConfig, Config, TrainConfig, changed_on_resume, config_to_dict
+from topoflow.config import ADDS_NAMES, CheckpointConfig, Config, TrainConfig, changed_on_resume, config_to_dict
 from topoflow.data import ForecastData
 from topoflow.distributed import Context
-from topoflow.errors import ConfigError, ResumeRefused, RunDirectoryError
-from topoflow.reproducibility import describe_software
+from topoflow.errors import ResumeRefused, RunDirectoryError
 from topoflow.run_directory import RunDirectory
 from topoflow.tracking import MetricsWriter
-from topoflow.trainer import TrainProgress, TrainState
+from topoflow.train_state import TrainProgress, TrainState
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a run starts from. `state` is on every rank; of a fine-tune it holds the weights only."""
+    """What a run starts from. `state` is whole on rank 0, in outline on the others; of a fine-tune the weights only."""
 
     kind: Literal["new", "resume", "fine-tune"]
     path: Path | None = None
@@ -52,13 +53,13 @@ def read_start(config: CheckpointConfig, checkpoints: CheckpointDirectory, conte
             checkpoints.clean_up()
             start = _read_start(config, checkpoints)
     kind, path = context.broadcast_object((start.kind, start.path))
-    return Start(kind, path, broadcast_state(context, start.state) if kind != "new" else None)
+    return Start(kind, path, share_outline(context, start.state) if kind != "new" else None)
 
 
 def _read_start(config: CheckpointConfig, checkpoints: CheckpointDirectory) -> Start:
-    if config.resume == "never" and checkpoints.steps():
+    if config.resume == "never" and checkpoints.traces():
         raise RunDirectoryError(
-            f"checkpoint.resume: never, but {checkpoints.path} holds {len(checkpoints.steps())} checkpoint(s): "
+            f"checkpoint.resume: never, but {checkpoints.path} holds {', '.join(checkpoints.traces())}: "
             "expected another run.dir, or resume=auto"
         )
     if config.resume == "auto" or _was_asked_before(config.resume, checkpoints):
@@ -68,14 +69,14 @@ def _read_start(config: CheckpointConfig, checkpoints: CheckpointDirectory) -> S
     if config.resume not in ("auto", "never"):
         return _read_named(Path(config.resume), checkpoints)
     if config.init_from is not None:
-        path = find_checkpoint(Path(config.init_from))
+        path = find_checkpoint(Path(config.init_from), run_dir=checkpoints.path.parent)
         return Start("fine-tune", path, {"model": read_checkpoint(path)["model"]})
     return Start("new")
 
 
 def _read_named(path: Path, checkpoints: CheckpointDirectory) -> Start:
-    if path.is_file() and path.name != "state.pt":
-        raise ConfigError(f"checkpoint.resume: {path} is a file: expected a checkpoint folder or a run directory")
+    if path.is_file():
+        path = find_checkpoint(path, run_dir=checkpoints.path.parent)
     folder = CheckpointDirectory(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     found = folder.folder(folder.steps()[-1]) if folder.steps() else find_checkpoint(path)
     if checkpoints.steps() and found.parent.resolve() != checkpoints.path.resolve():
@@ -83,7 +84,9 @@ def _read_named(path: Path, checkpoints: CheckpointDirectory) -> Start:
             f"checkpoint.resume: {path} is of another run, and {checkpoints.path} holds checkpoints: "
             "expected resume=auto to go on with those, or an empty run.dir"
         )
-    return Start("resume", *folder.newest_whole()) if folder.steps() else Start("resume", found, read_checkpoint(found))
+    if folder.steps():
+        return Start("resume", *folder.newest_whole(strict=True))
+    return Start("resume", found, read_checkpoint(found))
 
 
 def _was_asked_before(path: str, checkpoints: CheckpointDirectory) -> bool:
@@ -103,15 +106,18 @@ def adopt_saved(start: Start, config: Config) -> Config:
     return dataclasses.replace(config, model=model, optim=optim)
 
 
-def require_resumable(start: Start, config: Config, data: ForecastData, steps_per_epoch: int) -> None:
+def require_resumable(start: Start, config: Config, data: ForecastData, steps_per_epoch: int) -> list[str]:
     """Refuse a resume with another config or other data than the checkpoint's, unless checkpoint.allow_changed says so.
+
+    Returns:
+        The config keys that differ with permission.
 
     Raises:
         ResumeRefused: naming every key that differs, with both values.
     """
     if start.kind != "resume":
-        return
-    allowed = config.checkpoint.allow_changed
+        return []
+    allowed = (*config.checkpoint.allow_changed, *(ADDS_NAMES if config.checkpoint.allow_new else ()))
     refused, accepted = changed_on_resume(start.state["config"], config, allowed)
     now = {"fingerprint": data.source.fingerprint, "mask_fingerprint": data.mask_fingerprint}
     for name, value in now.items():
@@ -125,8 +131,9 @@ def require_resumable(start: Start, config: Config, data: ForecastData, steps_pe
             "expected the same, or checkpoint.allow_changed to list what may differ"
         )
     for line in accepted:
-        log.warning("changed since the checkpoint, as checkpoint.allow_changed says: %s", line)
+        log.warning("changed since the checkpoint, as checkpoint.allow_changed or allow_new says: %s", line)
     _require_place_in_epoch(start.state["progress"]["samples_in_epoch"], config.train, steps_per_epoch)
+    return [line.partition(":")[0] for line in accepted]
 
 
 def _require_place_in_epoch(samples: int, config: TrainConfig, steps_per_epoch: int) -> None:
@@ -153,6 +160,8 @@ def keep_or_forget_best(
     here = None
     if context.is_main and config.keep_best and progress.best_step in checkpoints.steps():
         here = checkpoints.folder(progress.best_step)
+    if here is not None and not (checkpoints.path / "best").exists():
+        log.warning("checkpoint pointer %s: is missing: made anew", checkpoints.path / "best")
     if context.is_main:
         checkpoints.point("best", here)
     if context.broadcast_object(here) is None and config.keep_best and progress.best_step is not None:
@@ -160,42 +169,74 @@ def keep_or_forget_best(
         progress.best_validation_loss, progress.best_step, progress.validations_since_best = None, None, 0
 
 
-def restore_start(start: Start, state: TrainState, config: Config, context: Context) -> dict[str, Any]:
-    """Put what the run starts from into `state`, by name, on every rank; returns the report that resume.json holds.
+def restore_start(
+    start: Start, state: TrainState, config: Config, changed: Sequence[str], context: Context
+) -> RestoreReport:
+    """Put what the run starts from into `state`, by name, on every rank.
+
+    Args:
+        changed: config keys that differ from the checkpoint's with the user's permission.
 
     Raises:
         ResumeRefused: something could not be restored; the message names it.
     """
     if start.kind == "new":
-        return {}
-    allow_new = config.checkpoint.allow_new
+        return RestoreReport()
     with context.together("restoring the checkpoint"):
         if start.kind == "fine-tune":
-            report = restore_weights(state.model, start.state["model"], allow_new)
+            restore = plan_weights(state.model, start.state["model"], config.checkpoint.allow_new)
         else:
-            refused, accepted = changed_on_resume(start.state["config"], config, config.checkpoint.allow_changed)
-            assert not refused, refused
-            report = restore_state(
-                start.state,
-                state.model,
-                state.optimizer,
-                state.scheduler,
-                allow_new,
-                rates_from_config=any(line.startswith("optim.") for line in accepted),
-            )
-            state.progress = TrainProgress(**start.state["progress"])
-            _warn_of_software(start.state["software"], context.device)
-    what = "fine-tune from" if start.kind == "fine-tune" else "resume from"
-    log.info("%s %s (%s)", what, start.path, "weights only, step 0" if start.kind == "fine-tune" else "everything")
-    for line in report.lines():
+            from_config = any(key.startswith("optim.") for key in changed)
+            parts = (state.model, state.optimizer, state.scheduler)
+            restore = plan_state(start.state, *parts, config.checkpoint.allow_new, from_config)
+    deliver(context, restore.pairs)
+    restore.settle()
+    what, how = "fine-tune from", "weights only, step 0"
+    if start.kind == "resume":
+        state.progress = TrainProgress(**start.state["progress"])
+        what, how = "resume from", "everything"
+    log.info("%s %s (%s)", what, start.path, how)
+    for line in restore.report.lines():
         log.info("  %s", line)
-    asked = config.checkpoint.resume
-    return {"from": str(start.path), "asked": asked, **dataclasses.asdict(state.progress), **report.to_dict()}
+    return restore.report
+
+
+def prove(
+    start: Start,
+    certifier: Certifier,
+    report: RestoreReport,
+    config: CheckpointConfig,
+    changed: Sequence[str],
+    context: Context,
+) -> Proof | None:
+    """Hold the restored state of every rank against the checkpoint's certificate.
+
+    Raises:
+        ResumeRefused: on every rank alike, if a tensor, a rate, a coming sample or the probe loss of any rank is not
+            the certified one.
+    """
+    if start.kind != "resume":
+        return None
+    with context.together("proof of the resume"):
+        if "certificate" not in start.state:
+            raise ResumeRefused(
+                f"checkpoint {start.path}: of format {start.state['format']}, without a certificate: no proof that a "
+                "resume is right: expected one of this version, or checkpoint.init_from to take its weights only"
+            )
+        proof = certifier.check(
+            start.state["certificate"], report.new, changed, config.probe_tolerance, report.rates_from_config
+        )
+    for line in proof.lines(context.world_size):
+        log.info("  %s", line)
+    return proof
 
 
 def say_restored(
     start: Start,
-    report: dict[str, Any],
+    state: TrainState,
+    report: RestoreReport,
+    proof: Proof | None,
+    config: CheckpointConfig,
     directory: RunDirectory,
     checkpoints: CheckpointDirectory,
     writer: MetricsWriter,
@@ -203,14 +244,17 @@ def say_restored(
     """On rank 0, once all is in place: resume.json, the event, and no later checkpoint left to be taken by mistake."""
     if start.kind != "resume":
         return
-    directory.write_json("resume.json", report)
-    writer.resume(report["step"], start.path)
-    for folder in checkpoints.set_aside_after(report["step"]):
-        log.warning("set aside as %s: this run goes on from step %d", folder.name, report["step"])
-
-
-def _warn_of_software(saved: dict[str, Any], device: torch.device) -> None:
-    now = describe_software(device)
-    changed = [f"{name} {saved.get(name)} -> {value}" for name, value in now.items() if saved.get(name) != value]
-    if changed:
-        log.warning("the bits may differ from those of a run that never stopped: %s", ", ".join(changed))
+    directory.write_json(
+        "resume.json",
+        {
+            "from": str(start.path),
+            "asked": config.resume,
+            **dataclasses.asdict(state.progress),
+            **report.to_dict(),
+            "proof": proof.to_dict(),
+        },
+    )
+    step = state.progress.step
+    writer.resume(step, start.path)
+    for folder in checkpoints.set_aside_after(step):
+        log.warning("set aside as %s: this run goes on from step %d", folder.name, step)

@@ -4,63 +4,27 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
 
-from topoflow.checkpoint import CheckpointSaver, state_digests
+from topoflow.checkpoint import CheckpointSaver
 from topoflow.config import TrainConfig
-from topoflow.data import BatchPlan, ForecastDataset, build_eval_loader, build_train_loader
+from topoflow.data import build_eval_loader, build_train_loader
 from topoflow.distributed import Context
-from topoflow.errors import DataError, RunDirectoryError, StopRequested, TrainingDiverged
-from topoflow.loss import masked_squared_error
+from topoflow.errors import DataError, StopRequested, TrainingDiverged
+from topoflow.loss import loss_sums
+from topoflow.reduction import CanonicalReduction, DdpReduction
 from topoflow.reproducibility import seed_draws
 from topoflow.stop import StopFlag
 from topoflow.tracking import MetricsWriter, Progress
+from topoflow.train_state import TrainData, TrainState, verify_ranks
 
 log = logging.getLogger(__name__)
 
 Batch = dict[str, torch.Tensor]
-
-
-@dataclass
-class TrainProgress:
-    """Where a run stands; all of it is in a checkpoint."""
-
-    step: int = 0
-    updates: int = 0
-    """Steps that changed weights: all but those whose batch held no target at all."""
-    epoch: int = 0
-    samples_in_epoch: int = 0
-    validation_loss: float | None = None
-    best_validation_loss: float | None = None
-    best_step: int | None = None
-    validations_since_best: int = 0
-
-
-@dataclass
-class TrainState:
-    """What training changes. `forward` is the model as it is called in training: itself, or wrapped by DDP."""
-
-    model: nn.Module
-    forward: nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LambdaLR
-    progress: TrainProgress
-
-
-@dataclass(frozen=True)
-class TrainData:
-    """What training reads. elevation_m [H, W]: terrain height on the device, metres."""
-
-    train: ForecastDataset
-    validation: ForecastDataset | None
-    plan: BatchPlan
-    elevation_m: torch.Tensor
-    workers: int
+STOP, SAVE_FAILED = 1, 2
+"""What a rank may have to say to the others with its sums."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +44,7 @@ class Trainer:
         self,
         context: Context,
         state: TrainState,
+        reduction: DdpReduction | CanonicalReduction,
         data: TrainData,
         config: TrainConfig,
         *,
@@ -92,12 +57,11 @@ class Trainer:
         writer: MetricsWriter,
         stop: StopFlag,
     ):
-        self.context, self.state, self.data, self.config = context, state, data, config
+        self.context, self.state, self.reduction, self.data, self.config = context, state, reduction, data, config
         self.seed, self.grad_clip_norm, self.total_steps = seed, grad_clip_norm, total_steps
         self.save_every_steps, self.verify_every_steps = save_every_steps, verify_every_steps
         self.saver, self.writer, self.stop = saver, writer, stop
         self.parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
-        self._last_saved_step = state.progress.step if state.progress.step else -1
 
     # ---- one step
 
@@ -106,50 +70,43 @@ class Trainer:
 
         Raises:
             TrainingDiverged: a loss or the gradient is not finite on any rank; weights are as before the step.
+            RunDirectoryError: an earlier checkpoint could not be written, see `CheckpointSaver.settle`; likewise.
         """
         step = self.state.progress.step + 1
         self.state.model.train()
         rows = []
         for index, batch in enumerate(batches):
             seed_draws(self.seed, "train", step, self.context.rank * len(batches) + index)
-            with self._without_reduction(last=index == len(batches) - 1):
-                sums, counts = self._loss_sums(self.state.forward, batch)
+            with self.reduction.micro_batch(index):
+                sums, counts = loss_sums(self.reduction.forward, batch, self.data.elevation_m, self.config.precision)
                 sums.sum().backward()
-            asked = torch.tensor([self.stop.signal_name is not None], device=sums.device)
-            rows.append(torch.cat([sums.detach().double(), counts.double(), asked.double()]))
+            asked = STOP * (self.stop.signal_name is not None) + SAVE_FAILED * self.saver.poll()
+            rows.append(torch.cat([sums.detach().double(), counts.double(), sums.new_tensor([asked]).double()]))
         # every rank sums the same rows in the same order, whoever computed them
         table = self.context.gather_rows(torch.stack(rows)).cpu()
         targets = (table.shape[1] - 1) // 2
+        asked = [int(said) for said in table[:, -1]]
+        if any(said & SAVE_FAILED for said in asked):
+            self.saver.settle()
         total, count = table[:, :targets].sum().item(), table[:, targets:-1].sum().item()
         if not math.isfinite(total):
             self._refuse_loss(step, batches, table[:, :targets])
         grad_norm = self._apply_gradient(step, count)
         rates = {group["name"]: group["lr"] for group in self.state.optimizer.param_groups}
         self.state.scheduler.step()
-        return StepResult(total / count if count else math.nan, grad_norm, rates, bool(table[:, -1].any()))
-
-    def _loss_sums(self, network: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Squared errors summed, and how many, for each target: [T], [T]."""
-        bf16 = self.config.precision == "bf16"
-        with torch.autocast(self.context.device.type, torch.bfloat16) if bf16 else nullcontext():
-            output = network(batch["x"], batch["lead_time_hours"], self.data.elevation_m, batch.get("wind_ms"))
-        return masked_squared_error(output, batch["y"], batch["valid"])
-
-    def _without_reduction(self, last: bool) -> Any:
-        """DDP sums gradients over ranks with the last micro-batch only."""
-        return nullcontext() if last or self.state.forward is self.state.model else self.state.forward.no_sync()
+        return StepResult(total / count if count else math.nan, grad_norm, rates, any(said & STOP for said in asked))
 
     def _apply_gradient(self, step: int, count: float) -> float:
         """Scale the summed gradient to that of the mean, clip it, and step; returns its norm before clipping.
 
-        DDP has averaged the ranks' sums, so the gradient of the mean over all that counts is world_size / count times
-        what stands in .grad; the clip coefficient goes into the same pass. A batch in which nothing counts says nothing
-        about the weights: they, and the moments, stay.
+        The gradient of the mean is that of the sum over all that counts, divided by their count; the clip coefficient
+        goes into the same pass. A batch in which nothing counts says nothing about the weights: they, and the moments,
+        stay.
         """
-        gradients = [parameter.grad for parameter in self.parameters]
         norm = 0.0
         if count:
-            scale = self.context.world_size / count
+            scale = self.reduction.finish() / count
+            gradients = [parameter.grad for parameter in self.parameters]
             norm = torch.nn.utils.get_total_norm(gradients).item() * scale
             if not math.isfinite(norm):
                 self._refuse_gradient(step, norm)
@@ -196,7 +153,7 @@ class Trainer:
         with torch.inference_mode():
             for index, batch in loader:
                 batch = self._to_device(batch)
-                sums, counts = self._loss_sums(self.state.model, batch)
+                sums, counts = loss_sums(self.state.model, batch, self.data.elevation_m, self.config.precision)
                 mine[index] = torch.stack([sums.double(), counts.double()]).cpu()
         rows = {index: row for part in self.context.gather_objects(mine) for index, row in part.items()}
         sums, counts = torch.stack([rows[index] for index in sorted(rows)]).sum(dim=0)  # [T], [T]
@@ -212,8 +169,11 @@ class Trainer:
         """Validate before the first step of a resumed run, and log the loss beside the checkpoint's."""
         if self.data.validation is not None:
             loss, _ = self.validate()
-            saved = self.state.progress.validation_loss
-            log.info("validation on resume: loss %.6f; the checkpoint's last was %s", loss, saved)
+            progress = self.state.progress
+            saved = "has none"
+            if progress.validation_loss is not None:
+                saved = f"says {progress.validation_loss:.6f} after step {progress.validated_step}"
+            log.info("validation on resume, after step %d: loss %.6f; the checkpoint %s", progress.step, loss, saved)
 
     # ---- the run
 
@@ -222,11 +182,14 @@ class Trainer:
 
         Raises:
             StopRequested: a signal arrived on any rank; a checkpoint has been committed.
-            TrainingDiverged: see `train_step`.
+            TrainingDiverged, RunDirectoryError: see `train_step`.
             RanksDisagree: the ranks no longer hold the same state.
         """
         progress = self.state.progress
-        bar = Progress(progress.step, self.total_steps, self.context.is_main)
+        first_step = progress.step
+        bar = Progress(first_step, self.total_steps, self.context.is_main)
+        # weights and two moments
+        self.saver.prepare(3 * sum(tensor.nbytes for tensor in self.state.model.state_dict().values()))
         try:
             while not self._is_over():
                 before = progress.step
@@ -235,11 +198,12 @@ class Trainer:
                     if self._is_over():
                         break
                 assert progress.step > before, "an epoch without a step never ends"
-            self._save_once(is_best=False)
-            self._require_saved("the end of the run")
+            if progress.step > first_step:
+                self.saver.require_saved(progress.step, "the end of the run")
             early = progress.step < self.total_steps
             self.writer.end(progress.step, "early stopping" if early else "all steps done")
         finally:
+            self.saver.close()
             bar.close()
 
     def _is_over(self) -> bool:
@@ -270,11 +234,11 @@ class Trainer:
         if epoch_ended:
             progress.epoch, progress.samples_in_epoch = progress.epoch + 1, 0
         if self.verify_every_steps and progress.step % self.verify_every_steps == 0:
-            self.verify_ranks(f"after step {progress.step}")
+            verify_ranks(self.context, self.state, self.data, f"after step {progress.step}")
         is_best = self._validation_due(epoch_ended) and self._validate_and_compare()
         save_due = self.save_every_steps and progress.step % self.save_every_steps == 0
         if (is_best and self.saver.keeps_best) or save_due or result.stop:
-            self._save_once(is_best)
+            self.saver.save(progress.step, is_best)
         if result.stop:
             self._stop()
 
@@ -310,44 +274,21 @@ class Trainer:
             refusal = TrainingDiverged(f"validation after step {progress.step}: the loss is not finite ({loss})")
             refusal.shared = True
             raise refusal
-        progress.validation_loss = loss
+        progress.validation_loss, progress.validated_step = loss, progress.step
         is_best = progress.best_validation_loss is None or loss < progress.best_validation_loss
         if is_best:
             progress.best_validation_loss, progress.best_step = loss, progress.step
         progress.validations_since_best = 0 if is_best else progress.validations_since_best + 1
         return is_best
 
-    def _save_once(self, is_best: bool) -> None:
-        """Commit a checkpoint, unless this step has one."""
-        step = self.state.progress.step
-        if step == self._last_saved_step:
-            return
-        folder = self.saver.save(is_best)
-        if folder is not None:
-            self._last_saved_step = step
-            self.writer.checkpoint(step, folder)
-
-    def _require_saved(self, when: str) -> None:
-        """No run ends as if its state were safe when the last save failed, whatever checkpoint.on_error says."""
-        if self._last_saved_step != self.state.progress.step:
-            refusal = RunDirectoryError(f"{when}: the checkpoint of step {self.state.progress.step} was not written")
-            refusal.shared = True
-            raise refusal
-
     def _stop(self) -> None:
         names = [name for name in self.context.gather_objects(self.stop.signal_name) if name]
         step = self.state.progress.step
-        self._require_saved(f"stopped by {names[0]}")
+        self.saver.require_saved(step, f"stopped by {names[0]}")
         self.writer.end(step, f"stopped by {names[0]}")
         refusal = StopRequested(f"stopped by {names[0]} after step {step}; its checkpoint is committed")
         refusal.shared = True
         raise refusal
-
-    def verify_ranks(self, when: str) -> None:
-        """Prove that all ranks hold the same weights, buffers, moments, rates and position."""
-        if self.context.world_size > 1:
-            digests = state_digests(self.state.model, self.state.optimizer, self.state.scheduler)
-            self.context.require_same({**digests, "progress": repr(self.state.progress)}, when)
 
     def _to_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.context.device, non_blocking=True) for name, tensor in batch.items()}

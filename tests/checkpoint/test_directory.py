@@ -1,8 +1,13 @@
+import hashlib
+import os
+import shutil
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 from topoflow.checkpoint import FORMAT, CheckpointDirectory, find_checkpoint
-from topoflow.errors import MissingPath, ResumeRefused
+from topoflow.errors import MissingPath, ResumeRefused, RunDirectoryError
 
 
 def save(directory, step, is_best=False):
@@ -12,6 +17,7 @@ def save(directory, step, is_best=False):
 
 @pytest.fixture
 def directory(tmp_path):
+    (tmp_path / "run").mkdir()
     directory = CheckpointDirectory(tmp_path / "run" / "checkpoints")
     for step in (5, 10, 15):
         save(directory, step, is_best=step == 10)
@@ -22,7 +28,9 @@ def test_pointers(directory):
     assert directory.steps() == [5, 10, 15]
     assert directory.pointer("last") == directory.folder(15)
     assert directory.pointer("best") == directory.folder(10)
-    assert (directory.path / "last").read_text() == "step-00000015\n"
+    name, check = (directory.path / "last").read_text().splitlines()
+    assert name == "step-00000015"
+    assert check == hashlib.sha256(name.encode()).hexdigest()
 
 
 def test_an_empty_directory_has_nothing(tmp_path):
@@ -47,17 +55,83 @@ def test_none_whole_is_refused(directory):
         directory.newest_whole()
 
 
-def test_a_damaged_pointer_is_refused(directory):
-    for text in ("step-00000099\n", "../elsewhere\n", "", "\xff"):
-        (directory.path / "best").write_text(text, encoding="latin-1")
-        with pytest.raises(ResumeRefused, match="best"):
+def test_every_flipped_bit_and_every_truncation_of_a_pointer_is_found(directory, caplog):
+    path = directory.path / "best"
+    whole = path.read_bytes()
+    damaged = [whole[:length] for length in range(len(whole))] + [whole + b"\n", whole.upper(), b"step-00000005\n"]
+    for position in range(len(whole)):
+        for bit in range(8):
+            flipped = bytearray(whole)
+            flipped[position] ^= 1 << bit
+            damaged.append(bytes(flipped))
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(ResumeRefused, match=r"best: does not match its own hash: it is damaged"):
             directory.pointer("best")
+    with pytest.raises(ResumeRefused, match="best"):
+        find_checkpoint(directory.path.parent)
 
 
-def test_pruning_keeps_the_newest_the_best_and_what_it_is_told(directory):
-    save(directory, 20)
-    assert directory.prune(1, {directory.folder(5)}) == [directory.folder(15)]
-    assert directory.steps() == [5, 10, 20]
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_a_damaged_pointer_is_named_though_the_newest_is_found_without_it(directory, name, caplog):
+    (directory.path / name).write_text("step-00000005\n")
+    assert directory.newest_whole()[0] == directory.folder(15)
+    assert f"{directory.path / name}: does not match its own hash" in caplog.text
+    with pytest.raises(ResumeRefused, match=name):
+        directory.newest_whole(strict=True)
+
+
+def test_a_missing_checkpoint_or_pointer_is_named(directory, caplog):
+    shutil.rmtree(directory.folder(15))
+    assert directory.newest_whole()[0] == directory.folder(10)
+    assert "last: names 'step-00000015', which is not there" in caplog.text
+    (directory.path / "last").unlink()
+    caplog.clear()
+    assert directory.newest_whole()[0] == directory.folder(10)
+    assert "last: is missing" in caplog.text
+
+
+def test_a_named_run_whose_newest_is_damaged_is_refused(directory):
+    (directory.folder(15) / "manifest.json").unlink()
+    with pytest.raises(ResumeRefused, match=r"step-00000015: manifest\.json is missing"):
+        directory.newest_whole(strict=True)
+
+
+def test_nothing_starts_from_scratch_where_checkpoints_were(directory):
+    directory.set_aside_after(0)
+    with pytest.raises(ResumeRefused, match=r"holds abandoned-step-00000005, .*but no checkpoint to go on from"):
+        directory.newest_whole()
+    for entry in directory.path.iterdir():
+        shutil.rmtree(entry)
+    (directory.path / "last").write_text("step-00000015\n")
+    with pytest.raises(ResumeRefused, match="holds last, but no"):
+        directory.newest_whole()
+    # what a killed first save leaves was never committed
+    (directory.path / "last").unlink()
+    (directory.path / ".writing-step-00000005-1a2b3c4d").mkdir()
+    assert directory.newest_whole() is None
+
+
+def test_a_file_in_the_place_of_a_checkpoint_is_damage(directory, caplog):
+    shutil.rmtree(directory.folder(15))
+    directory.folder(15).write_text("")
+    assert directory.newest_whole()[0] == directory.folder(10)
+    assert "step-00000015: cannot be read: Not a directory" in caplog.text
+
+
+def test_pruning_keeps_the_newest_and_the_best(directory):
+    for step in (20, 25):
+        save(directory, step)
+    assert directory.prune(2) == [directory.folder(5), directory.folder(15)]
+    assert directory.steps() == [10, 20, 25]
+    assert sorted(entry.name for entry in directory.path.iterdir() if entry.is_file()) == ["best", "last"]
+
+
+def test_nothing_goes_while_it_is_unknown_which_is_the_best(directory, caplog):
+    (directory.path / "best").write_text("step-00000015\n")
+    assert directory.prune(1) == []
+    assert directory.steps() == [5, 10, 15]
+    assert "best: does not match its own hash" in caplog.text
 
 
 def test_later_checkpoints_are_set_aside(directory):
@@ -67,7 +141,103 @@ def test_later_checkpoints_are_set_aside(directory):
     ]
     assert directory.steps() == [5]
     assert directory.pointer("best") is None
+    assert directory.pointer("last") == directory.folder(5)
     assert directory.newest_whole()[0] == directory.folder(5)
+    save(directory, 10)
+    assert [path.name for path in directory.set_aside_after(5)] == ["abandoned-step-00000010-2"]
+
+
+def test_what_a_killed_process_left_goes_and_what_it_was_replacing_comes_back(directory):
+    for name in (".writing-step-00000020-1", ".deleting-step-00000001-2", ".replaced-step-00000010-3"):
+        (directory.path / name).mkdir()
+    (directory.path / ".writing-last-4").write_text("step-0000")
+    directory.folder(15).rename(directory.path / ".replaced-step-00000015-5")
+    directory.clean_up()
+    assert sorted(entry.name for entry in directory.path.iterdir()) == [
+        "best",
+        "last",
+        "step-00000005",
+        "step-00000010",
+        "step-00000015",
+    ]
+    assert directory.newest_whole()[0] == directory.folder(15)
+
+
+CHANGES = ("rename", "replace", "unlink", "rmdir")
+
+
+def test_every_change_of_what_others_see_is_guarded(directory, monkeypatch):
+    held, changes = [], []
+
+    @contextmanager
+    def guard():
+        held.append(True)
+        yield
+        held.pop()
+
+    def watch(name):
+        change = getattr(os, name)
+
+        def watched(path, *arguments, **more):
+            changes.append((name, os.path.basename(path), bool(held)))
+            return change(path, *arguments, **more)
+
+        monkeypatch.setattr(os, name, watched)
+
+    for name in CHANGES:
+        watch(name)
+    guarded = CheckpointDirectory(directory.path, guard)
+    (directory.path / ".writing-step-00000001-1").mkdir()
+    directory.folder(5).rename(directory.path / ".replaced-step-00000005-5")
+    changes.clear()
+    guarded.clean_up()
+    save(guarded, 20, is_best=True)
+    save(guarded, 20)
+    guarded.prune(1)
+    save(guarded, 25)
+    guarded.set_aside_after(20)
+    guarded.point("best", None)
+    assert {name for name, _, _ in changes} == set(CHANGES)
+    assert [change for change in changes if not change[2]] == []
+
+
+def test_a_guard_that_refuses_lets_nothing_happen(directory):
+    @contextmanager
+    def refuse():
+        raise RunDirectoryError("run: taken over")
+        yield
+
+    before = sorted(path for path in directory.path.rglob("*"))
+    guarded = CheckpointDirectory(directory.path, refuse)
+    for change in (
+        lambda: save(guarded, 15),
+        lambda: save(guarded, 20),
+        lambda: guarded.prune(1),
+        lambda: guarded.set_aside_after(5),
+        lambda: guarded.point("last", guarded.folder(5)),
+    ):
+        with pytest.raises(RunDirectoryError, match="taken over"):
+            change()
+    assert sorted(path for path in directory.path.rglob("*")) == before
+    assert directory.pointer("last") == directory.folder(15)
+
+
+def test_a_run_directory_that_vanished_is_not_made_anew(directory):
+    shutil.rmtree(directory.path.parent)
+    with pytest.raises(FileNotFoundError):
+        save(directory, 20)
+    assert not directory.path.parent.exists()
+
+
+def test_a_start_that_cannot_change_the_folder_is_refused_in_one_line(directory, monkeypatch):
+    def fail(*arguments, **more):
+        raise OSError(30, "Read-only file system")
+
+    for name in CHANGES:
+        monkeypatch.setattr(os, name, fail)
+    for change in (lambda: directory.set_aside_after(5), lambda: directory.point("best", None)):
+        with pytest.raises(RunDirectoryError, match=r"checkpoints: a checkpoint cannot be .*: Read-only file system"):
+            change()
 
 
 def test_a_run_means_its_best_else_its_last(directory):

@@ -1,11 +1,23 @@
+import hashlib
+import io
+import json
 import os
 import pickle
+import random
+import resource
+import shutil
+import subprocess
+import tempfile
+import warnings
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 
 from topoflow.checkpoint import file as checkpoint_file
-from topoflow.checkpoint import read_checkpoint, write_checkpoint
+from topoflow.checkpoint import hashing, read_checkpoint, write_checkpoint
 from topoflow.errors import MissingPath, ResumeRefused
 
 
@@ -50,9 +62,11 @@ def test_every_flipped_byte_is_found(folder, name):
 @pytest.mark.parametrize("name", ["state.pt", "manifest.json"])
 def test_truncation_and_absence_are_found(folder, name):
     path = folder / name
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ResumeRefused, match=name):
-        read_checkpoint(folder)
+    length = path.stat().st_size
+    for left in (length - 1, length // 2, 0):
+        os.truncate(path, left)
+        with pytest.raises(ResumeRefused, match=f"{name} has {left} bytes" if name == "state.pt" else name):
+            read_checkpoint(folder)
     path.unlink()
     with pytest.raises(ResumeRefused, match=f"{name} is missing"):
         read_checkpoint(folder)
@@ -63,6 +77,37 @@ def test_a_path_that_is_not_there(tmp_path):
         read_checkpoint(tmp_path / "step-00000009")
 
 
+def test_hashes_are_those_of_the_bytes(folder, monkeypatch):
+    monkeypatch.setattr(hashing, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(hashing, "_WORTH_A_THREAD", 20)
+    monkeypatch.setattr(checkpoint_file, "PIECE_BYTES", 1000)
+    state = make_state(4)
+    write_checkpoint(folder.with_name("step-00000004"), state)
+    manifest = json.loads((folder.with_name("step-00000004") / "manifest.json").read_text())
+    content = (folder.with_name("step-00000004") / "state.pt").read_bytes()
+    record = manifest["files"]["state.pt"]
+    pieces = [content[start : start + 1000] for start in range(0, len(content), 1000)]
+    assert record["sha256"] == [hashlib.sha256(piece).hexdigest() for piece in pieces]
+    assert (record["size"], record["piece_bytes"]) == (len(content), 1000)
+    assert len(pieces) > 2
+    raw = b"torch.float32(2, 3)" + state["model"]["w"].numpy().tobytes()
+    assert manifest["tensors"]["model/w"]["sha256"] == hashlib.sha256(raw).hexdigest()
+    assert manifest["tensors"].keys() == {"model/w", "model/b", "optimizer/state/w/step"}
+    assert torch.equal(read_checkpoint(folder.with_name("step-00000004"))["model"]["w"], state["model"]["w"])
+
+
+def sign(folder, content):
+    """Let `content` be the checkpoint's state.pt, with a manifest that fits it in every respect."""
+    (folder / "state.pt").write_bytes(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["manifest_sha256"]
+    manifest["files"]["state.pt"] = {
+        "size": len(content), "piece_bytes": len(content), "sha256": [hashlib.sha256(content).hexdigest()],
+    }  # fmt: skip
+    own = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "manifest_sha256": own}, indent=1))
+
+
 class Malicious:
     def __init__(self, path):
         self.path = path
@@ -71,13 +116,101 @@ class Malicious:
         return (os.mkdir, (self.path,))
 
 
-def test_no_code_of_a_checkpoint_runs(tmp_path, folder, monkeypatch):
+def zipped(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("form", [zipped, pickle.dumps], ids=["zip", "bare pickle"])
+def test_no_code_of_a_checkpoint_runs(tmp_path, folder, form):
     trap = tmp_path / "trap"
-    monkeypatch.setattr(checkpoint_file.torch, "save", lambda state, file: pickle.dump(Malicious(str(trap)), file))
-    write_checkpoint(tmp_path / "step-00000004", make_state(4))
-    with pytest.raises(ResumeRefused, match="more than tensors and plain values"):
-        read_checkpoint(tmp_path / "step-00000004")
+    content = form({**make_state(), "model": Malicious(str(trap))})
+    sign(folder, content)
+    with pytest.raises(ResumeRefused, match=r"state\.pt holds more than tensors and plain values"):
+        read_checkpoint(folder)
     assert not trap.exists()
+    torch.load(folder / "state.pt", weights_only=False) if form is zipped else pickle.loads(content)
+    assert trap.exists()  # it would have been sprung
+
+
+def test_what_misleads_the_loader_is_refused_in_one_line(folder):
+    """Signed files that torch.load answers with all kinds of errors."""
+    whole = (folder / "state.pt").read_bytes()
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    pickled = next(name for name in records if name.endswith("data.pkl"))
+    draw, kinds = random.Random(0), set()
+    for _ in range(300):
+        damaged = bytearray(records[pickled])
+        for _ in range(draw.choice((1, 2, 4))):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, content in records.items():
+                archive.writestr(name, bytes(damaged) if name == pickled else content)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                torch.load(io.BytesIO(file.getvalue()), map_location="cpu", weights_only=True)
+        except Exception as error:  # noqa: BLE001 (which they are is what this is about)
+            kinds.add(type(error))
+            sign(folder, file.getvalue())
+            with pytest.raises(ResumeRefused) as refusal:
+                read_checkpoint(folder)
+            assert "\n" not in str(refusal.value)
+    assert len(kinds) >= 5, kinds
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (torch.zeros(3), "format Tensor"),
+        ({"model": {}, "progress": {}}, "format None"),
+        ({**make_state(), "format": 1}, "format 1"),
+        ({**make_state(), "model": [1]}, "no model"),
+        ({"format": (1, 1), "model": {}}, "no progress"),
+    ],
+)
+def test_a_signed_file_that_is_no_checkpoint_is_refused(folder, content, words):
+    sign(folder, zipped(content))
+    with pytest.raises(ResumeRefused, match=words):
+        read_checkpoint(folder)
+
+
+def test_parts_that_a_reader_needs_are_asked_for(folder):
+    with pytest.raises(ResumeRefused, match=r"state\.pt has no data, config: expected a checkpoint of ours"):
+        read_checkpoint(folder, ("model", "data", "config"))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, '{"a": 1}', "\x00", '{"files": {}}'])
+def test_a_manifest_that_says_nothing_is_refused(folder, text):
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(ResumeRefused, match=r"manifest\.json does not match its own hash"):
+        read_checkpoint(folder)
+
+
+def test_a_file_of_format_1_0_is_read(folder):
+    content = zipped({**make_state(), "format": (1, 0)})
+    sign(folder, content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["state.pt"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    del manifest["manifest_sha256"]
+    own = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "manifest_sha256": own}, indent=1))
+    assert read_checkpoint(folder)["progress"]["step"] == 3
+    (folder / "state.pt").write_bytes(content[:-1] + b"?")
+    with pytest.raises(ResumeRefused, match="damaged"):
+        read_checkpoint(folder)
+
+
+def test_a_disk_that_cannot_read_is_damage(folder, monkeypatch):
+    def fail(*arguments):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(hashing.os, "preadv", fail)
+    with pytest.raises(ResumeRefused, match="step-00000003: cannot be read: Input/output error"):
+        read_checkpoint(folder)
 
 
 def test_another_format_is_refused(tmp_path):
@@ -97,6 +230,96 @@ def test_a_failed_write_leaves_what_was_there(folder, monkeypatch, function):
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     monkeypatch.undo()
     assert read_checkpoint(folder)["progress"]["step"] == 3
+
+
+def large_state(step=4):
+    state = make_state(step)
+    state["model"]["large"] = torch.arange(300_000.0)
+    return state
+
+
+@contextmanager
+def small_disk(tmp_path):
+    """A file system of one megabyte."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", mount], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("a small file system can be mounted by root only")
+    try:
+        yield mount
+    finally:
+        subprocess.run(["umount", mount], check=True)
+
+
+@contextmanager
+def limited_file_size(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
+    try:
+        yield tmp_path
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextmanager
+def read_only_disk(tmp_path):
+    with small_disk(tmp_path) as mount:
+        write_checkpoint(mount / "step-00000003", make_state())
+        subprocess.run(["mount", "-o", "remount,ro", mount], check=True)
+        yield mount
+
+
+@contextmanager
+def no_permission(tmp_path):
+    """A folder that others may look into, and write only its owner; root, whom permissions do not bind, is not that."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_checkpoint(folder / "step-00000003", make_state())
+        folder.chmod(0o555)
+        is_root = os.geteuid() == 0
+        if is_root:
+            os.seteuid(65534)
+        try:
+            yield folder
+        finally:
+            if is_root:
+                os.seteuid(0)
+            folder.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        (small_disk, "No space left on device"),
+        (limited_file_size, "File too large"),
+        (read_only_disk, "Read-only file system"),
+        (no_permission, "Permission denied"),
+    ],
+)
+def test_what_the_operating_system_refuses_is_said_in_its_words(tmp_path, place, words):
+    with place(tmp_path) as parent:
+        if not list(parent.glob("step-*")):
+            write_checkpoint(parent / "step-00000003", make_state())
+        with pytest.raises(OSError, match=words):
+            write_checkpoint(parent / "step-00000004", large_state())
+        assert [path.name for path in parent.iterdir()] == ["step-00000003"]
+        assert read_checkpoint(parent / "step-00000003")["progress"]["step"] == 3
+
+
+def test_a_folder_that_vanishes_while_it_is_written(folder, tmp_path, monkeypatch):
+    whole = torch.save
+
+    def save(state, file):
+        whole(state, file)
+        folder.parent.rename(tmp_path.with_name("elsewhere"))
+
+    monkeypatch.setattr(checkpoint_file.torch, "save", save)
+    with pytest.raises(FileNotFoundError):
+        write_checkpoint(folder.with_name("step-00000004"), make_state(4))
+    assert not folder.parent.exists()
+    assert read_checkpoint(tmp_path.with_name("elsewhere") / folder.name)["progress"]["step"] == 3
+    shutil.rmtree(tmp_path.with_name("elsewhere"))
 
 
 def test_a_checkpoint_of_the_same_step_is_replaced(folder):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from topoflow.checkpoint import capture_state, restore_state, restore_weights, state_digests
+from topoflow.checkpoint import capture_state, plan_weights, restore_state, state_fingerprints
+from topoflow.checkpoint.state import copy_pairs
 from topoflow.config import OptimConfig
 from topoflow.errors import ResumeRefused
 from topoflow.optim import build_optimizer, build_scheduler
@@ -63,8 +64,8 @@ def test_a_restored_run_goes_on_with_the_same_bits_in_any_order_of_parameters(re
     resumed = build(seed=1, reverse=reverse)
     report = restore_state(state, *resumed)
     assert (report.weights, report.moments, report.buffers, report.new) == (8, 8, 1, [])
-    assert {k: v for k, v in state_digests(*resumed).items() if "group" not in k} == {
-        k: v for k, v in state_digests(*original).items() if "group" not in k
+    assert {k: v for k, v in state_fingerprints(*resumed).items() if "group" not in k} == {
+        k: v for k, v in state_fingerprints(*original).items() if "group" not in k
     }
     train(original, 4, 9)
     train(resumed, 4, 9)
@@ -96,7 +97,7 @@ def test_new_names_start_fresh_only_if_they_are_listed():
     assert all(torch.equal(value, before[name]) for name, value in named(resumed).items())
     report = restore_state(state, *resumed, allow_new=["wind_rank.*"])
     assert report.new == ["wind_rank.weight", "wind_rank.bias"]
-    assert (report.weights, report.weights_expected, report.moments, report.moments_expected) == (8, 10, 8, 10)
+    assert (report.weights, report.weights_expected, report.moments, report.moments_expected) == (8, 8, 8, 8)
     assert torch.equal(dict(resumed[0].named_parameters())["wind_rank.weight"], before["wind_rank.weight"])
     assert dict(resumed[0].named_parameters())["wind_rank.weight"] not in resumed[1].state
 
@@ -155,16 +156,16 @@ def test_allowed_optimizer_settings_take_the_config_at_the_restored_step():
 def test_weights_alone_leave_the_optimizer_as_it_was():
     original, state = saved_after()
     tuned = build(seed=1)
-    restore_weights(tuned[0], state["model"])
+    copy_pairs(plan_weights(tuned[0], state["model"]).pairs)
     assert all(torch.equal(value, named(original)[name]) for name, value in named(tuned).items())
     assert len(tuned[1].state) == 0
 
 
 def test_one_changed_ulp_changes_its_digest_alone():
     parts, _ = saved_after()
-    before = state_digests(*parts)
+    before = state_fingerprints(*parts)
     with torch.no_grad():
         weight = parts[0].head.weight
         weight[1, 2] = torch.nextafter(weight[1, 2], torch.tensor(float("inf")))
-    after = state_digests(*parts)
+    after = state_fingerprints(*parts)
     assert [name for name in before if before[name] != after[name]] == ["head.weight"]

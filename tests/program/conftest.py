@@ -14,6 +14,7 @@ import torch
 import yaml
 
 import train as train_script
+from benchmarks.forked_runs import ForkedRuns
 from topoflow.data.demo_world import make_demo_data
 
 ROOT = Path(__file__).parents[2]
@@ -104,20 +105,27 @@ def world(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def make_program(world):
+    """A program whose run directories lie in a folder of the caller's."""
+
+    def make(folder):
+        config = folder / "run.yaml"
+        config.write_text(yaml.safe_dump({**CONFIG, "data": {**CONFIG["data"], "path": str(world)}}))
+        return Program(folder, config)
+
+    return make
+
+
 @pytest.fixture
-def program(tmp_path, world):
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump({**CONFIG, "data": {**CONFIG["data"], "path": str(world)}}))
-    return Program(tmp_path, config)
+def program(tmp_path, make_program):
+    return make_program(tmp_path)
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory, world):
+def undisturbed(tmp_path_factory, make_program):
     """Runs that never stopped, by number of processes: made once, read by many tests."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    config = folder / "run.yaml"
-    config.write_text(yaml.safe_dump({**CONFIG, "data": {**CONFIG["data"], "path": str(world)}}))
-    program, made = Program(folder, config), set()
+    program, made = make_program(tmp_path_factory.mktemp("undisturbed")), set()
 
     def run_of(processes):
         if processes not in made:
@@ -127,6 +135,12 @@ def undisturbed(tmp_path_factory, world):
         return program.losses(f"run{processes}"), program.state(f"run{processes}")
 
     return run_of
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory):
+    """Starts runs as processes that can be killed at a chosen place."""
+    return ForkedRuns(tmp_path_factory.mktemp("forked"))
 
 
 def same_state(one, other):

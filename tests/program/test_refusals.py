@@ -96,7 +96,7 @@ def test_a_run_directory_in_use(program):
 
 def test_never_resume_in_a_directory_with_checkpoints(program):
     assert program.train("train.max_steps=2").returncode == 0
-    refused(program.train("checkpoint.resume=never"), 2, "checkpoint.resume", "never", "1 checkpoint")
+    refused(program.train("checkpoint.resume=never"), 2, "checkpoint.resume", "never", "step-00000002")
 
 
 def test_a_changed_config_is_refused_unless_it_is_allowed(program):
@@ -222,16 +222,27 @@ def test_a_changed_mask_is_refused_and_a_moved_one_is_not(program):
     refused(program.train("train.max_steps=3", masked), 3, "data.mask_fingerprint")
 
 
+SAVE_EVERY_STEP = ("checkpoint.every_steps=1", "data.validation=[]", "data.workers=0")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_save_that_failed_stops_the_run(program, processes):
+    (program.folder / "run").mkdir()
+    (program.folder / "run" / "checkpoints").write_text("in the way")
+    program.train(*SAVE_EVERY_STEP, processes=processes)
+    assert program.exit_record()["status"] == 2
+    assert "checkpoints: not written: File exists" in program.exit_record()["reason"]
+    assert max(program.losses()) <= 2  # the next save waits for the first; the step after it knows
+
+
 def test_a_save_that_failed_is_never_called_committed(program):
     (program.folder / "run").mkdir()
     (program.folder / "run" / "checkpoints").write_text("in the way")
-    options = ("train.max_steps=2", "checkpoint.every_steps=1", "data.validation=[]")
-    done = program.train(*options)
-    refused(done, 2, "checkpoints", "not written")
-    assert sorted(program.losses()) == [1]
-    done = program.train(*options, "checkpoint.on_error=continue")
-    refused(done, 2, "the end of the run", "step 2 was not written")
+    done = program.train(*SAVE_EVERY_STEP, "train.max_steps=2", "checkpoint.on_error=continue")
+    refused(done, 2, "the end of the run: the checkpoint of step 2 was not written", "File exists")
+    assert "training goes on" in done.stderr
     assert sorted(program.losses()) == [1, 2]
+    assert program.events(kind="checkpoint") == []
 
 
 def test_files_of_the_run_that_cannot_be_written(program):

@@ -1,4 +1,4 @@
-"""A state that rank 0 read, on every rank, by broadcast in large flat pieces."""
+"""A checkpoint that rank 0 read, put into what every rank has built: by broadcast, in large flat pieces."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,30 +6,25 @@ from typing import Any
 
 import torch
 
-from topoflow.checkpoint.file import named_tensors, read_checkpoint
+from topoflow.checkpoint.file import read_checkpoint
+from topoflow.checkpoint.state import Pair, copy_pairs
 from topoflow.distributed import Context
 
 PIECE_BYTES = 64 * 2**20
 
 
-def broadcast_state(context: Context, state: dict[str, Any] | None) -> dict[str, Any]:
-    """Rank 0's `state` (nested dicts of tensors and plain values) on every rank; the others pass None.
+def share_outline(context: Context, state: dict[str, Any] | None) -> dict[str, Any]:
+    """Rank 0's `state` (nested dicts of tensors and plain values), in outline on the others, which pass None.
 
-    Tensors arrive on the context's device; on rank 0 the state itself is returned.
+    There every tensor is on the meta device: it has a shape and a dtype and takes no memory. `deliver` fills what is
+    made after it.
     """
-    if context.world_size == 1:
-        assert state is not None, "one process reads its own state"
-        return state
-    skeleton = context.broadcast_object(_skeleton(state) if context.is_main else None)
-    received = state if context.is_main else _allocate(skeleton, context.device)
-    tensors = sorted(named_tensors(received), key=lambda item: item[0])
-    for dtype in sorted({tensor.dtype for _, tensor in tensors}, key=str):
-        _broadcast_flat(context, [tensor for _, tensor in tensors if tensor.dtype == dtype], dtype)
-    return received
+    outline = context.broadcast_object(_outline(state) if context.is_main else None)
+    return state if context.is_main else outline
 
 
 def read_everywhere(context: Context, find: Callable[[], Path], parts: Sequence[str]) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint that `find` names, read by rank 0 and sent to all: its path, and those parts of its state.
+    """The checkpoint that `find` names, read by rank 0: its path, and those parts of its state, see `share_outline`.
 
     Raises:
         MissingPath, ResumeRefused: on every rank alike, as `find` and `read_checkpoint` raise them.
@@ -40,35 +35,49 @@ def read_everywhere(context: Context, find: Callable[[], Path], parts: Sequence[
             path = find()
             whole = read_checkpoint(path)
             state = {part: whole[part] for part in parts}
-    return context.broadcast_object(path), broadcast_state(context, state)
+    return context.broadcast_object(path), share_outline(context, state)
 
 
-def _broadcast_flat(context: Context, tensors: list[torch.Tensor], dtype: torch.dtype) -> None:
-    """Overwrite tensors of one dtype by rank 0's, packed into pieces of PIECE_BYTES."""
+def deliver(context: Context, pairs: Sequence[Pair]) -> None:
+    """Copy rank 0's sources into every rank's destinations, which may lie on any device.
+
+    The pairs are the same on all ranks, in the same order; the sources of other ranks may be without contents. What a
+    rank needs beside its destinations is one piece of at most PIECE_BYTES.
+    """
+    if context.world_size == 1:
+        return copy_pairs(pairs)
+    with torch.no_grad():
+        for dtype in sorted({destination.dtype for _, destination in pairs}, key=str):
+            _broadcast_flat(context, [pair for pair in pairs if pair[1].dtype == dtype], dtype)
+
+
+def _broadcast_flat(context: Context, pairs: list[Pair], dtype: torch.dtype) -> None:
     length = max(1, PIECE_BYTES // dtype.itemsize)
-    chunks = [chunk for tensor in tensors for chunk in tensor.reshape(-1).split(length) if chunk.numel()]
-    while chunks:
-        taken, total = [], 0
-        while chunks and total + chunks[0].numel() <= length:
-            total += chunks[0].numel()
-            taken.append(chunks.pop(0))
-        piece = torch.empty(total, dtype=dtype, device=context.device)
-        if context.is_main:
-            torch.cat([chunk.to(context.device) for chunk in taken], out=piece)
-        context.broadcast_tensor(piece)
-        if not context.is_main:
-            for chunk, part in zip(taken, piece.split([chunk.numel() for chunk in taken]), strict=True):
-                chunk.copy_(part)
+    taken: list[Pair] = []
+    room = length
+    for source, destination in pairs:
+        # a parameter is contiguous, so its flat view is the parameter itself
+        parts = zip(source.reshape(-1).split(length), destination.view(-1).split(length), strict=True)
+        for part in parts:
+            if part[1].numel() > room:
+                _broadcast_piece(context, taken, dtype)
+                taken, room = [], length
+            taken.append(part)
+            room -= part[1].numel()
+    _broadcast_piece(context, taken, dtype)
 
 
-def _skeleton(tree: Any) -> Any:
+def _broadcast_piece(context: Context, parts: list[Pair], dtype: torch.dtype) -> None:
+    sizes = [destination.numel() for _, destination in parts]
+    piece = torch.empty(sum(sizes), dtype=dtype, device=context.device)
+    if context.is_main:
+        copy_pairs(list(zip([source for source, _ in parts], piece.split(sizes), strict=True)))
+    context.broadcast_tensor(piece)
+    copy_pairs(list(zip(piece.split(sizes), [destination for _, destination in parts], strict=True)))
+
+
+def _outline(tree: Any) -> Any:
     """The tree with every tensor replaced by one without storage."""
     if isinstance(tree, torch.Tensor):
         return torch.empty(tree.shape, dtype=tree.dtype, device="meta")
-    return {key: _skeleton(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
-
-
-def _allocate(tree: Any, device: torch.device) -> Any:
-    if isinstance(tree, torch.Tensor):
-        return torch.empty(tree.shape, dtype=tree.dtype, device=device)
-    return {key: _allocate(value, device) for key, value in tree.items()} if isinstance(tree, dict) else tree
+    return {key: _outline(value) for key, value in tree.items()} if isinstance(tree, dict) else tree

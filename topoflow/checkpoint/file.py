@@ -1,29 +1,23 @@
 """One checkpoint: a folder with state.pt and manifest.json, written whole or not at all, verified when it is read."""
 
-import errno
-import hashlib
-import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from topoflow.checkpoint.disk import Guard, discard, flush, flush_folder, hidden_beside
+from topoflow.checkpoint.hashing import PIECE_BYTES, HashedFile, file_digests, tensor_digest
+from topoflow.checkpoint.manifest import MANIFEST, STATE, manifest_text, read_manifest, state_record
 from topoflow.errors import MissingPath, ResumeRefused
 
-FORMAT = (1, 0)
-STATE, MANIFEST = "state.pt", "manifest.json"
-
-
-def tensor_digest(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's bytes, with its dtype and shape."""
-    host = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{host.dtype}{tuple(host.shape)}".encode())
-    digest.update(host.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+FORMAT = (1, 1)
 
 
 def named_tensors(tree: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -35,134 +29,132 @@ def named_tensors(tree: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor
             yield from named_tensors(value, f"{path}/{key}" if path else str(key))
 
 
-def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Write `state` as the checkpoint `folder`; it exists only once it is whole and on the disk.
+def write_checkpoint(folder: Path, state: dict[str, Any], guard: Guard = nullcontext) -> None:
+    """Write `state` as the checkpoint `folder`, whose parent exists; it is there once it is whole and on the disk.
 
     The write goes to a temporary folder beside it, every file and folder is flushed, then renamed. A checkpoint of the
     same name is replaced.
 
     Raises:
-        OSError: the file system refused; the temporary folder is removed and nothing else was touched.
+        OSError: the file system refused; the temporary folder is removed and what was there before is whole.
+        RunDirectoryError: `guard` refused, see `topoflow.checkpoint.disk`; likewise.
     """
-    temporary = folder.with_name(f".writing-{folder.name}-{os.getpid()}")
+    temporary = hidden_beside(folder, "writing")
     try:
-        temporary.mkdir(parents=True)
-        with open(temporary / STATE, "wb") as file:
-            _save(state, file)
-            _flush(file)
+        temporary.mkdir()
+        manifest = {"format": list(FORMAT), "step": state["progress"]["step"], **_write_state(temporary / STATE, state)}
         with open(temporary / MANIFEST, "w", encoding="ascii") as file:
-            file.write(
-                _sign({"format": list(FORMAT), "step": state["progress"]["step"], **_contents(temporary, state)})
-            )
-            _flush(file)
-        _flush_folder(temporary)
-        replaced = folder.with_name(f".replaced-{folder.name}-{os.getpid()}")
-        if folder.exists():
-            os.rename(folder, replaced)
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            if replaced.exists():
-                os.rename(replaced, folder)
-            raise
-        _flush_folder(folder.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+            file.write(manifest_text(manifest))
+            flush(file)
+        flush_folder(temporary)
+        _move_into_place(temporary, folder, guard)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # without the guard: its name is ours alone
         raise
 
 
-def read_checkpoint(folder: Path) -> dict[str, Any]:
+def read_checkpoint(folder: Path, parts: Sequence[str] = ("model", "progress")) -> dict[str, Any]:
     """The state in a checkpoint, after its manifest, sizes and content hashes have been verified. No code of it runs.
+
+    Args:
+        parts: what must be in it, as dicts.
 
     Raises:
         MissingPath: no such folder.
-        ResumeRefused: a missing, truncated or altered file, an unknown format, or a pickle with more than plain values.
+        ResumeRefused: a file is missing, truncated, altered or unreadable, of an unknown format, lacks one of `parts`,
+            or holds more than tensors and plain values.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.exists(folder):  # False as well where we may not look
         raise MissingPath(f"checkpoint {folder}: not found")
-    manifest = _read_manifest(folder / MANIFEST)
-    path, expected = folder / STATE, manifest["files"][STATE]
-    if not path.is_file():
-        raise ResumeRefused(f"checkpoint {folder}: {STATE} is missing")
-    if path.stat().st_size != expected["size"]:
-        raise ResumeRefused(
-            f"checkpoint {folder}: {STATE} has {path.stat().st_size} bytes: expected {expected['size']}: it is damaged"
-        )
-    digest = _file_digest(path)
-    if digest != expected["sha256"]:
-        raise ResumeRefused(
-            f"checkpoint {folder}: the content hash of {STATE} is {digest[:12]}: expected {expected['sha256'][:12]}: "
-            "it is damaged"
-        )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        manifest = read_manifest(folder)
+        # opened once: what is loaded is what was verified, whatever is renamed meanwhile
+        with open(folder / STATE, "rb") as file:
+            _require_whole(file, manifest, folder)
+            state = _load(file, folder)
+    except FileNotFoundError:
+        raise ResumeRefused(f"checkpoint {folder}: {STATE} is missing") from None
+    except OSError as error:
+        raise ResumeRefused(f"checkpoint {folder}: cannot be read: {error.strerror or error}") from None
+    _require_known_format(state, parts, folder)
+    return state
+
+
+def _write_state(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Write state.pt and flush it; returns the manifest's entries `files` and `tensors`."""
+    with ThreadPoolExecutor(2) as pool, open(path, "wb") as raw:
+        tensors = pool.submit(_describe_tensors, state)
+        file = HashedFile(raw, pool)
+        try:
+            torch.save(state, file)
+        except RuntimeError:
+            if file.error is None:
+                raise
+            raise file.error from None
+        flush(raw)
+        record = {"size": file.size, "piece_bytes": PIECE_BYTES, "sha256": file.digests()}
+        return {"files": {STATE: record}, "tensors": tensors.result()}
+
+
+def _describe_tensors(state: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: {"dtype": str(tensor.dtype), "shape": list(tensor.shape), "sha256": tensor_digest(tensor)}
+        for name, tensor in named_tensors(state)
+    }
+
+
+def _move_into_place(temporary: Path, folder: Path, guard: Guard) -> None:
+    """Give the temporary folder its name. Between two renames an older one is hidden: `clean_up` brings it back."""
+    replaced = hidden_beside(folder, "replaced") if folder.exists() else None
+    if replaced is not None:
+        with guard():
+            os.rename(folder, replaced)
+    try:
+        with guard():
+            os.rename(temporary, folder)
+    except OSError:
+        if replaced is not None:
+            with guard():
+                os.rename(replaced, folder)
+        raise
+    flush_folder(folder.parent)
+    if replaced is not None:
+        discard(replaced, guard)
+
+
+def _require_whole(file: BinaryIO, manifest: dict[str, Any], folder: Path) -> None:
+    expected = state_record(manifest, folder)
+    size = os.fstat(file.fileno()).st_size
+    if size != expected.size:
+        raise ResumeRefused(f"checkpoint {folder}: {STATE} has {size} bytes: expected {expected.size}: it is damaged")
+    found = file_digests(file, size, expected.piece_bytes)
+    if found != expected.sha256:
+        damaged = [n for n, pair in enumerate(zip(found, expected.sha256, strict=False)) if pair[0] != pair[1]]
+        start = expected.piece_bytes * (damaged or [0])[0]
+        raise ResumeRefused(
+            f"checkpoint {folder}: {STATE} has not the content hash of the manifest from byte {start} on: it is damaged"
+        )
+
+
+def _load(file: BinaryIO, folder: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch makes of a file that is not ours is in the refusal
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ResumeRefused(
             f"checkpoint {folder}: {STATE} holds more than tensors and plain values: not loaded, none of its code ran"
         ) from None
-    except (RuntimeError, EOFError) as error:
-        raise ResumeRefused(f"checkpoint {folder}: {STATE} cannot be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(state, dict) or tuple(state.get("format", ()))[:1] != FORMAT[:1]:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+    except Exception as error:  # noqa: BLE001 (bytes made to mislead the loader make it raise anything)
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise ResumeRefused(f"checkpoint {folder}: {STATE} cannot be loaded: {said}") from None
+
+
+def _require_known_format(state: Any, parts: Sequence[str], folder: Path) -> None:
+    found = state.get("format") if isinstance(state, dict) else type(state).__name__
+    if not isinstance(found, tuple | list) or tuple(found[:1]) != FORMAT[:1]:
         raise ResumeRefused(f"checkpoint {folder}: format {found}: expected {FORMAT[0]}.x")
-    return state
-
-
-def _save(state: dict[str, Any], file: BinaryIO) -> None:
-    try:
-        torch.save(state, file)
-    except RuntimeError as error:
-        # torch's writer says so when the file takes no more bytes, and hides the cause
-        raise OSError(errno.EIO, f"{str(error).splitlines()[0]} (is the disk full?)") from error
-
-
-def _contents(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
-    path = folder / STATE
-    tensors = {
-        name: {"dtype": str(tensor.dtype), "shape": list(tensor.shape), "sha256": tensor_digest(tensor)}
-        for name, tensor in named_tensors(state)
-    }
-    return {"files": {STATE: {"size": path.stat().st_size, "sha256": _file_digest(path)}}, "tensors": tensors}
-
-
-def _sign(manifest: dict[str, Any]) -> str:
-    """The manifest as JSON text, with the hash of everything else in it as its last key."""
-    body = json.dumps(manifest, sort_keys=True)
-    return json.dumps(
-        {**manifest, "manifest_sha256": hashlib.sha256(body.encode()).hexdigest()}, sort_keys=False, indent=1
-    )
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ResumeRefused(f"checkpoint {path.parent}: {MANIFEST} is missing")
-    text = path.read_bytes()
-    try:
-        manifest = json.loads(text)
-        signature = manifest.pop("manifest_sha256")
-        whole = _sign(manifest).encode() == text and json.loads(_sign(manifest))["manifest_sha256"] == signature
-    except (ValueError, KeyError, AttributeError, TypeError):
-        whole = False
-    if not whole:
-        raise ResumeRefused(f"checkpoint {path.parent}: {MANIFEST} does not match its own hash: it is damaged")
-    return manifest
-
-
-def _file_digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    missing = [part for part in parts if not isinstance(state.get(part), dict)]
+    if missing:
+        raise ResumeRefused(f"checkpoint {folder}: {STATE} has no {', '.join(missing)}: expected a checkpoint of ours")

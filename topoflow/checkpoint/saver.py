@@ -1,11 +1,14 @@
-"""Saving during a run: rank 0 captures and writes, all ranks learn whether it worked."""
+"""Saving during a run: rank 0 copies the state and writes it in the background, all ranks learn whether it worked."""
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from topoflow.checkpoint.directory import CheckpointDirectory
+from topoflow.checkpoint.fingerprint import seal
+from topoflow.checkpoint.host_copy import HostBuffer
 from topoflow.config import CheckpointConfig
 from topoflow.distributed import Context
 from topoflow.errors import RunDirectoryError
@@ -16,9 +19,12 @@ log = logging.getLogger(__name__)
 class CheckpointSaver:
     """Writes checkpoints of one run into its directory, and deletes those that need not stay.
 
+    The loop waits for a copy of the state to host memory only. One write is in flight at a time, in a thread of rank 0.
+    What goes wrong there waits for `settle`, in which all ranks act on it together.
+
     Args:
-        capture: returns the whole content of a checkpoint; called on rank 0 only.
-        resumed_from: a checkpoint that must stay until a newer one is whole.
+        capture: returns the whole content of a checkpoint, live tensors on any device; called on rank 0 only.
+        on_commit: called with step and folder, in the main thread of rank 0, once a checkpoint is on the disk.
     """
 
     def __init__(
@@ -27,47 +33,131 @@ class CheckpointSaver:
         directory: CheckpointDirectory,
         config: CheckpointConfig,
         capture: Callable[[], dict[str, Any]],
-        resumed_from: Path | None = None,
+        on_commit: Callable[[int, Path], None],
     ):
-        self._context, self._directory, self._config, self._capture = context, directory, config, capture
-        self._keep = {resumed_from} if resumed_from is not None else set()
+        self._context, self._directory, self._config = context, directory, config
+        self._capture, self._on_commit = capture, on_commit
+        self._buffer = HostBuffer(pinned=context.device.type == "cuda")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._reserved: Future[None] | None = None
+        self._write: Future[Path] | None = None
+        self._step: int | None = None
+        """Of the last save, in flight or committed; None if it failed."""
+        self._best_step: int | None = None
+        """Of the last save of a best one, in flight, committed or failed."""
+        self._committed_step: int | None = None
+        self._failure: BaseException | None = None
 
     @property
     def keeps_best(self) -> bool:
         """Whether a new lowest validation loss is worth a checkpoint of its own."""
         return self._config.keep_best
 
-    def save(self, is_best: bool) -> Path | None:
-        """Commit a checkpoint of the present state; call on every rank.
+    def prepare(self, nbytes: int) -> None:
+        """Have host memory for a copy of this size made ready while training begins."""
+        if self._context.is_main:
+            self._reserved = self._thread.submit(self._buffer.reserve, nbytes)
 
-        Returns:
-            Its folder, or None where the write failed and checkpoint.on_error is `continue`.
+    def save(self, step: int, is_best: bool) -> None:
+        """Copy the present state, that after `step` steps, and let it be written. No rank waits for another here.
+
+        A step that was saved, or is being, is not saved again. A write that is still in flight is waited for.
+        """
+        self._note_write()
+        if not self._context.is_main or step == self._step:
+            return
+        self._step, self._best_step = step, step if is_best else self._best_step
+        state = self._capture()
+        try:
+            if self._reserved is not None:
+                self._reserved.result()
+            state = self._buffer.copy(state)
+        except OSError as error:  # no memory
+            self._note_failure(error)
+        else:
+            self._write = self._thread.submit(self._commit, state, step == self._best_step and self.keeps_best)
+
+    def poll(self) -> bool:
+        """Note a write that has ended. Returns whether one has failed; all ranks must then call `settle`."""
+        if self._write is not None and self._write.done():
+            self._note_write()
+        return self._failure is not None
+
+    def settle(self) -> None:
+        """Act on a failed write. Every rank calls it, because rank 0's `poll` was true.
 
         Raises:
-            RunDirectoryError: the write failed and checkpoint.on_error is `stop`. Older checkpoints are untouched.
+            RunDirectoryError: on every rank alike: checkpoint.on_error is `stop`, or the run is not ours any more.
+                Older checkpoints are untouched.
         """
-        folder, failure = None, None
-        if self._context.is_main:
-            try:
-                folder = self._directory.save(self._capture(), is_best and self._config.keep_best)
-                self._keep.clear()
-            except OSError as error:
-                failure = f"checkpoint in {self._directory.path}: not written: {error.strerror or error}"
-            else:
-                self._prune()
-        folder, failure = self._context.broadcast_object((folder, failure))
-        if failure is None:
-            return folder
-        if self._config.on_error == "continue":
-            if self._context.is_main:
-                log.error("%s; training goes on (checkpoint.on_error=continue)", failure)
-            return None
-        refusal = RunDirectoryError(f"{failure}; older checkpoints are as they were")
-        refusal.shared = True
-        raise refusal
+        self._act_on_failure("", goes_on=self._config.on_error == "continue")
 
-    def _prune(self) -> None:
-        try:
-            self._directory.prune(self._config.keep_last, self._keep)
-        except OSError as error:
-            log.warning("%s: an old checkpoint could not be deleted: %s", self._directory.path, error)
+    def require_saved(self, step: int, when: str) -> None:
+        """Have the present state, that after `step` steps, committed; if that failed before, it is tried once more.
+
+        No run ends as if its state were safe when it is not, whatever checkpoint.on_error says. Call on every rank.
+
+        Raises:
+            RunDirectoryError: it could not be written.
+        """
+        self.save(step, is_best=False)
+        self._note_write()
+        if self._context.broadcast_object(self._failure is not None):
+            self._act_on_failure(f"{when}: the checkpoint of step {step} was not written: ", goes_on=False)
+
+    def close(self) -> None:
+        """Wait for the write in flight, however the run ends; no other rank is asked. A failure is logged."""
+        self._note_write()
+        self._thread.shutdown()
+        if self._failure is not None:
+            kind, message = self._describe(self._failure)
+            log.error("%s", message, exc_info=self._failure if kind == "defect" else None)
+
+    def _commit(self, state: dict[str, Any], is_best: bool) -> Path:
+        """What the thread does. Old checkpoints, also the one that was resumed from, stay until this one is whole."""
+        seal(state)
+        folder = self._directory.save(state, is_best)
+        self._directory.prune(self._config.keep_last)
+        return folder
+
+    def _act_on_failure(self, prefix: str, goes_on: bool) -> None:
+        error, self._failure = self._failure, None
+        kind, message = self._context.broadcast_object(self._describe(error))
+        if kind == "defect":
+            raise RuntimeError(message) from error  # with the traceback of the thread
+        if kind == "disk" and goes_on:
+            if self._context.is_main:
+                log.error("%s; training goes on (checkpoint.on_error=continue)", message)
+            return
+        refusal = RunDirectoryError(prefix + message if kind == "disk" else message)
+        refusal.shared = True
+        raise refusal from error
+
+    def _note_write(self) -> None:
+        """Wait for the write in flight, if there is one, and note how it ended."""
+        if self._write is None:
+            return
+        write, self._write = self._write, None
+        error = write.exception()
+        if error is not None:
+            self._note_failure(error)
+            return
+        if isinstance(self._failure, OSError):
+            log.error("%s; a later one is", self._describe(self._failure)[1])
+            self._failure = None
+        self._committed_step = self._step
+        self._on_commit(self._step, write.result())
+
+    def _note_failure(self, error: BaseException) -> None:
+        self._step = None
+        if self._failure is None or isinstance(self._failure, OSError):
+            self._failure = error
+
+    def _describe(self, error: BaseException | None) -> tuple[str, str]:
+        """What kind of failure it is, and what to say about it."""
+        if isinstance(error, RunDirectoryError):
+            return "the run is not ours", str(error)
+        if isinstance(error, OSError):
+            reason = error.strerror or error
+            return "disk", f"checkpoint in {self._directory.path}: not written: {reason}; older ones are as they were"
+        return "defect", f"rank 0: a checkpoint was not written: {error!r}"

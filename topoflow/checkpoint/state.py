@@ -5,51 +5,70 @@ moments, steps and rates are set here, by name, after everything has been checke
 """
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from topoflow.checkpoint.file import tensor_digest
+from topoflow.checkpoint.fingerprint import MOMENTS
 from topoflow.errors import ResumeRefused
 
 GROUP_SETTINGS = ("lr", "initial_lr", "weight_decay", "betas", "eps")
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""(source, destination) of a copy."""
 
 
 @dataclass
 class RestoreReport:
-    """What a restore put back, by name and count."""
+    """What a restore put back, by name and count; `expected` counts leave out what may start fresh."""
 
     weights: int = 0
     weights_expected: int = 0
     buffers: int = 0
+    buffers_expected: int = 0
     moments: int = 0
     moments_expected: int = 0
     new: list[str] = field(default_factory=list)
     moved: list[str] = field(default_factory=list)
     learning_rates: dict[str, float] = field(default_factory=dict)
+    weight_decay: dict[str, float] = field(default_factory=dict)
+    rates_from_config: bool = False
     scheduler_steps: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """For the log."""
-        rates = ", ".join(f"{name} {rate:.6e}" for name, rate in self.learning_rates.items())
-        lines = [
-            f"weights {self.weights}/{self.weights_expected}, buffers {self.buffers}, "
-            f"moments {self.moments}/{self.moments_expected}, scheduler at step {self.scheduler_steps}",
-            f"learning rates: {rates}",
+        """A table for the log, exceptions last."""
+        lines = [f"weights {self.weights}/{self.weights_expected}, buffers {self.buffers}/{self.buffers_expected}"]
+        if self.learning_rates:
+            lines[0] += f", moments {self.moments}/{self.moments_expected}, scheduler at step {self.scheduler_steps}"
+        whence = "config, as checkpoint.allow_changed says" if self.rates_from_config else "checkpoint"
+        lines += [
+            f"{name:<15} learning rate {rate:.6e}, weight decay {self.weight_decay[name]:g} (from the {whence})"
+            for name, rate in self.learning_rates.items()
         ]
         lines += [f"new, starts fresh: {name}" for name in self.new]
         return lines + [f"moved with its moments: {move}" for move in self.moved]
 
 
+@dataclass
+class Restore:
+    """A restore that has been checked: what is copied where, and what is set once it is there."""
+
+    report: RestoreReport
+    pairs: list[Pair]
+    settle: Callable[[], None] = lambda: None
+    """Hand moments, rates and position to the optimizer and the scheduler."""
+
+
 def capture_state(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> dict[str, Any]:
-    """Weights and buffers, moments and steps, groups and rates, scheduler: nested dicts of host tensors and scalars.
+    """Weights and buffers, moments and steps, groups and rates, scheduler: nested dicts of tensors and plain values.
+
+    The tensors are those of the model and the optimizer themselves: copy them before the next step.
 
     Args:
         model: the bare module (not DDP's or torch.compile's wrapper).
@@ -64,49 +83,57 @@ def capture_state(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             moments = optimizer.state.get(parameter)
             if moments:
-                state[name] = {key: moments[key].detach().cpu() for key in MOMENTS}
+                state[name] = {key: moments[key].detach() for key in MOMENTS}
     return {
-        "model": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
+        "model": {name: tensor.detach() for name, tensor in model.state_dict().items()},
         "optimizer": {"groups": groups, "state": state},
         "scheduler": {"steps": scheduler.last_epoch},
     }
 
 
-def restore_weights(model: nn.Module, saved: dict[str, torch.Tensor], allow_new: Sequence[str] = ()) -> RestoreReport:
-    """Overwrite weights and buffers by those of the same name.
+def copy_pairs(pairs: Sequence[Pair]) -> None:
+    """Copy each source into its destination."""
+    with torch.no_grad():
+        for source, destination in pairs:
+            destination.copy_(source)
+
+
+def plan_weights(model: nn.Module, saved: dict[str, torch.Tensor], allow_new: Sequence[str] = ()) -> Restore:
+    """Overwrite weights and buffers by those of the same name; only names, shapes and dtypes of `saved` are looked at.
 
     Raises:
-        ResumeRefused: a name is missing (and not in `allow_new`) or left over, or a shape or dtype differs. Nothing
-            has been changed then.
+        ResumeRefused: a name is missing (and not in `allow_new`) or left over, or a shape or dtype differs.
     """
     parameters = dict(model.named_parameters())
     current = model.state_dict()
     new = _allowed_new(list(current), list(saved), allow_new, "weight or buffer")
     for name, tensor in saved.items():
         _require_alike(name, tensor, current[name])
-    with torch.no_grad():
-        for name, tensor in saved.items():
-            current[name].copy_(tensor)
-    return RestoreReport(
+    new_weights = sum(name in parameters for name in new)
+    report = RestoreReport(
         weights=sum(name in parameters for name in saved),
-        weights_expected=len(parameters),
+        weights_expected=len(parameters) - new_weights,
         buffers=sum(name not in parameters for name in saved),
+        buffers_expected=len(current) - len(parameters) - (len(new) - new_weights),
         new=new,
     )
+    return Restore(report, [(tensor, current[name]) for name, tensor in saved.items()])
 
 
-def restore_state(
+def plan_state(
     state: dict[str, Any],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
     allow_new: Sequence[str] = (),
     rates_from_config: bool = False,
-) -> RestoreReport:
+) -> Restore:
     """Put weights, buffers, moments, steps, rates and the scheduler's position back, each by name.
 
+    Nothing is changed before the plan's pairs are copied, and its `settle` is called.
+
     Args:
-        state: as `capture_state` returns it.
+        state: as `capture_state` returns it, with `progress`; of its tensors only shape and dtype are looked at.
         allow_new: names or globs of weights and buffers that may be absent from the state; they start fresh.
         rates_from_config: the user allowed other optimizer settings: keep those of `optimizer`, at the restored step.
 
@@ -117,6 +144,7 @@ def restore_state(
     home = {name: group["name"] for group in optimizer.param_groups for name in group["param_names"]}
     parameters = dict(model.named_parameters())
     moments = state["optimizer"]["state"]
+    restore = plan_weights(model, state["model"], allow_new)
     if state["progress"]["updates"] > 0:
         new = set(_allowed_new(list(home), list(moments), allow_new, "moments of"))
     else:
@@ -124,35 +152,41 @@ def restore_state(
     for name, entry in moments.items():
         for key in MOMENTS[1:]:
             _require_alike(f"{key} of {name}", entry[key], parameters[name])
+        _require_alike(f"step of {name}", entry["step"], torch.empty((), dtype=torch.float32))
     for group in optimizer.param_groups:
         if group["name"] not in groups:
             raise ResumeRefused(f"optimizer group {group['name']}: not in the checkpoint ({', '.join(groups)})")
+    steps = state["scheduler"]["steps"]
+    rates = _rates_at(groups, optimizer, scheduler, steps, rates_from_config)
 
-    report = restore_weights(model, state["model"], allow_new)
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["param_names"], group["params"], strict=True):
-            optimizer.state.pop(parameter, None)
-            if name not in new:
-                optimizer.state[parameter] = _moments_for(parameter, moments[name])
+    fresh = {name: _empty_moments(parameters[name]) for name in moments}
+    restore.pairs += [(moments[name][key], fresh[name][key]) for name in moments for key in MOMENTS]
     saved_home = {name: group["name"] for group in groups.values() for name in group["params"]}
-    report.moments, report.moments_expected = len(moments), len(home)
+    report = restore.report
+    report.moments, report.moments_expected = len(moments), len(home) - len(new)
     report.moved = [f"{name}: {saved_home[name]} -> {home[name]}" for name in moments if saved_home[name] != home[name]]
-    _restore_rates(groups, optimizer, scheduler, state["scheduler"]["steps"], rates_from_config)
-    report.learning_rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
-    report.scheduler_steps = scheduler.last_epoch
-    return report
+    report.learning_rates, report.rates_from_config = rates, rates_from_config
+    report.weight_decay = {group["name"]: group["weight_decay"] for group in optimizer.param_groups}
+    report.scheduler_steps = steps
+
+    def settle() -> None:
+        optimizer.state.clear()
+        optimizer.state.update({parameters[name]: entry for name, entry in fresh.items()})
+        scheduler.last_epoch, scheduler._step_count = steps, steps + 1
+        for group in optimizer.param_groups:
+            group["lr"] = rates[group["name"]]
+        scheduler._last_lr = list(rates.values())
+
+    restore.settle = settle
+    return restore
 
 
-def state_digests(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> dict[str, str]:
-    """Content hash of every weight, buffer and moment, and of rates and scheduler, by name."""
-    state = capture_state(model, optimizer, scheduler)
-    digests = {name: tensor_digest(tensor) for name, tensor in state["model"].items()}
-    for name, entry in state["optimizer"]["state"].items():
-        digests.update({f"{key} of {name}": tensor_digest(tensor) for key, tensor in entry.items()})
-    for group in state["optimizer"]["groups"]:
-        digests[f"optimizer group {group['name']}"] = repr(group)
-    digests["scheduler"] = repr(state["scheduler"])
-    return digests
+def restore_state(state: dict[str, Any], model: nn.Module, *parts: Any, **options: Any) -> RestoreReport:
+    """`plan_state`, carried out in this process."""
+    restore = plan_state(state, model, *parts, **options)
+    copy_pairs(restore.pairs)
+    restore.settle()
+    return restore.report
 
 
 def _allowed_new(expected: list[str], found: list[str], allow_new: Sequence[str], what: str) -> list[str]:
@@ -178,24 +212,25 @@ def _require_alike(name: str, saved: torch.Tensor, current: torch.Tensor) -> Non
             raise ResumeRefused(f"{name}: {what} {was} in the checkpoint: expected {now}")
 
 
-def _moments_for(parameter: torch.Tensor, saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies of the moments on the parameter's device; the step count stays on the host, as unfused AdamW has it."""
-    moments = {key: saved[key].detach().to(parameter.device, copy=True) for key in MOMENTS[1:]}
-    return {"step": saved["step"].detach().to("cpu", torch.float32, copy=True), **moments}
+def _empty_moments(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Moments on the parameter's device, to be filled; the step count stays on the host, as unfused AdamW has it."""
+    return {"step": torch.empty((), dtype=torch.float32)} | {
+        key: torch.empty_like(parameter, requires_grad=False) for key in MOMENTS[1:]
+    }
 
 
-def _restore_rates(
+def _rates_at(
     groups: dict[str, dict], optimizer: torch.optim.Optimizer, scheduler: Any, steps: int, rates_from_config: bool
-) -> None:
-    """Set the scheduler's position, and each group's settings by name.
+) -> dict[str, float]:
+    """The rate of each group after `steps` scheduler steps, with its other settings compared by name.
 
     The schedule is a closed form of the position, so the saved rate must be what the config's schedule gives there.
     """
-    scheduler.last_epoch, scheduler._step_count = steps, steps + 1
+    rates = {}
     for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
         scheduled = group["initial_lr"] * factor(steps)
         if rates_from_config:
-            group["lr"] = scheduled
+            rates[group["name"]] = scheduled
             continue
         saved = groups[group["name"]]
         for key in GROUP_SETTINGS[1:]:
@@ -207,5 +242,5 @@ def _restore_rates(
                 f"optimizer group {group['name']}: learning rate {saved['lr']:.9e} in the checkpoint, "
                 f"but the schedule gives {scheduled:.9e} at step {steps}"
             )
-        group["lr"] = saved["lr"]
-    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+        rates[group["name"]] = saved["lr"]
+    return rates

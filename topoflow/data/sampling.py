@@ -1,5 +1,6 @@
 """The order of samples, how steps and ranks share them, and the loaders that fetch them."""
 
+import functools
 import math
 import os
 import signal
@@ -70,6 +71,11 @@ class BatchPlan:
         """Samples at the end of each epoch's order that do not fill a global batch; others in each epoch."""
         return self.num_samples % self.global_batch_size
 
+    @property
+    def fingerprint(self) -> str:
+        """What the order of samples and their share by steps depend on: the same on all ranks."""
+        return f"seed {self.seed}, {self.num_samples} samples, {self.global_batch_size} x {self.micro_batch_size}"
+
     def order(self, epoch: int) -> np.ndarray:
         """int64 [num_samples], a permutation: a pure function of num_samples, seed and epoch.
 
@@ -105,7 +111,7 @@ class BatchLoader(DataLoader):
             num_workers=workers,
             # the fields in memory are shared with the workers, copy-on-write
             multiprocessing_context="fork" if workers > 0 else None,
-            worker_init_fn=_start_worker,
+            worker_init_fn=functools.partial(_start_worker, os.getpid()),
             pin_memory=torch.cuda.is_available(),
             # seeds of workers are drawn from here, not from the global stream; nothing in a sample is random
             generator=torch.Generator().manual_seed(0),
@@ -163,18 +169,23 @@ def _surface_refusals(batches: Iterator[dict[str, torch.Tensor]]) -> Iterator[di
         raise type(refusal)(lines[-1].partition(": ")[2]) from None
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(parent: int, _: int) -> None:
     """Leave signals to the parent: a stop asked of the whole job must not end the workers before its last step."""
     torch.set_num_threads(1)
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+    if hasattr(signal, "sigtimedwait"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_parent_says, daemon=True).start()
+        threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
 
 
-def _end_when_parent_says() -> None:
-    """Obey SIGTERM from the parent process alone, as torch's own handler does, but outlive one from elsewhere."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+def _end_with_parent(parent: int) -> None:
+    """Obey SIGTERM from the parent process alone, as torch's own handler does, and end when the parent is gone.
+
+    torch looks for that too, but a worker whose parent was killed while it started would wait for work for ever.
+    """
+    while os.getppid() == parent:
+        received = signal.sigtimedwait({signal.SIGTERM}, 1.0)
+        if received is not None and received.si_pid == parent:
+            break
     os._exit(0)

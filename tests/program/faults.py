@@ -1,0 +1,180 @@
+"""One thing done wrong: each function here spoils the program in the process that calls it, before train.main.
+
+Each fault is what a careless trainer does on a resume. They are put in right after the restore, or into the loop, so
+that nothing in the program knows of them.
+"""
+
+import dataclasses
+import sys
+
+import torch
+
+import topoflow.resume
+import train
+from topoflow.data import Normalization
+from topoflow.trainer import Trainer
+
+STEP_OF_DRIFT = 8
+"""The optimizer step after which something drifts on rank 1."""
+
+
+def after_restore(spoil):
+    """Call spoil(model, optimizer, scheduler, is_main) once everything has been restored."""
+    plan = topoflow.resume.plan_state
+
+    def plan_state(state, model, optimizer, scheduler, *arguments):
+        restore = plan(state, model, optimizer, scheduler, *arguments)
+        settle = restore.settle
+
+        def settle_and_spoil():
+            settle()
+            with torch.no_grad():
+                spoil(model, optimizer, scheduler, train.read_launch().is_main)
+
+        restore.settle = settle_and_spoil
+        return restore
+
+    topoflow.resume.plan_state = plan_state
+
+
+def after_step(spoil):
+    """Call spoil(model, optimizer) on rank 1 after a certain step."""
+    train_step = Trainer.train_step
+
+    def step_and_spoil(self, batches):
+        result = train_step(self, batches)
+        if self.state.progress.step + 1 == STEP_OF_DRIFT and self.context.rank == 1:
+            with torch.no_grad():
+                spoil(self.state.model, self.state.optimizer)
+        return result
+
+    Trainer.train_step = step_and_spoil
+
+
+def add_one_ulp(tensor):
+    element = tensor.view(-1)[3:4]
+    element.copy_(torch.nextafter(element, torch.full_like(element, torch.inf)))
+
+
+def moments_of(optimizer, name):
+    for group in optimizer.param_groups:
+        if name in group["param_names"]:
+            return optimizer.state[group["params"][group["param_names"].index(name)]]
+    raise KeyError(name)
+
+
+def weights_on_rank_0_only():
+    def spoil(model, optimizer, scheduler, is_main):
+        if not is_main:
+            for parameter in model.parameters():
+                parameter.mul_(1.5)
+
+    after_restore(spoil)
+
+
+def moments_on_rank_0_only():
+    def spoil(model, optimizer, scheduler, is_main):
+        if not is_main:
+            optimizer.state.clear()
+
+    after_restore(spoil)
+
+
+def two_moments_of_one_shape_swapped():
+    def spoil(model, optimizer, scheduler, is_main):
+        one, other = (moments_of(optimizer, f"blocks.{n}.attn.qkv.weight") for n in (0, 1))
+        one["exp_avg_sq"], other["exp_avg_sq"] = other["exp_avg_sq"], one["exp_avg_sq"]
+
+    after_restore(spoil)
+
+
+def moments_zeroed():
+    def spoil(model, optimizer, scheduler, is_main):
+        for entry in optimizer.state.values():
+            entry["exp_avg"].zero_()
+
+    after_restore(spoil)
+
+
+def steps_of_adam_restarted():
+    def spoil(model, optimizer, scheduler, is_main):
+        for entry in optimizer.state.values():
+            entry["step"].zero_()
+
+    after_restore(spoil)
+
+
+def rates_reset():
+    def spoil(model, optimizer, scheduler, is_main):
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"]
+
+    after_restore(spoil)
+
+
+def scheduler_not_restored():
+    def spoil(model, optimizer, scheduler, is_main):
+        scheduler.last_epoch = 0
+
+    after_restore(spoil)
+
+
+def one_ulp_in_one_weight_of_rank_1():
+    def spoil(model, optimizer, scheduler, is_main):
+        if not is_main:
+            add_one_ulp(model.get_parameter("head.0.weight"))
+
+    after_restore(spoil)
+
+
+def stale_buffer():
+    def spoil(model, optimizer, scheduler, is_main):
+        model.get_buffer("blocks.0.attn.H_scale").fill_(500.0)
+
+    after_restore(spoil)
+
+
+def wrong_normalization():
+    from_dict = Normalization.from_dict
+
+    def wrong(content):
+        right = from_dict(content)
+        return dataclasses.replace(right, mean={**right.mean, "pm25": right.mean["pm25"] + 1.0})
+
+    Normalization.from_dict = wrong
+
+
+def another_data_set_unnoticed():
+    """What the config points to is not looked at: only the proof is left to see it."""
+    train.require_resumable = lambda *arguments: []
+    train.is_normalized_alike = lambda *arguments: True
+
+
+def order_of_another_seed():
+    build_plan = train.build_plan
+    train.build_plan = lambda *arguments: dataclasses.replace(build_plan(*arguments), seed=99)
+
+
+def one_ulp_in_the_run_on_rank_1():
+    after_step(lambda model, optimizer: add_one_ulp(model.get_parameter("pos_embed")))
+
+
+def one_ulp_in_a_moment_in_the_run_on_rank_1():
+    after_step(lambda model, optimizer: add_one_ulp(moments_of(optimizer, "head.0.bias")["exp_avg_sq"]))
+
+
+def run_directory_out_of_reach():
+    """Not a fault of ours: ranks other than 0 cannot open anything in the run directory."""
+    if train.read_launch().is_main:
+        return
+    folder = next(word.removeprefix("run.dir=") for word in sys.argv if word.startswith("run.dir="))
+
+    def forbid(event, arguments):
+        if event in ("open", "os.listdir", "os.scandir") and str(arguments[0]).startswith(f"{folder}/"):
+            raise PermissionError(f"{event} {arguments[0]} on a rank that is not 0")
+
+    sys.addaudithook(forbid)
+
+
+def nothing():
+    """The program as it is."""

@@ -1,0 +1,101 @@
+"""Checkpoints that are hostile or damaged, in every command that reads one."""
+
+import contextlib
+import io
+import os
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from benchmarks.flip_campaign import run_campaign
+from topoflow import cli
+from topoflow.checkpoint import CheckpointDirectory
+from topoflow.checkpoint import file as checkpoint_file
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (os.mkdir, (self.path,))
+
+
+def evaluate(path):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        status = cli.main(["evaluate", str(path)])
+    return subprocess.CompletedProcess("evaluate", status, stderr=said.getvalue())
+
+
+@pytest.fixture
+def checkpoints(program):
+    """Of a run: two, whole."""
+    done = program.train("train.max_steps=2", "checkpoint.every_steps=1", "data.validation=[]")
+    assert done.returncode == 0, done.stderr
+    return CheckpointDirectory(program.folder / "run" / "checkpoints")
+
+
+def test_a_malicious_checkpoint_is_refused_by_every_command(program, checkpoints, monkeypatch):
+    """Its manifest is right in every respect: the writer itself made it."""
+    trap, whole = program.folder / "trap", torch.save
+    state = program.state(step=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            checkpoint_file.torch, "save", lambda tree, file: whole({**tree, "config": Malicious(trap)}, file)
+        )
+        checkpoints.save(state, is_best=True)
+    newest = checkpoints.folder(2)
+    options = ("train.max_steps=3", "data.validation=[]")
+    for done in (
+        program.train(*options, f"checkpoint.resume={newest}"),
+        program.train(*options, f"checkpoint.resume={program.folder / 'run'}"),
+        program.train(*options, f"checkpoint.init_from={newest}", run="tuned"),
+        evaluate(newest),
+        evaluate(program.folder / "run"),
+    ):
+        assert done.returncode == 3, done.stderr
+        assert "Traceback" not in done.stderr
+        assert f"{newest}: state.pt holds more than tensors and plain values" in done.stderr.splitlines()[-1]
+    resumed = program.train(*options)
+    assert resumed.returncode == 0, resumed.stderr
+    assert (
+        "more than tensors and plain values: not loaded, none of its code ran; taking the next older" in resumed.stderr
+    )
+    assert not trap.exists()
+    torch.load(checkpoints.path / "abandoned-step-00000002" / "state.pt", weights_only=False)
+    assert trap.exists()  # it would have been sprung
+
+
+def test_what_a_run_does_with_damaged_pointers(program, checkpoints):
+    (checkpoints.path / "last").write_text("step-00000001\n")
+    options = ("train.max_steps=3", "data.validation=[]")
+    named = program.train(*options, f"checkpoint.resume={program.folder / 'run'}")
+    assert named.returncode == 3
+    assert "checkpoints/last: does not match its own hash" in named.stderr.splitlines()[-1]
+    evaluated = evaluate(program.folder / "run")
+    assert evaluated.returncode == 3
+    assert "checkpoints/last: does not match its own hash" in evaluated.stderr.splitlines()[-1]
+    resumed = program.train(*options)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "warning: checkpoint pointer" in resumed.stderr
+    assert sorted(program.losses()) == [1, 2, 3]
+    assert checkpoints.pointer("last") == checkpoints.folder(3)
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_start_again(program, checkpoints):
+    for step in checkpoints.steps():
+        shutil.rmtree(checkpoints.folder(step))
+    for resume, status in (("auto", 3), ("never", 2)):
+        done = program.train(f"checkpoint.resume={resume}")
+        assert done.returncode == status
+        assert "holds last" in done.stderr.splitlines()[-1]
+
+
+def test_each_of_sixty_damages_is_found_and_named(checkpoints, tmp_path):
+    rows = run_campaign(checkpoints.path, tmp_path / "damaged", flips=60, others=12, seed=1)
+    assert sum(row.damages for row in rows) == 72
+    assert [row for row in rows if row.found < row.damages] == []
+    assert sum(row.noticed_by_torch for row in rows) < 60

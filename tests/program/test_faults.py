@@ -1,0 +1,259 @@
+"""The fault campaign: each thing that a resume can do wrong is found before the next optimizer step, and named."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import socket
+import sys
+from dataclasses import dataclass
+
+import faults
+import pytest
+import torch
+
+from topoflow.certificate import Certifier
+from topoflow.data.demo_world import make_demo_data
+from topoflow.model import TopoFlow
+
+SAVED_STEP = 6
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, make_program):
+    """A run that stopped after six steps."""
+    program = make_program(tmp_path_factory.mktemp("saved"))
+    done = program.train(f"train.max_steps={SAVED_STEP}")
+    assert done.returncode == 0, done.stderr
+    return program
+
+
+@dataclass
+class Ended:
+    returncode: int
+    others: list[int]
+    stderr: str
+
+
+def run_with_fault(fault, arguments, said, launched):
+    """In a forked process, which is quicker to start than a new one: torch is imported already."""
+    os.environ.update(launched)
+    with open(said, "w") as stream:
+        sys.stderr = stream
+        sys.argv = [fault, *arguments]
+        getattr(faults, fault)()
+        sys.exit(faults.train.main(arguments))
+
+
+@pytest.fixture
+def resume(saved, program):
+    """Resume a copy of that run with a fault in it; returns how rank 0 ended and what all said."""
+
+    def start(fault, *overrides, processes=1, before=lambda: None):
+        shutil.copytree(saved.folder / "run", program.folder / "run")
+        before()
+        options = [f"run.dir={program.folder / 'run'}", "distributed.verify_every_steps=1", "train.max_steps=10"]
+        arguments = [str(program.config), *options, *overrides]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        started = []
+        for rank in range(processes):
+            mine = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+            launched = {**common, **mine, "TORCHELASTIC_RUN_ID": "a test"} if processes > 1 else {}
+            target = (fault, arguments, program.folder / f"said-{rank}", launched)
+            started.append(multiprocessing.get_context("fork").Process(target=run_with_fault, args=target))
+            started[-1].start()
+        for process in started:
+            process.join()
+        said = "".join((program.folder / f"said-{rank}").read_text() for rank in range(processes))
+        return Ended(started[0].exitcode, [process.exitcode for process in started[1:]], said)
+
+    return start
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_stopped(program, done, status, words, steps=SAVED_STEP):
+    record = program.exit_record()
+    assert (done.returncode, record["status"]) == (status, status), (record, done.stderr)
+    for word in words:
+        assert word in record["reason"]
+    assert record["reason"] in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(program.losses()) == list(range(1, steps + 1))
+
+
+ON_ONE_PROCESS = {
+    "two_moments_of_one_shape_swapped": [
+        "exp_avg_sq of blocks.0.attn.qkv.weight",
+        "the checkpoint says float32[48, 16]",
+    ],
+    "moments_zeroed": ["exp_avg of "],
+    "steps_of_adam_restarted": ["step of "],
+    "rates_reset": ["learning rate of group ", "the checkpoint says "],
+    "scheduler_not_restored": ["scheduler position is 0, the checkpoint says 6"],
+    "stale_buffer": ["blocks.0.attn.H_scale"],
+    "wrong_normalization": ["normalization fingerprint"],
+    "order_of_another_seed": ["next sample 1 is 2018-10-", "the checkpoint says 2018-10-"],
+}
+ON_TWO_PROCESSES = {
+    "weights_on_rank_0_only": ["rank 1, proof of the resume", "var_embed is float32", "the checkpoint says float32"],
+    "moments_on_rank_0_only": ["rank 1, proof of the resume", "step of ", " is absent, the checkpoint says "],
+    "one_ulp_in_one_weight_of_rank_1": ["rank 1, proof of the resume", "head.0.weight is float32"],
+}
+
+
+@pytest.mark.parametrize("fault", ON_ONE_PROCESS)
+def test_a_wrong_resume_does_not_start(fault, resume, program):
+    assert_stopped(program, resume(fault), 3, ON_ONE_PROCESS[fault])
+
+
+@pytest.mark.parametrize("fault", ON_TWO_PROCESSES)
+def test_a_wrong_resume_on_one_rank_does_not_start(fault, resume, program):
+    assert_stopped(program, resume(fault, processes=2), 3, ON_TWO_PROCESSES[fault])
+
+
+@pytest.mark.parametrize(
+    ("fault", "name"),
+    [
+        ("one_ulp_in_the_run_on_rank_1", "pos_embed"),
+        ("one_ulp_in_a_moment_in_the_run_on_rank_1", "exp_avg_sq of head.0.bias"),
+    ],
+)
+def test_drift_on_one_rank_stops_the_run_before_the_next_step(fault, name, resume, program):
+    words = [f"after step {faults.STEP_OF_DRIFT}: {name} differs on rank(s) 1"]
+    assert_stopped(program, resume(fault, processes=2), 5, words, steps=faults.STEP_OF_DRIFT)
+
+
+def test_another_data_set_is_refused_by_its_fingerprint_and_by_the_probe(resume, saved, program, tmp_path):
+    other = tmp_path / "other"
+    make_demo_data(other, days=10, grid=(8, 12), seed=1, progress=False)
+    done = resume("another_data_set_unnoticed", f"data.path={other}")
+    assert_stopped(program, done, 3, ["probe loss ", ", the checkpoint says ", "bit for bit"])
+    again = program.train(f"data.path={other}")
+    assert again.returncode == 3
+    assert "data.fingerprint" in again.stderr
+
+
+def test_a_refused_resume_changes_nothing_but_its_exit_record_and_log(resume, saved, program):
+    before = contents(saved.folder / "run")
+    assert resume("moments_zeroed").returncode == 3
+    after = contents(program.folder / "run")
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    assert changed <= {"exit.json", "train.log", ".lock", ".lease"}
+
+
+def test_without_a_fault_the_same_command_goes_on(resume, program):
+    done = resume("nothing")
+    assert done.returncode == 0, done.stderr
+    proof = json.loads((program.folder / "run" / "resume.json").read_text())["proof"]
+    assert proof["probe_same_bits"] is True
+    assert (proof["tensors"], proof["samples"]) == (193, 32)
+
+
+def test_everything_is_in_place_before_the_first_forward_pass(saved, program, monkeypatch):
+    """A hook on forward sees the restored weights, moments, rates and position at its first call."""
+    shutil.copytree(saved.folder / "run", program.folder / "run")
+    state = saved.state(step=SAVED_STEP)
+    seen, held = [], {}
+    build, forward = faults.train.build_state, TopoFlow.forward
+
+    def build_and_hold(*arguments):
+        held["state"] = build(*arguments)
+        return held["state"]
+
+    def look(self, *arguments):
+        if not seen:
+            run = held["state"]
+            names = dict(self.named_parameters())
+            seen.append(all(torch.equal(names[name], state["model"][name]) for name in names))
+            moments = state["optimizer"]["state"]
+            seen.append(
+                all(
+                    torch.equal(run.optimizer.state[names[name]][key], moments[name][key])
+                    for name in names
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                )
+            )
+            seen.append(
+                [g["lr"] for g in run.optimizer.param_groups] == [g["lr"] for g in state["optimizer"]["groups"]]
+            )
+            seen.append((run.scheduler.last_epoch, run.progress.step) == (SAVED_STEP, SAVED_STEP))
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(faults.train, "build_state", build_and_hold)
+    monkeypatch.setattr(TopoFlow, "forward", look)
+    assert program.train("train.max_steps=7").returncode == 0
+    assert seen == [True] * 4
+
+
+def test_ranks_beside_the_first_need_no_file(resume, program):
+    """Rank 0 alone opens the checkpoint: the folder is out of the others' reach altogether."""
+    done = resume("run_directory_out_of_reach", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert sorted(program.losses()) == list(range(1, 11))
+
+
+TERRAIN = ("blocks.0.attn.elevation_alpha", "blocks.0.attn.H_scale")
+
+
+def test_ninety_one_parameters_into_a_model_with_terrain(program):
+    """The case that the program was asked for: names that the checkpoint lacks start fresh, if they are listed."""
+    large = ("model.depth=6", "model.embed_dim=16", "data.availability=false", "model.wind=none")
+    assert program.train(*large, "model.terrain=none", "train.max_steps=2").returncode == 0
+    before = contents(program.folder / "run" / "checkpoints")
+    refused = program.train(*large, "train.max_steps=3")
+    assert refused.returncode == 3
+    assert "model.terrain" in refused.stderr
+    refused = program.train(*large, "train.max_steps=3", "checkpoint.allow_changed=[model.terrain]")
+    assert refused.returncode == 3
+    assert all(name in refused.stderr for name in TERRAIN)
+    assert contents(program.folder / "run" / "checkpoints") == before
+
+    done = program.train(*large, "train.max_steps=3", f"checkpoint.allow_new=[{', '.join(TERRAIN)}]")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((program.folder / "run" / "resume.json").read_text())
+    assert (report["weights"], report["weights_expected"], report["moments"], report["moments_expected"]) == (91,) * 4
+    assert sorted(report["new"]) == sorted(TERRAIN)
+    assert "weights 91/91, buffers 0/0, moments 91/91" in done.stderr
+    assert "there are new names" in report["proof"]["judged_by"]
+    steps = {name: entry["step"].item() for name, entry in program.state(step=3)["optimizer"]["state"].items()}
+    assert steps.pop(TERRAIN[0]) == 1
+    assert set(steps.values()) == {3}
+
+
+@pytest.mark.parametrize(("factor", "status"), [(1.04, 0), (0.96, 0), (1.06, 3), (0.94, 3)])
+def test_with_new_names_the_probe_may_differ_by_five_percent(factor, status, program, monkeypatch):
+    assert program.train("model.terrain=none", "train.max_steps=2").returncode == 0
+    probe = Certifier.probe
+    monkeypatch.setattr(Certifier, "probe", lambda self: (factor * probe(self)[0], []))
+    done = program.train(f"checkpoint.allow_new=[{', '.join(TERRAIN)}]", "train.max_steps=3")
+    assert done.returncode == status, done.stderr
+    assert ("the resume is not proved: probe loss " in done.stderr) == (status == 3)
+
+
+@pytest.mark.parametrize(("factor", "status"), [(1.0005, 0), (1.002, 3)])
+def test_on_another_machine_the_probe_may_differ_by_the_tolerance(factor, status, saved, program, monkeypatch):
+    shutil.copytree(saved.folder / "run", program.folder / "run")
+    probe, conditions = Certifier.probe, Certifier._conditions
+    monkeypatch.setattr(Certifier, "probe", lambda self: (factor * probe(self)[0], []))
+    assert program.train("train.max_steps=7").returncode == 3  # not where software, device and threads are the same
+    monkeypatch.setattr(Certifier, "_conditions", lambda self: {**conditions(self), "device": "another"})
+    done = program.train("train.max_steps=7")
+    assert done.returncode == status, done.stderr
+    assert "-> another" in done.stderr
+
+
+def test_a_damaged_checkpoint_ends_both_ranks_with_the_same_message(resume, saved, program):
+    def damage():
+        state = program.folder / "run" / "checkpoints" / f"step-{SAVED_STEP:08d}" / "state.pt"
+        content = bytearray(state.read_bytes())
+        content[len(content) // 2] ^= 1
+        state.write_bytes(content)
+
+    done = resume("nothing", processes=2, before=damage)
+    assert_stopped(program, done, 3, ["none of 1 checkpoints is whole"])
+    assert done.others == [3]

@@ -1,0 +1,229 @@
+"""The canonical tree, by ranks that are threads here, against its definition in NumPy float32."""
+
+import queue
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import canonical_reduction
+from topoflow.build import build_plan
+from topoflow.config import DistributedConfig, config_from_dict
+from topoflow.distributed import Context, Launch, distributed_context
+from topoflow.errors import ConfigError
+from topoflow.reduction import CanonicalReduction, require_whole_subtrees
+
+SHAPES = ((3, 5), (1,), (), (2, 17), (16,))
+LENGTH = sum(np.prod(shape, dtype=int) for shape in SHAPES)
+MICRO_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 20, 24, 40, 64)
+
+
+class Weights(nn.Module):
+    """Parameters whose gradient is what the module is called with: [LENGTH]."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ParameterList(torch.ones(shape) for shape in SHAPES)
+
+    def forward(self, gradient):
+        return torch.cat([part.flatten() for part in self.parts]) @ gradient
+
+    def gradient(self):
+        return torch.cat([part.grad.flatten() for part in self.parts]).numpy()
+
+
+class ThreadContext:
+    """A rank among threads: `exchange` goes through a queue for each pair and direction."""
+
+    def __init__(self, rank, world_size, queues):
+        self.rank, self.world_size, self.queues = rank, world_size, queues
+
+    def exchange(self, partner, sent, received):
+        self.queues[self.rank, partner].put(sent.clone())
+        received.copy_(self.queues[partner, self.rank].get(timeout=10))
+
+
+def alone():
+    return ThreadContext(0, 1, {})
+
+
+def on_every_rank(world_size, body):
+    """What `body(context)` returns on each rank."""
+    ranks = range(world_size)
+    queues = {(one, other): queue.SimpleQueue() for one in ranks for other in ranks}
+    results = {}
+
+    def run(rank):
+        results[rank] = body(ThreadContext(rank, world_size, queues))
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [results[rank] for rank in ranks]
+
+
+def reduced(context, steps):
+    """The gradient after each of `steps`, [M, LENGTH] the gradients of its micro-batches."""
+    weights, gradients = Weights(), []
+    accumulation = len(steps[0]) // context.world_size
+    reduction = CanonicalReduction(weights, context, accumulation)
+    for leaves in steps:
+        for index in range(accumulation):
+            with reduction.micro_batch(index):
+                reduction.forward(torch.from_numpy(leaves[context.rank * accumulation + index])).backward()
+        assert reduction.finish() == 1.0
+        gradients.append(weights.gradient())
+        weights.zero_grad()
+    return gradients
+
+
+def odd_part(number):
+    return number if number % 2 else odd_part(number // 2)
+
+
+def tree_sum(leaves, odd):
+    """[n, LENGTH] float32 -> [LENGTH]: halves while there are more than `odd`, those from left to right."""
+    if len(leaves) > odd:
+        half = len(leaves) // 2
+        return tree_sum(leaves[:half], odd) + tree_sum(leaves[half:], odd)
+    total = leaves[0]
+    for leaf in leaves[1:]:
+        total = total + leaf
+    return total
+
+
+def subtrees(first, count, odd):
+    """(first, count) of each node of the tree from runs of `odd` up."""
+    yield first, count
+    if count > odd:
+        yield from subtrees(first, count // 2, odd)
+        yield from subtrees(first + count // 2, count // 2, odd)
+
+
+def leaves_of(micro_batches, seed):
+    """[M, LENGTH] float32 over nine orders of magnitude, so that each order of adding rounds in its own way."""
+    random = np.random.default_rng([micro_batches, seed])
+    values = random.standard_normal((micro_batches, LENGTH)) * 10.0 ** random.uniform(-4, 5, (micro_batches, LENGTH))
+    return values.astype(np.float32)
+
+
+@pytest.mark.parametrize("micro_batches", MICRO_BATCHES)
+def test_any_number_of_ranks_sums_along_the_tree(micro_batches):
+    steps = [leaves_of(micro_batches, seed) for seed in range(3)]
+    expected = [tree_sum(leaves, odd_part(micro_batches)) for leaves in steps]
+    for world_size in (size for size in (1, 2, 4, 8, 16) if micro_batches % size == 0):
+        for gradients in on_every_rank(world_size, lambda context: reduced(context, steps)):
+            for ours, theirs in zip(gradients, expected, strict=True):
+                np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_gradient_smaller_than_the_number_of_ranks():
+    def body(context):
+        model = nn.Linear(1, 1, bias=False)
+        reduction = CanonicalReduction(model, context, 1)
+        with reduction.micro_batch(0):
+            model(torch.full((1, 1), float(context.rank))).sum().backward()
+        reduction.finish()
+        return model.weight.grad.item()
+
+    assert on_every_rank(32, body) == [sum(range(32))] * 32
+
+
+def test_other_orders_have_other_bits():
+    leaves = leaves_of(8, 0)
+    tree = tree_sum(leaves, 1)
+    assert (tree != tree_sum(leaves, 8)).any()
+    assert (tree != tree_sum(leaves[[0, 4, 1, 5, 2, 6, 3, 7]], 1)).any()
+
+
+@pytest.mark.parametrize("micro_batches", MICRO_BATCHES)
+def test_world_sizes_that_fit_hold_whole_subtrees(micro_batches):
+    nodes = set(subtrees(0, micro_batches, odd_part(micro_batches)))
+    fitting = []
+    for world_size in range(1, micro_batches + 1):
+        share = micro_batches // world_size
+        if micro_batches % world_size == 0 and {(rank * share, share) for rank in range(world_size)} <= nodes:
+            fitting.append(world_size)
+            require_whole_subtrees(micro_batches, world_size)
+    named = ", ".join(map(str, fitting))
+    for world_size in set(range(1, micro_batches + 3)) - set(fitting):
+        with pytest.raises(ConfigError, match=f"world size {world_size} .* expected a world size of {named}$"):
+            require_whole_subtrees(micro_batches, world_size)
+
+
+@pytest.mark.parametrize("ranks", [3, 5, 8])
+def test_a_run_refuses_world_sizes_that_do_not_fit(ranks):
+    tree = {
+        "data": {"path": "world", "train": [2013]},
+        "train": {"max_steps": 1, "global_batch_size": 24, "micro_batch_size": 2},
+        "distributed": {"reduction": "canonical"},
+    }
+    data = SimpleNamespace(splits={"train": SimpleNamespace(starts=range(100))})
+    context = Context(Launch("a test", "a test", world_size=ranks), torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"canonical with 12 micro-batches .* expected a world size of 1, 2, 4$"):
+        build_plan(config_from_dict(tree), data, context)
+
+
+def test_a_parameter_that_is_not_used_has_no_part_in_the_sum():
+    def body(context):
+        model = nn.ModuleDict({"used": nn.Linear(2, 1), "unused": nn.Linear(1, 1), "frozen": nn.Linear(2, 1)})
+        model["frozen"].requires_grad_(False)
+        reduction = CanonicalReduction(model, context, 2)
+        for index in range(2):
+            with reduction.micro_batch(index):
+                # the last micro-batch of the last rank uses nothing else
+                if index == 1 and context.rank == context.world_size - 1:
+                    model["unused"](torch.full((1, 1), 3.0)).sum().backward()
+                else:
+                    (model["used"](torch.ones(1, 2)) + model["frozen"](torch.ones(1, 2))).sum().backward()
+        reduction.finish()
+        assert model["frozen"].weight.grad is None
+        return model["used"].bias.grad.item(), model["unused"].weight.grad.item()
+
+    assert on_every_rank(1, body) == [(1.0, 3.0)]
+    assert on_every_rank(2, body) == [(3.0, 3.0)] * 2
+    weights = Weights()
+    reduction = CanonicalReduction(weights, alone(), 1)
+    with reduction.micro_batch(0):
+        weights.parts[0].sum().backward()
+    assert weights.parts[3].grad.count_nonzero() == 0
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "gradients"), [(1, 1), (2, 1), (4, 2), (8, 3), (64, 6), (3, 1), (6, 2), (12, 3)]
+)
+def test_memory_grows_with_the_logarithm_of_the_accumulation(accumulation, gradients):
+    weights = Weights()
+    reduction = CanonicalReduction(weights, alone(), accumulation)
+    pieces = set()
+    for index in range(accumulation):
+        with reduction.micro_batch(index):
+            pieces |= {part.grad.untyped_storage().data_ptr() for part in weights.parts}
+            reduction.forward(torch.ones(LENGTH)).backward()
+    assert len(pieces) == gradients
+
+
+def test_gloo_on_gpus_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    launch = Launch("a test", "a test", rank=1, world_size=2, port=1)
+    config = DistributedConfig(backend="gloo", reduction="canonical", setup_timeout_seconds=1)
+    with (
+        pytest.raises(ConfigError, match=r"distributed\.backend: 'gloo' .* expected nccl or auto"),
+        distributed_context(launch, config, torch.device("cuda")),
+    ):
+        pass
+
+
+def test_the_benchmark_prints_its_table(capsys):
+    settings = canonical_reduction.Settings(
+        grid=(4, 8), patch_size=2, embed_dim=8, depth=1, num_heads=2, micro_batch_size=1, ranks=1, accumulation=(1, 4),
+        rounds=2, steps=1, device="cpu",
+    )  # fmt: skip
+    canonical_reduction.run_rank(0, settings, port=1)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said[-2:]] == ["1", "4"]

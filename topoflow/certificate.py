@@ -1,0 +1,222 @@
+"""The certificate of a checkpoint: what a run that resumes from it must find again before its first optimizer step."""
+
+import fnmatch
+import hashlib
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import default_collate
+
+from topoflow.checkpoint import fingerprints, state_tensors
+from topoflow.config import ADDS_NAMES, TrainConfig
+from topoflow.errors import ResumeRefused
+from topoflow.loss import loss_sums
+from topoflow.reproducibility import describe_software
+from topoflow.train_state import TrainData, TrainState
+
+PROBE_SAMPLES = 2
+"""Samples of the probe batch: the first of the training split with a target that counts."""
+
+NEXT_BATCHES = 2
+"""Global batches ahead whose samples are certified."""
+
+LISTED_SAMPLES = 64
+"""So many of them by name; the rest in their hash alone."""
+
+TOLERANCE_WITH_NEW_NAMES = 0.05
+"""Largest relative change of the probe loss where checkpoint.allow_new let parameters start fresh."""
+
+ALTERS_SAMPLES = ("data.*", "run.seed", "train.global_batch_size", "train.micro_batch_size")
+ALTERS_PROBE = ("data.*", "model.*", "train.precision")
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was measured when a restored state was held against the certificate; resume.json has it."""
+
+    tensors: int
+    samples: int | None
+    probe_loss: float
+    probe_loss_saved: float
+    probe_same_bits: bool
+    judged_by: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """For resume.json, where a loss that is not a number is null."""
+        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(self).items()}
+
+    def lines(self, world_size: int) -> list[str]:
+        """For the log."""
+        samples = "next samples not compared" if self.samples is None else f"next {self.samples} samples"
+        bits = "the same bits" if self.probe_same_bits else f"the checkpoint says {self.probe_loss_saved:.6f}"
+        return [
+            f"proof on {world_size} rank(s): {self.tensors} tensors and {samples} as certified",
+            f"probe loss {self.probe_loss:.6f}, {bits} ({self.judged_by})",
+        ]
+
+
+class Certifier:
+    """Certifies the present state of a run, and holds a restored one against a certificate."""
+
+    def __init__(self, state: TrainState, data: TrainData, config: TrainConfig):
+        self.state, self.data, self.config = state, data, config
+
+    def certify(self) -> dict[str, Any]:
+        """Rates, position, samples of the next batches and probe loss, as plain values.
+
+        The fingerprints of the tensors are added when the state has been copied: `topoflow.checkpoint.seal`.
+        """
+        loss, probed = self.probe()
+        identities = self.next_samples()
+        return {
+            "learning_rates": self._rates(),
+            "scheduler_steps": self.state.scheduler.last_epoch,
+            "normalization": self.data.train.normalization.fingerprint,
+            "next_samples": {
+                "count": len(identities),
+                "first": identities[:LISTED_SAMPLES],
+                "sha256": _digest(identities),
+            },
+            "probe": {"loss": loss, "loss_hex": loss.hex(), "samples": probed, "conditions": self._conditions()},
+        }
+
+    def check(
+        self, saved: dict[str, Any], new: Sequence[str], changed: Sequence[str], tolerance: float, config_rates: bool
+    ) -> Proof:
+        """Hold the restored state against the certificate `saved` of its checkpoint.
+
+        Args:
+            new: weights and buffers that the checkpoint lacks and that may start fresh.
+            changed: config keys that differ from the checkpoint's with the user's permission.
+            tolerance: relative, of the probe loss, on other software, another device model or thread count.
+            config_rates: the user allowed other optimizer settings, so rates are not compared.
+
+        Raises:
+            ResumeRefused: naming the first tensor, rate or sample that differs, or the probe, with both values.
+        """
+        self._check_tensors(saved["tensors"], new)
+        if not config_rates:
+            _require_equal("learning rate of group ", self._rates(), saved["learning_rates"])
+        position = {"position": self.state.scheduler.last_epoch}
+        _require_equal("scheduler ", position, {"position": saved["scheduler_steps"]})
+        if not _any_of(changed, ("data.*",)):
+            now = {"fingerprint": self.data.train.normalization.fingerprint}
+            _require_equal("normalization ", now, {"fingerprint": saved["normalization"]})
+        samples = None
+        if not _any_of(changed, ALTERS_SAMPLES):
+            samples = self._check_samples(saved["next_samples"])
+        return self._check_probe(saved, samples, new, changed, tolerance)
+
+    def probe(self) -> tuple[float, list[str]]:
+        """Mean loss over the probe batch in eval mode, and its samples; nan and [] if no training sample counts.
+
+        The batch is read through the data set as in training, at each call, and nothing of it is kept.
+        """
+        dataset = self.data.train
+        valid = (sample for sample in map(dataset.__getitem__, range(len(dataset))) if sample["valid"].any())
+        samples = list(itertools.islice(valid, PROBE_SAMPLES))
+        if not samples:
+            return math.nan, []
+        device = self.data.elevation_m.device
+        batch = {name: tensor.to(device) for name, tensor in default_collate(samples).items()}
+        self.state.model.eval()
+        with torch.inference_mode():
+            sums, counts = loss_sums(self.state.model, batch, self.data.elevation_m, self.config.precision)
+        loss = (sums.double().sum() / counts.sum()).item()
+        return loss, [dataset.sample_identity(int(sample["index"])) for sample in samples]
+
+    def next_samples(self) -> list[str]:
+        """Identities of the samples of the next NEXT_BATCHES global batches, in the order of training."""
+        size = self.data.plan.global_batch_size
+        return list(itertools.islice(self._samples_ahead(), NEXT_BATCHES * size))
+
+    def _samples_ahead(self) -> Iterator[str]:
+        progress, plan = self.state.progress, self.data.plan
+        first = progress.samples_in_epoch
+        for epoch in itertools.count(progress.epoch):
+            used = plan.order(epoch)[first : plan.steps_per_epoch * plan.global_batch_size]
+            yield from (self.data.train.sample_identity(int(index)) for index in used)
+            first = 0
+
+    def _rates(self) -> dict[str, str]:
+        return {group["name"]: float(group["lr"]).hex() for group in self.state.optimizer.param_groups}
+
+    def _conditions(self) -> dict[str, Any]:
+        """What the bits of the probe depend on beside the state and the data."""
+        device = self.data.elevation_m.device
+        return {**describe_software(device), "compile": self.config.compile, "precision": self.config.precision}
+
+    def _check_tensors(self, saved: dict[str, str], new: Sequence[str]) -> None:
+        now = fingerprints(state_tensors(self.state.model, self.state.optimizer, persistent=True))
+        fresh = {name for name in now if name.rpartition(" of ")[2] in new}
+        _require_equal("", {name: value for name, value in now.items() if name not in fresh}, saved)
+
+    def _check_samples(self, saved: dict[str, Any]) -> int:
+        identities = self.next_samples()
+        for number, (now, was) in enumerate(zip(identities, saved["first"], strict=False), start=1):
+            if now != was:
+                raise ResumeRefused(f"{_BEFORE}: next sample {number} is {now}, the checkpoint says {was}")
+        if len(identities) != saved["count"] or _digest(identities) != saved["sha256"]:
+            raise ResumeRefused(
+                f"{_BEFORE}: the next {len(identities)} samples have the hash {_digest(identities)[:16]}, "
+                f"the checkpoint says {saved['sha256'][:16]} for {saved['count']}"
+            )
+        return len(identities)
+
+    def _check_probe(
+        self, certificate: dict[str, Any], samples: int | None, new: Sequence[str], changed: Sequence[str], limit: float
+    ) -> Proof:
+        saved, (loss, _) = certificate["probe"], self.probe()
+        conditions, same_bits = self._conditions(), loss.hex() == saved["loss_hex"]
+        before = saved["conditions"]
+        others = [f"{name} {before.get(name)} -> {now}" for name, now in conditions.items() if now != before.get(name)]
+        difference = abs(loss - saved["loss"]) / max(abs(saved["loss"]), 1e-30)
+        changed = [key for key in changed if not (new and key in ADDS_NAMES)]
+        if _any_of(changed, ALTERS_PROBE):
+            passed, judged = True, "not judged: the config or the data were changed on purpose"
+        elif new:
+            passed = difference <= TOLERANCE_WITH_NEW_NAMES
+            judged = f"relative difference {difference:.2g}, allowed {TOLERANCE_WITH_NEW_NAMES:g}: there are new names"
+        elif others:
+            passed = same_bits or difference <= limit
+            judged = f"relative difference {difference:.2g}, allowed {limit:g}: {', '.join(others)}"
+        else:
+            passed, judged = same_bits, "bit for bit"
+        if not passed:
+            raise ResumeRefused(f"{_BEFORE}: probe loss {_both(loss, saved['loss'])} ({judged})")
+        return Proof(len(certificate["tensors"]), samples, loss, saved["loss"], same_bits, judged)
+
+
+_BEFORE = "the resume is not proved"
+
+
+def _require_equal(what: str, now: dict[str, Any], saved: dict[str, Any]) -> None:
+    for name in [*saved, *(name for name in now if name not in saved)]:
+        is_now, was = now.get(name, "absent"), saved.get(name, "absent")
+        if is_now != was:
+            raise ResumeRefused(f"{_BEFORE}: {what}{name} is {_shown(is_now)}, the checkpoint says {_shown(was)}")
+
+
+def _shown(value: Any) -> str:
+    """Rates are compared as float.hex, and shown as people write them too."""
+    text = str(value)
+    return f"{float.fromhex(text)!r} ({text})" if text.startswith("0x") else text
+
+
+def _both(loss: float, saved: float) -> str:
+    """Both losses with four digits, or in full where those are the same."""
+    short = [f"{value:.4f}" for value in (loss, saved)]
+    now, was = short if short[0] != short[1] else (f"{loss!r}", f"{saved!r}")
+    return f"{now}, the checkpoint says {was}"
+
+
+def _any_of(keys: Sequence[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(key, pattern) for key in keys for pattern in patterns)
+
+
+def _digest(identities: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(identities).encode()).hexdigest()

@@ -1,0 +1,94 @@
+"""Fingerprints of tensors, computed where they lie: integer sums, so that every device and any order give the same.
+
+A fingerprint is a multilinear hash of the words w of a tensor (its bits, cut into integers) with fixed odd 64-bit
+weights a (Carter and Wegman 1979, in arithmetic modulo 2^64): sum_i a[i] w[i]. A changed word, however small the
+change, always changes it, because an odd factor is invertible; a swap of words changes it because each place has a
+weight of its own. It finds what goes wrong by accident; files carry SHA-256 as well.
+"""
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+CHUNK = 2**16
+"""Words that share a table of weights; each chunk has a factor of its own."""
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def tensor_fingerprint(tensor: torch.Tensor) -> torch.Tensor:
+    """int64 [] on the tensor's device: the multilinear hash of its bits. Any shape and dtype up to 8 bytes."""
+    words = tensor.detach().contiguous().reshape(-1).view(_WORDS[tensor.dtype.itemsize])
+    if words.numel() == 0:
+        return torch.zeros((), dtype=torch.int64, device=tensor.device)
+    weights = _odd_weights(0, CHUNK, tensor.device)
+    sums = torch.stack([(chunk * weights[: chunk.numel()]).sum() for chunk in words.split(CHUNK)])
+    return (sums * _odd_weights(CHUNK, len(sums), tensor.device)).sum()
+
+
+def fingerprints(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """{name: "float32[96, 96] 16 hex digits"}: dtype, shape and bits of each tensor."""
+    by_device: dict[torch.device, list[str]] = {}
+    for name, tensor in tensors.items():
+        by_device.setdefault(tensor.device, []).append(name)
+    values: dict[str, int] = {}
+    for names in by_device.values():  # one transfer to the host for each device
+        values.update(zip(names, torch.stack([tensor_fingerprint(tensors[n]) for n in names]).tolist(), strict=True))
+    return {name: f"{_kind(tensor)} {values[name] % 2**64:016x}" for name, tensor in tensors.items()}
+
+
+def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, persistent: bool) -> dict[str, torch.Tensor]:
+    """Every weight, buffer, moment and step count under its own name, such as `exp_avg of head.0.weight`.
+
+    persistent: only what a checkpoint holds, so without the buffers that the model derives from its grid.
+    """
+    buffers = set(model.state_dict()) if persistent else {name for name, _ in model.named_buffers()}
+    tensors = dict(model.named_parameters())
+    tensors.update({name: buffer for name, buffer in model.named_buffers() if name in buffers})
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            moments = optimizer.state.get(parameter, {})
+            tensors.update({f"{key} of {name}": moments[key] for key in MOMENTS if key in moments})
+    return tensors
+
+
+def captured_tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of a captured state under the names of `state_tensors`."""
+    moments = state["optimizer"]["state"]
+    return state["model"] | {f"{key} of {name}": tensor for name in moments for key, tensor in moments[name].items()}
+
+
+def seal(state: dict[str, Any]) -> None:
+    """Complete the certificate of a captured state by the fingerprints of its tensors.
+
+    It is done on the copy that is written, not on the live state: so the loop does not wait for it.
+    """
+    state["certificate"]["tensors"] = fingerprints(captured_tensors(state))
+
+
+def state_fingerprints(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> dict[str, str]:
+    """What ranks must agree on: fingerprints of all tensors, each group's settings, the scheduler's position."""
+    prints = fingerprints(state_tensors(model, optimizer, persistent=False))
+    for group in optimizer.param_groups:
+        settings = {key: value for key, value in group.items() if key not in ("params", "name")}
+        prints[f"optimizer group {group['name']}"] = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+    return {**prints, "scheduler": f"step {scheduler.last_epoch}"}
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+@functools.cache
+def _odd_weights(first: int, count: int, device: torch.device) -> torch.Tensor:
+    """int64 [count]: pseudo-random odd numbers, entries `first` to `first + count` of splitmix64 (Steele 2014)."""
+    z = (np.arange(first + 1, first + count + 1, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return torch.from_numpy(((z ^ (z >> np.uint64(31))) | np.uint64(1)).view(np.int64)).to(device)

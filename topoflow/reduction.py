@@ -1,0 +1,196 @@
+"""How the gradients of a step's micro-batches become one sum that every rank holds: by DDP, or along one fixed tree.
+
+Both reductions have `forward` (the module that training calls), `micro_batch(index)` (a context manager around forward
+and backward of this rank's micro-batch number `index`) and `finish()` (after the last one: completes the sum over
+ranks, and says how .grad is to be scaled to be that sum).
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+
+from topoflow.config import DistributedConfig
+from topoflow.distributed import Context
+from topoflow.errors import ConfigError
+
+_ALIGNMENT = 16
+"""Elements to which parameters are aligned in a flat gradient (64 bytes in float32): kernels take their wide loads."""
+
+
+class _WithUnusedParameter(nn.Module):
+    """A model, and beside it a parameter that no forward pass uses: DDP then keeps its buckets, and keeps silent."""
+
+    def __init__(self, model: nn.Module, device: torch.device):
+        super().__init__()
+        self.model = model
+        self.unused = nn.Parameter(torch.zeros(1, device=device))
+
+    def forward(self, *arguments: torch.Tensor | None) -> torch.Tensor:
+        return self.model(*arguments)
+
+
+class DdpReduction:
+    """DDP around the model, or the bare model where there is one process. Bits depend on the number of ranks.
+
+    After the first backward pass DDP re-orders its buckets, unless it looks for unused parameters; a resumed run would
+    then add gradients in another order than one that never stopped, and on more than two ranks differ in the last
+    bits. So it looks for them, and finds one (without any, it warns on every rank).
+    """
+
+    def __init__(self, model: nn.Module, context: Context, accumulation: int):
+        self.context, self.accumulation = context, accumulation
+        self.forward = model
+        if context.world_size > 1:
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # torch 2.6 knows no other name
+            self.forward = nn.parallel.DistributedDataParallel(
+                _WithUnusedParameter(model, context.device),
+                device_ids=[context.device.index] if context.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=True,
+            )
+
+    @contextmanager
+    def micro_batch(self, index: int) -> Iterator[None]:
+        """Gradients add up in .grad, and over ranks with the last micro-batch only."""
+        alone = self.context.world_size == 1 or index == self.accumulation - 1
+        with nullcontext() if alone else self.forward.no_sync():
+            yield
+
+    def finish(self) -> float:
+        """DDP has averaged over ranks: the factor that makes .grad their sum."""
+        return float(self.context.world_size)
+
+
+class _FlatGradient:
+    """The gradients of all parameters in one piece. flat [length]; views: one of each parameter's shape, into flat."""
+
+    def __init__(self, parameters: list[nn.Parameter], world_size: int):
+        (dtype,) = {parameter.dtype for parameter in parameters}
+        starts, length = [], 0
+        for parameter in parameters:
+            starts.append(length)
+            length += _round_up(parameter.numel(), _ALIGNMENT)
+        # each halving between ranks leaves two aligned pieces of one length; what is padded stays zero
+        length = _round_up(length, _ALIGNMENT * world_size)
+        self.flat = torch.zeros(length, dtype=dtype, device=parameters[0].device)
+        self.views = [
+            self.flat[start : start + parameter.numel()].view(parameter.shape)
+            for start, parameter in zip(starts, parameters, strict=True)
+        ]
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+class CanonicalReduction:
+    """One fixed binary tree over the micro-batches of the global batch, whoever computes them: the same bits on any
+    number of ranks.
+
+    The tree: let a step have M = 2**k * m micro-batches, m odd, numbered 0 to M - 1 in the order of the global batch.
+    The sum of a range of 2**i * m of them, i > 0, is the sum of its first half plus the sum of its second half; a range
+    of m is summed from left to right. One rounded addition, which is commutative, stands at each node, so a gradient
+    depends on the numbering alone. Each rank holds a contiguous 1 / world_size of them, which must be a whole subtree:
+    see `require_whole_subtrees`.
+
+    A rank climbs its subtree as a binary counter does, one flat partial sum for each bit; autograd itself adds the
+    gradients of m micro-batches (of two where m = 1) in place. Above, ranks halve and double recursively: at level l
+    ranks that differ in bit l of their number exchange halves of the segment that both have summed so far, and each
+    adds the half that it keeps; after log2(world_size) levels each has 1 / world_size of the whole sum, which the same
+    exchanges in reverse hand to all. A rank sends 2 (1 - 1 / world_size) gradients in 2 log2(world_size) messages (R.
+    Thakur, R. Rabenseifner, W. Gropp, "Optimization of collective communication operations in MPICH", IJHPCA 19(1),
+    2005, section 4.5; R. Rabenseifner, "Optimization of collective reduction operations", ICCS 2004).
+
+    Memory: log2(accumulation) flat gradients where m = 1, log2(accumulation / m) + 1 where not, never less than one;
+    and half of one to receive into, where there is more than one rank.
+
+    A parameter that a micro-batch does not use has a zero gradient there, on any number of ranks (with DDP, one that no
+    micro-batch of the step uses has none); one that does not require a gradient is left alone.
+
+    Args:
+        model: its parameters that require gradients must be of one dtype and on one device.
+        accumulation: micro-batches of this rank in one step.
+    """
+
+    def __init__(self, model: nn.Module, context: Context, accumulation: int):
+        micro_batches = accumulation * context.world_size
+        require_whole_subtrees(micro_batches, context.world_size)
+        self.context, self.forward = context, model
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        odd = micro_batches // _power_of_two_in(micro_batches)
+        self._run_length = odd if odd > 1 else min(2, accumulation)
+        runs = accumulation // self._run_length
+        self._partial_sums = [_FlatGradient(self.parameters, context.world_size) for _ in range(runs.bit_length())]
+        if context.world_size > 1:
+            self._received = torch.empty_like(self._partial_sums[0].flat.chunk(2)[0])
+
+    @contextmanager
+    def micro_batch(self, index: int) -> Iterator[None]:
+        """Forward and backward inside add the gradient to this rank's partial sums, complete subtrees merged."""
+        run, place = divmod(index, self._run_length)
+        top = run.bit_count()
+        if place == 0:
+            self._partial_sums[top].flat.zero_()
+        self._show(self._partial_sums[top])
+        yield
+        while place == self._run_length - 1 and run % 2:
+            self._partial_sums[top - 1].flat.add_(self._partial_sums[top].flat)
+            top, run = top - 1, run // 2
+
+    def finish(self) -> float:
+        """Sum over ranks; .grad is then the sum over all micro-batches of the step, and its factor 1."""
+        segment, exchanges = self._partial_sums[0].flat, []
+        bit = 1
+        while bit < self.context.world_size:
+            partner, low, high = self.context.rank ^ bit, *segment.chunk(2)
+            kept, given = (high, low) if self.context.rank & bit else (low, high)
+            received = self._received[: kept.numel()]
+            self.context.exchange(partner, given, received)
+            kept.add_(received)
+            exchanges.append((partner, kept, given))
+            segment, bit = kept, bit * 2
+        for partner, summed, missing in reversed(exchanges):
+            self.context.exchange(partner, summed, missing)
+        self._show(self._partial_sums[0])
+        return 1.0
+
+    def _show(self, gradient: _FlatGradient) -> None:
+        for parameter, view in zip(self.parameters, gradient.views, strict=True):
+            parameter.grad = view
+
+
+def require_whole_subtrees(micro_batches: int, world_size: int) -> None:
+    """Refuse a world size with which ranks would not hold whole subtrees of the canonical tree over `micro_batches`.
+
+    Raises:
+        ConfigError: naming the world sizes that fit: the powers of two that divide the number of micro-batches.
+    """
+    most = _power_of_two_in(micro_batches)
+    if most % world_size:
+        usable = ", ".join(str(2**i) for i in range(most.bit_length()))
+        raise ConfigError(
+            f"world size {world_size} does not fit distributed.reduction=canonical with {micro_batches} micro-batches "
+            f"a step (train.global_batch_size / train.micro_batch_size): expected a world size of {usable}"
+        )
+
+
+def _power_of_two_in(number: int) -> int:
+    return number & -number
+
+
+def build_reduction(
+    config: DistributedConfig, model: nn.Module, context: Context, accumulation: int
+) -> DdpReduction | CanonicalReduction:
+    """What sums the gradients of `accumulation` micro-batches of each rank; the model's buffers become rank 0's, once.
+
+    Raises:
+        ConfigError: canonical with a world size that does not fit.
+    """
+    for buffer in model.buffers():
+        context.broadcast_tensor(buffer)
+    kind = {"ddp": DdpReduction, "canonical": CanonicalReduction}[config.reduction]
+    return kind(model, context, accumulation)

@@ -1,0 +1,62 @@
+"""What training changes and what it reads, and the proof that all ranks hold the same of it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from topoflow.checkpoint import state_fingerprints
+from topoflow.data import BatchPlan, ForecastDataset
+from topoflow.distributed import Context
+
+
+@dataclass
+class TrainProgress:
+    """Where a run stands; all of it is in a checkpoint."""
+
+    step: int = 0
+    updates: int = 0
+    """Steps that changed weights: all but those whose batch held no target at all."""
+    epoch: int = 0
+    samples_in_epoch: int = 0
+    validation_loss: float | None = None
+    validated_step: int | None = None
+    """The step after which that was the loss."""
+    best_validation_loss: float | None = None
+    best_step: int | None = None
+    validations_since_best: int = 0
+
+
+@dataclass
+class TrainState:
+    """What training changes."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LambdaLR
+    progress: TrainProgress
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """What training reads. elevation_m [H, W]: terrain height on the device, metres."""
+
+    train: ForecastDataset
+    validation: ForecastDataset | None
+    plan: BatchPlan
+    elevation_m: torch.Tensor
+    workers: int
+
+
+def verify_ranks(context: Context, state: TrainState, data: TrainData, when: str) -> None:
+    """Prove that all ranks hold the same weights, buffers, moments, steps, rates, position and order of samples.
+
+    Raises:
+        RanksDisagree: naming what differs, and the ranks.
+    """
+    if context.world_size > 1:
+        here = state_fingerprints(state.model, state.optimizer, state.scheduler)
+        here["progress"] = repr(state.progress)
+        here["order of samples"] = data.plan.fingerprint
+        here["normalization"] = data.train.normalization.fingerprint
+        context.require_same(here, when)
