@@ -4,12 +4,14 @@ Each command imports what it needs when it runs, so that one that needs no torch
 """
 
 import argparse
+import os
+import shlex
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 
 from topoflow.config.help import config_help
-from topoflow.errors import Refusal
+from topoflow.errors import Refusal, ResumeRefused
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,11 +21,13 @@ def main(arguments: list[str] | None = None) -> int:
     _add_make_demo_data(commands)
     _add_grid_stations(commands)
     _add_evaluate(commands)
+    _add_inspect(commands)
+    _add_import_lightning(commands)
     # argparse gives a list of positional arguments only what stands before the first option
     options, rest = parser.parse_known_args(arguments)
-    if rest and (options.command != "evaluate" or any(word.startswith("-") for word in rest)):
+    if rest and ("overrides" not in options or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if options.command == "evaluate":
+    if "overrides" in options:
         options.overrides += rest
     try:
         return options.run(options)
@@ -33,6 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("topoflow: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader, such as head, has seen enough: the rest must not be written at exit either
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
+        return 0
 
 
 def _add_make_demo_data(commands) -> None:
@@ -104,6 +111,62 @@ def _evaluate(options: argparse.Namespace) -> int:
             score_checkpoint(context, options.source, options.split, options.overrides, options.output)
 
     return run_to_exit(body, launch)
+
+
+def _add_inspect(commands) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="say what is in a checkpoint or a run, or compare two checkpoints",
+        epilog="Ends with 0, also where two differ; with 2 where a path is missing; with 3 where anything is damaged.",
+    )
+    parser.add_argument("path", metavar="PATH", type=Path, help="a checkpoint, its state.pt, or a run directory")
+    parser.add_argument("other", nargs="?", metavar="B", type=Path, help="compare PATH with this; a run means its last")
+    parser.add_argument("--json", action="store_true", help="print JSON (a number that is not finite is null)")
+    parser.set_defaults(run=_inspect)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from topoflow.inspection import inspect
+
+    found = inspect(options.path, options.other)
+    print(found.as_json() if options.json else "\n".join(found.lines), flush=True)
+    if found.damage is not None:
+        raise ResumeRefused(found.damage)
+    return 0
+
+
+def _add_import_lightning(commands) -> None:
+    parser = commands.add_parser(
+        "import-lightning",
+        help="make a run that goes on from a checkpoint of the Lightning programs",
+        epilog=config_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="IN.ckpt", type=Path, help="of the published program or its predecessor")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="what differs from the config")
+    parser.add_argument("--config", required=True, metavar="CONFIG", help="of the run that goes on, with its data")
+    parser.add_argument("-o", "--output", required=True, metavar="RUN", help="run directory to make")
+    parser.set_defaults(run=_import_lightning)
+
+
+def _import_lightning(options: argparse.Namespace) -> int:
+    from topoflow.config import load_config
+    from topoflow.distributed import choose_device, distributed_context, read_launch
+    from topoflow.errors import ConfigError
+    from topoflow.imported_run import import_run
+    from topoflow.reproducibility import set_deterministic
+
+    config = load_config(options.config, [*options.overrides, f"run.dir={options.output}"])
+    launch = read_launch()
+    if launch.world_size > 1:
+        raise ConfigError(f"import-lightning: {launch.world_size} processes: expected one")
+    _log_to_terminal()
+    set_deterministic(config.run, config.train.compile)
+    with distributed_context(launch, config.distributed, choose_device(config.run.device, launch)) as context:
+        print("\n".join(import_run(options.source, config, context)))
+    words = ["python", "train.py", options.config, *options.overrides, f"run.dir={options.output}"]
+    print(f"go on with: {shlex.join(words)}")
+    return 0
 
 
 def _log_to_terminal() -> None:

@@ -1,0 +1,301 @@
+"""Checkpoints of either program in many forms: what they hold under our names, and that training goes on from them."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from tests.lightning.importing_run import ImportingRun, build_config
+from tests.lightning.lightning_runs import GROUPS, IMG_SIZE, LightningRun
+from tests.lightning.restated import TARGETS, VARIABLES, Network
+from topoflow.errors import ResumeRefused
+
+SHAPE = {"embed_dim": 16, "depth": 2, "decoder_depth": 1, "num_heads": 2}
+PREDECESSOR = {"patch_norm": False, "relative_position": False}
+ONE_GROUP = {"group_multipliers": dict.fromkeys(GROUPS, 1.0)}
+
+
+def lightning_run(published=True, network=None, **options):
+    return LightningRun(Network(published, IMG_SIZE, **(network or {})), **options)
+
+
+def importing_run(run, model=None, optim=None, steps_per_epoch=3, **checkpoint):
+    batch = (run.batch_size * run.accumulation, run.batch_size)
+    published = {} if run.network.published else PREDECESSOR
+    terrain = {} if run.network.terrain else {"terrain": "none", "relative_position": False}
+    config = build_config({**SHAPE, **published, **terrain, **(model or {})}, optim, batch, **checkpoint)
+    return ImportingRun(config, run.elevation_m, run.mask, steps_per_epoch)
+
+
+CASES = {
+    "in flight": (lightning_run, {}, 4, {}),
+    "deeper, more heads": (
+        lambda **o: lightning_run(network={"depth": 4, "decoder_depth": 3, "heads": 4}, **o),
+        {"model": {"depth": 4, "decoder_depth": 3, "num_heads": 4}},
+        2,
+        {},
+    ),
+    "third epoch, one group": (lightning_run, {"optim": ONE_GROUP}, 14, {"groups": None}),
+    "end of the second epoch": (lightning_run, {}, 12, {}),
+    "groups in another order": (lightning_run, {}, 4, {"groups": ("others", "head", "vit_blocks", "wind_embedding")}),
+    "groups without names": (
+        lightning_run, {}, 4, {"groups": ("head", "vit_blocks", "others", "wind_embedding"), "named": False}
+    ),
+    "before the first step, without names": (lightning_run, {}, 0, {"named": False}),
+    "no accumulation": (lightning_run, {"steps_per_epoch": 6}, 9, {"accumulation": 1}),
+    "an epoch that ends inside an accumulation": (lightning_run, {}, 5, {"batches_per_epoch": 5}),
+    "a schedule by steps": (
+        lightning_run, {"optim": {"schedule_interval": "step", "schedule_length": 9}}, 8,
+        {"interval": "step", "t_max": 9},
+    ),
+    "no schedule": (lightning_run, {"optim": {"schedule": "constant"}}, 8, {"interval": "none"}),
+    "without terrain": (lambda **o: lightning_run(network={"terrain": False}, **o), {}, 4, {}),
+    "predecessor": (lambda **o: lightning_run(False, **o), {}, 4, {}),
+    "predecessor, no terrain, one linear as head": (
+        lambda **o: lightning_run(False, {"terrain": False, "single_head": True}, **o),
+        {"model": {"decoder_depth": 0}},
+        8,
+        {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_goes_on_as_in_the_program(case):
+    build, ours, batches, options = CASES[case]
+    run = build(**options)
+    run.train(batches)
+    other = importing_run(run, **ours)
+    conversion, report = other.take(run.checkpoint())
+    parameters = len(list(run.network.parameters()))
+    assert (report.weights, report.moments, report.new) == (parameters, parameters if batches else 0, [])
+    epochs, rest = divmod(batches, run.batches_per_epoch)
+    progress = other.progress
+    assert (progress.step, progress.updates, progress.epoch) == (run.steps, run.steps, epochs)
+    assert progress.samples_in_epoch == rest * run.batch_size
+    done = len(run.losses)
+    rates = [group["lr"] for group in run.optimizer.param_groups]
+    batches = run.train(2 * run.accumulation)
+    losses, norms, our_rates = other.train(batches)
+    np.testing.assert_allclose(losses, run.losses[done:], rtol=1e-5)
+    np.testing.assert_allclose(norms, run.grad_norms[-len(norms) :], rtol=1e-4)
+    names = run.groups or tuple(GROUPS)
+    by_name = dict(zip(names, rates if run.groups else rates * 4, strict=True))
+    np.testing.assert_allclose(our_rates[0], [by_name[name] for name in GROUPS], rtol=1e-12)
+    assert_same_weights(run, other, conversion.names)
+
+
+def assert_same_weights(run, other, names):
+    """Weights and second moments, to what is left of 23 bits when Adam has divided them."""
+    last = f"head.{2 * other.config.model.decoder_depth}."
+    kept = [cell * len(VARIABLES) + VARIABLES.index(target) for cell in range(4) for target in TARGETS]
+    theirs = run.network.state_dict()
+    parameters = dict(run.network.named_parameters())
+    ours = other.model.state_dict()
+    for source, name in names.items():
+        source = source.removeprefix("model.").removeprefix("climax.")
+        pick = kept if name.startswith(last) else ...
+        torch.testing.assert_close(ours[name], theirs[source][pick], rtol=0, atol=2e-5, msg=name)
+        if source in parameters:
+            moment = other.optimizer.state[other.model.get_parameter(name)]["exp_avg_sq"]
+            expected = run.optimizer.state[parameters[source]]["exp_avg_sq"][pick]
+            torch.testing.assert_close(moment, expected, rtol=1e-3, atol=1e-9, msg=name)
+
+
+def test_the_predecessor_at_paper_depth_has_91_parameters_in_groups_of_72_2_6_and_11():
+    run = lightning_run(False, {"depth": 6, "decoder_depth": 2, "terrain": False})
+    run.train(2)
+    assert [len(group["params"]) for group in run.optimizer.param_groups] == [72, 2, 6, 11]
+    other = importing_run(run, {"depth": 6, "decoder_depth": 2})
+    conversion, report = other.take(run.checkpoint())
+    assert (report.weights, report.moments) == (91, 91)
+    assert "vit_blocks 72, wind_embedding 2, head 6, others 11" in conversion.lines[1]
+    terrain = importing_run(
+        run,
+        {"depth": 6, "decoder_depth": 2, "terrain": "endpoint"},
+        allow_new=["blocks.0.attn.elevation_alpha", "*.H_scale"],
+    )
+    _, report = terrain.take(run.checkpoint())
+    assert (report.weights, report.moments) == (91, 91)
+    assert report.new == ["blocks.0.attn.elevation_alpha", "blocks.0.attn.H_scale"]
+
+
+def test_an_epoch_is_behind_once_its_last_batch_is_whatever_lightning_calls_complete():
+    run = lightning_run()
+    run.train(6)
+    before_its_end, after_its_end = run.checkpoint(ended=False), run.checkpoint()
+    assert before_its_end["epoch"] == 0
+    assert after_its_end["epoch"] == 1
+    for content in (before_its_end, after_its_end):
+        other = importing_run(run)
+        other.take(content)
+        assert (other.progress.epoch, other.progress.samples_in_epoch, other.scheduler.last_epoch) == (1, 0, 3)
+
+
+def test_the_schedule_goes_by_our_epochs():
+    run = lightning_run()
+    run.train(14)  # two epochs of three steps, and one step
+    other = importing_run(run, steps_per_epoch=50)
+    other.take(run.checkpoint())
+    assert (other.progress.step, other.scheduler.last_epoch) == (7, 101)
+    for _ in range(48):
+        other.scheduler.step()
+    before = [group["lr"] for group in other.optimizer.param_groups]
+    np.testing.assert_allclose(before, [group["lr"] for group in run.optimizer.param_groups], rtol=1e-12)
+    run.train(4)
+    other.scheduler.step()
+    after = [group["lr"] for group in other.optimizer.param_groups]
+    np.testing.assert_allclose(after, [group["lr"] for group in run.optimizer.param_groups], rtol=1e-12)
+
+
+def edited(content, edit):
+    content = copy.deepcopy(content)
+    edit(content)
+    return content
+
+
+def groups_of(content):
+    return content["optimizer_states"][0]["param_groups"]
+
+
+def config_of(content):
+    return content["hyper_parameters"]["config"]
+
+
+def swap_names(content):
+    groups_of(content)[0]["name"], groups_of(content)[3]["name"] = "others", "vit_blocks"
+
+
+def swap_parameters(content):
+    params = groups_of(content)[3]["params"]
+    params[0], params[1] = params[1], params[0]
+
+
+def without_state(content):
+    del content["optimizer_states"][0]["state"][0]
+
+
+def partial_state(content):
+    del content["optimizer_states"][0]["state"][0]["exp_avg_sq"]
+
+
+BROKEN = {
+    "names of groups swapped": (swap_names, "optimizer group others: 26 parameters in it: expected 11"),
+    "a group of another name": (lambda c: groups_of(c)[1].update(name="embedding"), "optimizer group 'embedding'"),
+    "a group twice": (lambda c: groups_of(c)[1].update(name="vit_blocks"), "optimizer group 'vit_blocks'"),
+    "order of parameters": (swap_parameters, r"is \(1, 1, 16\): expected \(1, 15, 16\) for model.var_embed"),
+    "a parameter less": (lambda c: groups_of(c)[0]["params"].pop(), "expected each of the 45 parameters"),
+    "a parameter twice": (lambda c: groups_of(c)[0]["params"].append(3), "expected each of the 45 parameters"),
+    "moments of a stranger": (lambda c: c["optimizer_states"][0]["state"].update({99: {}}), "of parameters 99"),
+    "no moments of one": (without_state, r"moments of blocks.0.norm1.weight: not in the checkpoint"),
+    "half the moments of one": (partial_state, r"moments of blocks.0.norm1.weight: not in the checkpoint"),
+    "two optimizers": (lambda c: c["optimizer_states"].append({}), "2 optimizers"),
+    "amsgrad": (lambda c: groups_of(c)[0].update(amsgrad=True), "expected AdamW"),
+    "Adam's decay": (lambda c: groups_of(c)[0].update(decoupled_weight_decay=False), "expected AdamW"),
+    "another scheduler": (lambda c: c["lr_schedulers"][0].pop("T_max"), "expected one CosineAnnealingLR"),
+    "rates that are not the schedule's": (lambda c: c["lr_schedulers"][0]["_last_lr"].reverse(), "_last_lr"),
+    "a schedule that stands elsewhere": (
+        lambda c: c["lr_schedulers"][0].update(last_epoch=1), "last_epoch 1 after 2 steps and 0 whole epochs"
+    ),
+    "rates of the groups reset": (
+        lambda c: [g.update(lr=g["initial_lr"] / 2) for g in groups_of(c)] and c["lr_schedulers"][0].update(
+            _last_lr=[g["lr"] for g in groups_of(c)]
+        ),
+        "learning rate 5.000000000e-05 in the checkpoint, but the schedule gives 1.000000000e-04",
+    ),
+    "no counters": (lambda c: c["loops"]["fit_loop"].pop("epoch_progress"), "no 'epoch_progress' in the file"),
+    "names of neither program": (
+        lambda c: c.update(state_dict={"model.net.weight": torch.zeros(1)}), "weights model.net.weight: of no program"
+    ),
+    "a name too many": (
+        lambda c: c["state_dict"].update({"model.extra.weight": torch.zeros(1)}), "model.extra.weight: unknown"
+    ),
+    "names of both programs": (
+        lambda c: c["state_dict"].update({"model.climax.pos_embed": torch.zeros(1)}), "of no program"
+    ),
+    "a weight less": (lambda c: c["state_dict"].pop("model.norm.bias"), "expected each of the 44 parameters"),
+    "a head of other outputs": (
+        lambda c: c["state_dict"].update({"model.head.2.weight": torch.zeros(50, 16)}), "head: 50 outputs"
+    ),
+    "other heads": (lambda c: config_of(c)["model"].update(num_heads=4), "model.num_heads: 4 in the file, 2 in"),
+    "variables in another order": (lambda c: config_of(c)["data"]["variables"].reverse(), r"variables: \[population"),
+    "a wind scan": (lambda c: config_of(c)["model"].update(parallel_patch_embed=True), "model.wind: .*sorted along"),
+    "a place inside a step": (
+        lambda c: c["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"].update(processed=3),
+        "3 batches of 2 samples of epoch 0 are done, 6 samples, which is no place",
+    ),
+    "a place past our epoch": (lambda c: config_of(c)["train"].update(batch_size=3), "4 batches of 3 samples of epoch"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def in_flight():
+    run = lightning_run()
+    run.train(4)
+    return run, run.checkpoint()
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_file_whose_parts_do_not_fit_is_refused(in_flight, case):
+    run, content = in_flight
+    edit, words = BROKEN[case]
+    with pytest.raises(ResumeRefused, match=words):
+        importing_run(run).take(edited(content, edit))
+
+
+def test_target_indices_that_are_not_the_targets(in_flight):
+    run = lightning_run(False)
+    run.train(2)
+    content = edited(run.checkpoint(), lambda c: c["state_dict"]["model.target_indices"].add_(-1))
+    with pytest.raises(ResumeRefused, match=r"data.targets.*\[11, 4, 5, 6, 7, 8\] in the file, \[12, 5, 6, 7, 8, 9\]"):
+        importing_run(run).take(content)
+
+
+@pytest.mark.parametrize(
+    ("optim", "words"),
+    [
+        ({"learning_rate": 2e-3}, "group_multipliers.vit_blocks: 0.0001 in the file, 0.0002 in the config"),
+        ({"group_multipliers": {**GROUPS, "head": 1.0}}, "group_multipliers.head: 0.0005 in the file, 0.001 in"),
+        ({"weight_decay": 0.05}, "optim.weight_decay: 0.01 in the file, 0.05 in the config"),
+        ({"betas": [0.9, 0.95]}, r"optim.betas: \[0.9, 0.999\] in the file, \[0.9, 0.95\] in the config"),
+        ({"eps": 1e-6}, "optim.eps: 1e-08 in the file, 1e-06 in the config"),
+        ({"schedule": "constant"}, "optim.schedule: cosine in the file, constant in the config"),
+        ({"schedule_length": 9}, "schedule_length.*: 4 in the file, 9 in the config"),
+        ({"eta_min": 0.0}, "optim.eta_min: 1e-06 in the file, 0.0 in the config"),
+        ({"grad_clip_norm": None}, "optim.grad_clip_norm: 1.0 in the file, None in the config"),
+        ({"schedule_interval": "step"}, "last_epoch 0 after 2 steps .*expected 2 for optim.schedule_interval=step"),
+        ({"warmup_steps": 8}, "the schedule gives"),
+    ],
+)
+def test_a_config_that_contradicts_the_file_is_refused_with_both_values(in_flight, optim, words):
+    run, content = in_flight
+    with pytest.raises(ResumeRefused, match=words):
+        importing_run(run, optim=optim).take(content)
+
+
+def test_what_may_differ_is_the_configs_and_is_said(in_flight):
+    run, content = in_flight
+    other = importing_run(run, optim={"learning_rate": 2e-3, "weight_decay": 0.05}, allow_changed=["optim.*"])
+    conversion, _ = other.take(content)
+    assert other.optimizer.param_groups[0]["lr"] == pytest.approx(2e-4)
+    assert any("optim.weight_decay: 0.01 in the file, 0.05" in warning for warning in conversion.warnings)
+
+
+def test_a_mask_is_compared_and_dropout_and_batch_size_too(in_flight):
+    run, content = in_flight
+    conversion, _ = importing_run(run).take(content)
+    assert conversion.warnings == []
+    assert torch.equal(conversion.mask, run.mask)
+    content = edited(content, lambda c: c["state_dict"]["china_mask"][0].fill_(1 - c["state_dict"]["china_mask"][0, 0]))
+    config_of(content)["model"]["drop_rate"] = 0.1
+    config_of(content)["train"]["batch_size"] = 4
+    conversion, _ = importing_run(run, steps_per_epoch=9).take(content)
+    batch, dropout, mask = conversion.warnings
+    assert batch == "train.global_batch_size: 8 in the file, 4 in the config"
+    assert dropout == "model.drop_rate: 0.1 in the file, 0.0 in the config"
+    assert "china_mask" in mask
+    del content["state_dict"]["china_mask"], content["hyper_parameters"]
+    conversion, _ = importing_run(run).take(content)
+    assert (conversion.mask, conversion.warnings) == (None, [])
+    assert conversion.state["progress"]["samples_in_epoch"] == 8  # by the optimizer's steps

@@ -1,0 +1,93 @@
+"""Reading a file that anyone may have made."""
+
+import argparse
+import os
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.lightning.lightning_runs import IMG_SIZE, LightningRun
+from tests.lightning.restated import Network
+from topoflow.errors import MissingPath, ResumeRefused
+from topoflow.lightning_import import read_lightning
+
+
+@pytest.fixture(scope="module")
+def content():
+    return LightningRun(Network(True, IMG_SIZE)).checkpoint()
+
+
+class Malicious:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_that_runs_code_is_refused_and_runs_none(tmp_path, content):
+    made = tmp_path / "made by the pickle"
+    torch.save({**content, "callbacks": {"EarlyStopping": Malicious(made)}}, tmp_path / "in.ckpt")
+    with pytest.raises(ResumeRefused, match=r"in.ckpt: holds \w+.mkdir: not loaded, none of its code ran") as refused:
+        read_lightning(tmp_path / "in.ckpt")
+    assert (made.exists(), "\n" in str(refused.value)) == (False, False)
+    torch.load(tmp_path / "in.ckpt", weights_only=False)
+    assert made.exists()
+
+
+def test_a_class_of_another_package_is_named(tmp_path, content, monkeypatch):
+    module = types.ModuleType("elsewhere")
+    module.Thing = type("Thing", (), {"__module__": "elsewhere"})
+    monkeypatch.setitem(sys.modules, "elsewhere", module)
+    torch.save({**content, "callbacks": module.Thing()}, tmp_path / "in.ckpt")
+    with pytest.raises(ResumeRefused, match=r"holds elsewhere\.Thing"):
+        read_lightning(tmp_path / "in.ckpt")
+
+
+def test_what_hyperparameters_usually_hold_is_read(tmp_path, content, monkeypatch):
+    package = "lightning.fabric.utilities.data"
+    for name in ("lightning", "lightning.fabric", "lightning.fabric.utilities", package):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules[package].AttributeDict = type("AttributeDict", (dict,), {"__module__": package})
+    saved = sys.modules[package].AttributeDict(
+        config=argparse.Namespace(lr=np.float64(0.5), steps=np.int64(7), path=Path("/data")), scores=np.float32(0.25)
+    )
+    torch.save({**content, "hyper_parameters": saved}, tmp_path / "in.ckpt")
+    read = read_lightning(tmp_path / "in.ckpt")["hyper_parameters"]
+    assert (read["config"].lr, read["config"].steps, str(read["config"].path)) == (0.5, 7, "/data")
+    assert read["scores"] == 0.25
+
+
+def test_a_file_that_is_no_whole_checkpoint_is_refused_with_what_was_found(tmp_path, content):
+    path = tmp_path / "in.ckpt"
+    with pytest.raises(MissingPath, match="not found"):
+        read_lightning(path)
+    path.write_text("epoch: 3")
+    with pytest.raises(ResumeRefused, match=r"not a file that torch\.save wrote"):
+        read_lightning(path)
+    torch.save({name: content[name] for name in ("state_dict", "epoch")}, path)
+    with pytest.raises(ResumeRefused, match=r"no optimizer_states, .*only state_dict, epoch: .*weights only"):
+        read_lightning(path)
+    torch.save([1, 2], path)
+    with pytest.raises(ResumeRefused, match="only list"):
+        read_lightning(path)
+
+
+def test_a_flipped_bit_in_a_weight_is_found(tmp_path, content):
+    path = tmp_path / "in.ckpt"
+    torch.save(content, path)
+    whole = path.read_bytes()
+    weight = content["state_dict"]["model.pos_embed"].numpy().tobytes()
+    place = whole.index(weight[:64]) + 32
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(ResumeRefused, match=r"in.ckpt: \S+ in it does not match its checksum"):
+        read_lightning(path)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ResumeRefused, match=r"in.ckpt: "):
+        read_lightning(path)

@@ -1,0 +1,76 @@
+"""The checkpoints of a run: which there are, which are whole, and what the pointers name."""
+
+from pathlib import Path
+from typing import Any
+
+from topoflow.checkpoint import CheckpointDirectory
+from topoflow.errors import MissingPath, ResumeRefused
+from topoflow.inspection.description import describe_checkpoint, show_checkpoint
+from topoflow.inspection.text import number, table
+
+POINTERS = ("last", "best")
+
+
+def checkpoints_of(path: Path) -> CheckpointDirectory | None:
+    """The folder of checkpoints if `path` is that, or a run directory; else None."""
+    if (path / "checkpoints").is_dir():
+        return CheckpointDirectory(path / "checkpoints")
+    directory = CheckpointDirectory(path)
+    return directory if directory.traces() else None
+
+
+def describe_run(directory: CheckpointDirectory) -> dict[str, Any]:
+    """All checkpoints of a run (each is read and verified), pointers, and what else lies there.
+
+    Raises:
+        MissingPath: there is no checkpoint, nor anything that says that there was one.
+    """
+    if not directory.traces():
+        raise MissingPath(f"{directory.path}: holds no checkpoint: expected a checkpoint or a run directory")
+    pointers, damage = {}, []
+    for name in POINTERS:
+        try:
+            found = directory.pointer(name)
+            pointers[name] = None if found is None else found.name
+        except ResumeRefused as refusal:
+            pointers[name] = "damaged"
+            damage.append(str(refusal))
+    checkpoints = [describe_checkpoint(directory.folder(step)) for step in directory.steps()]
+    damage += [checkpoint["damage"] for checkpoint in checkpoints if not checkpoint["whole"]]
+    names = {Path(checkpoint["path"]).name for checkpoint in checkpoints}
+    others = sorted(entry.name for entry in directory.path.iterdir() if entry.name not in {*names, *POINTERS})
+    return {
+        "run": str(directory.path),
+        "pointers": pointers,
+        "checkpoints": checkpoints,
+        "others": others,
+        "damage": damage,
+    }
+
+
+def show_run(about: dict[str, Any]) -> list[str]:
+    """The text of what `describe_run` returns: a table, then what `last` and `best` name, without their tables."""
+    header = ("checkpoint", "step", "epoch", "validation loss", "bytes", "written", "", "")
+    rows = [_row(checkpoint, about["pointers"]) for checkpoint in about["checkpoints"]]
+    lines = [f"checkpoints in {about['run']}", "", *table(header, rows)]
+    lines += [f"pointer {name}: there is none" for name, target in about["pointers"].items() if target is None]
+    lines += [f"beside them: {', '.join(about['others'])}"] if about["others"] else []
+    lines += [f"damaged: {damage}" for damage in about["damage"]]
+    named = dict.fromkeys(about["pointers"][name] for name in POINTERS)
+    for checkpoint in about["checkpoints"]:
+        if Path(checkpoint["path"]).name in named:
+            lines += ["", *show_checkpoint(checkpoint, tables=False)]
+    return lines
+
+
+def _row(checkpoint: dict[str, Any], pointers: dict[str, str | None]) -> tuple[str, ...]:
+    name = Path(checkpoint["path"]).name
+    size = checkpoint["files"]["state.pt"]
+    marks = ", ".join(pointer for pointer, target in pointers.items() if target == name)
+    step = epoch = loss = ""
+    if checkpoint["whole"]:
+        progress = checkpoint["progress"]
+        step, epoch = str(progress["step"]), str(progress["epoch"])
+        loss = number(progress["validation_loss"], 5)
+    state = "whole" if checkpoint["whole"] else "DAMAGED"
+    return (name, step, epoch, loss, "" if size is None else f"{size:,}", checkpoint["written"], state, marks)
