@@ -4,12 +4,14 @@ import multiprocessing
 import os
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import get_worker_info
 
+from topoflow.data import sampling
 from topoflow.data.dataset import ForecastDataset
 from topoflow.data.normalization import Normalization
 from topoflow.data.sampling import BatchLoader, BatchPlan, build_eval_loader, build_train_loader
@@ -221,3 +223,38 @@ def test_leaving_an_epoch_early_ends_the_workers():
     pid = int(next(batches)[0, 0])
     del batches
     assert ends_within_seconds(pid, 10)
+
+
+def test_a_worker_whose_parent_is_killed_while_it_starts_ends(tmp_path, monkeypatch):
+    noted = tmp_path / "pid"
+    start = sampling._start_worker
+
+    def start_late(*arguments):
+        noted.write_text(str(os.getpid()))
+        time.sleep(0.5)
+        start(*arguments)
+
+    monkeypatch.setattr(sampling, "_start_worker", start_late)
+    parent = os.fork()
+    if parent == 0:
+        batches = iter(BatchLoader(WorkerProbe(), [[0]] * 100, workers=1))
+        while not (noted.exists() and noted.read_text()):
+            time.sleep(0.01)
+        assert batches is not None
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitpid(parent, 0)[1] == signal.SIGKILL
+    worker = int(noted.read_text())
+    deadline = time.monotonic() + 10
+    while is_running(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    alive = is_running(worker)
+    if alive:
+        os.kill(worker, signal.SIGKILL)
+    assert not alive
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

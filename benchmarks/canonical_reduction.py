@@ -1,0 +1,197 @@
+#!/usr/bin/env python3
+"""What `distributed.reduction=canonical` costs: optimizer steps with it and with DDP, side by side in one run.
+
+Each rank holds two copies of one model, reduces one by DDP and one along the canonical tree, and trains both by the
+program's own step on the same synthetic batches. Blocks of steps alternate, so that whatever else the machine does
+meets both. For each accumulation the table has the median time of a step over blocks, and the median and quartiles of
+the ratio within pairs of blocks.
+"""
+
+import argparse
+import copy
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.multiprocessing import spawn
+
+from topoflow.checkpoint import CheckpointDirectory, CheckpointSaver
+from topoflow.config import CheckpointConfig, DistributedConfig, ModelConfig, OptimConfig, TrainConfig
+from topoflow.data import BatchPlan
+from topoflow.distributed import Context, Launch, choose_device, distributed_context
+from topoflow.model import TopoFlow, build_model
+from topoflow.optim import build_optimizer, build_scheduler
+from topoflow.reduction import build_reduction
+from topoflow.stop import StopFlag
+from topoflow.train_state import TrainData, TrainProgress, TrainState
+from topoflow.trainer import Trainer
+
+INPUTS = ("u", "v", *(f"input {number}" for number in range(13)))
+TARGETS = ("pm25", "pm10", "so2", "no2", "co", "o3")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured."""
+
+    grid: tuple[int, int]
+    patch_size: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    micro_batch_size: int
+    ranks: int
+    accumulation: tuple[int, ...]
+    rounds: int
+    steps: int
+    device: str
+
+
+def main() -> None:
+    settings = read_settings()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    spawn(run_rank, (settings, port), nprocs=settings.ranks)
+
+
+def read_settings() -> Settings:
+    """From the command line; the defaults are the small setting that the published program is timed at."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--grid", default="32x64", help="rows x columns")
+    parser.add_argument("--patch-size", type=int, default=2)
+    parser.add_argument("--embed-dim", type=int, default=96)
+    parser.add_argument("--depth", type=int, default=3)
+    parser.add_argument("--num-heads", type=int, default=4)
+    parser.add_argument("--micro-batch-size", type=int, default=4)
+    parser.add_argument("--ranks", type=int, default=2, help="processes on this machine; a power of two")
+    parser.add_argument("--accumulation", type=int, nargs="+", default=[1, 4], help="micro-batches of a rank in a step")
+    parser.add_argument("--rounds", type=int, default=20, help="pairs of blocks")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of a block")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    options = vars(parser.parse_args())
+    rows, columns = options.pop("grid").split("x")
+    return Settings(grid=(int(rows), int(columns)), **{**options, "accumulation": tuple(options["accumulation"])})
+
+
+def run_rank(rank: int, settings: Settings, port: int) -> None:
+    """One process of the benchmark, one thread."""
+    torch.set_num_threads(1)
+    launch = Launch("a benchmark", "spawned", rank, settings.ranks, rank, settings.ranks, "127.0.0.1", port)
+    device = choose_device(settings.device, launch)
+    with distributed_context(launch, DistributedConfig(), device) as context:
+        model = build_benchmark_model(settings).to(device)
+        if context.is_main:
+            print_head(settings, model, device)
+        for accumulation in settings.accumulation:
+            seconds = measure(settings, model, accumulation, context)
+            if context.is_main:
+                print_row(accumulation, seconds)
+
+
+def build_benchmark_model(settings: Settings) -> TopoFlow:
+    """The network, with terrain and wind and without dropout."""
+    config = ModelConfig(
+        patch_size=settings.patch_size,
+        embed_dim=settings.embed_dim,
+        depth=settings.depth,
+        num_heads=settings.num_heads,
+        drop_rate=0.0,
+        drop_path=0.0,
+    )
+    rows, columns = (cells // settings.patch_size for cells in settings.grid)
+    y_km, x_km = np.meshgrid(np.arange(rows) * 50.0, np.arange(columns) * 50.0, indexing="ij")
+    return build_model(config, INPUTS, TARGETS, settings.grid, x_km.ravel(), y_km.ravel(), seed=0)
+
+
+def measure(settings: Settings, model: TopoFlow, accumulation: int, context: Context) -> dict[str, np.ndarray]:
+    """{reduction: seconds of a step, [rounds]}, of blocks that alternate."""
+    batches = list(synthetic_batches(settings, accumulation, context))
+    trainers = {
+        reduction: build_benchmark_trainer(settings, copy.deepcopy(model), accumulation, reduction, context)
+        for reduction in ("ddp", "canonical")
+    }
+    seconds: dict[str, list[float]] = {"ddp": [], "canonical": []}
+    for number in range(settings.rounds + 1):
+        for reduction in ("ddp", "canonical") if number % 2 else ("canonical", "ddp"):
+            context.gather_rows(torch.zeros(1, 1))  # all ranks begin a block together
+            began = time.perf_counter()
+            for _ in range(settings.steps):
+                trainers[reduction].train_step(batches)
+            if context.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[reduction].append((time.perf_counter() - began) / settings.steps)
+    return {reduction: np.array(values[1:]) for reduction, values in seconds.items()}  # the first warms up
+
+
+def build_benchmark_trainer(
+    settings: Settings, model: TopoFlow, accumulation: int, reduction: str, context: Context
+) -> Trainer:
+    """The program's trainer, of which only the step is used: nothing is logged or saved."""
+    optim = OptimConfig()
+    optimizer = build_optimizer(model, optim)
+    state = TrainState(model, optimizer, build_scheduler(optimizer, optim, 1000, 1000), TrainProgress())
+    micro_batch_size = settings.micro_batch_size
+    global_batch_size = micro_batch_size * accumulation * settings.ranks
+    plan = BatchPlan(global_batch_size, 0, global_batch_size, micro_batch_size, context.rank, settings.ranks)
+    generator = torch.Generator().manual_seed(1)
+    elevation_m = torch.rand(settings.grid, generator=generator) * 4000
+    return Trainer(
+        context,
+        state,
+        build_reduction(DistributedConfig(reduction=reduction), model, context, accumulation),
+        TrainData(train=None, validation=None, plan=plan, elevation_m=elevation_m.to(context.device), workers=0),
+        TrainConfig(max_steps=1000, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size),
+        seed=0,
+        grad_clip_norm=1.0,
+        total_steps=1000,
+        save_every_steps=None,
+        verify_every_steps=None,
+        saver=CheckpointSaver(
+            context, CheckpointDirectory(Path("none")), CheckpointConfig(), capture=dict, on_commit=print
+        ),
+        writer=None,
+        stop=StopFlag(),
+    )
+
+
+def synthetic_batches(settings: Settings, accumulation: int, context: Context) -> Iterator[dict[str, torch.Tensor]]:
+    """This rank's micro-batches of one step, on its device."""
+    B, (H, W) = settings.micro_batch_size, settings.grid
+    for index in range(accumulation):
+        generator = torch.Generator().manual_seed(2 + context.rank * accumulation + index)
+        batch = {
+            "x": torch.randn(B, len(INPUTS), H, W, generator=generator),
+            "y": torch.randn(B, len(TARGETS), H, W, generator=generator),
+            "valid": torch.ones(B, len(TARGETS), H, W, dtype=torch.bool),
+            "lead_time_hours": torch.full((B,), 24.0),
+            "wind_ms": torch.randn(B, 2, H, W, generator=generator) * 5,
+        }
+        yield {name: tensor.to(context.device) for name, tensor in batch.items()}
+
+
+def print_head(settings: Settings, model: TopoFlow, device: torch.device) -> None:
+    rows, columns = settings.grid
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    print(
+        f"{rows} x {columns} cells, patch {settings.patch_size}, width {settings.embed_dim}, depth {settings.depth}, "
+        f"{settings.num_heads} heads, {millions:.2f} M parameters, micro-batch {settings.micro_batch_size}; "
+        f"{settings.ranks} ranks of 1 thread on {device.type}, {os.cpu_count()} cores; "
+        f"{settings.rounds} pairs of blocks of {settings.steps} steps"
+    )
+    print("accumulation  ddp, ms a step  canonical, ms a step  canonical / ddp  (quartiles)", flush=True)
+
+
+def print_row(accumulation: int, seconds: dict[str, np.ndarray]) -> None:
+    ddp, canonical = (np.median(seconds[reduction]) * 1e3 for reduction in ("ddp", "canonical"))
+    low, ratio, high = np.quantile(seconds["canonical"] / seconds["ddp"], [0.25, 0.5, 0.75])
+    print(f"{accumulation:12d}  {ddp:14.1f}  {canonical:20.1f}  {ratio:15.3f}  ({low:.3f} - {high:.3f})", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Runs of train.py as real processes that start in milliseconds, so that hundreds can be killed and resumed.
+
+Python's fork server (multiprocessing) imports torch and the program once and forks each process from there. It has made
+no tensor and started no thread by then, and OMP_NUM_THREADS is 1, so a fork is what a fresh process would be;
+tests/program/test_kills.py holds such runs against `python train.py` and torchrun.
+
+The ranks get torchrun's variables, and end as torchrun ends them: when one is lost the others get SIGTERM, and SIGKILL
+after a grace period. Loader workers of a killed rank find out by themselves (within seconds), as they always do.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import train
+from benchmarks.kill_points import Kill, arm
+
+ROOT = Path(__file__).parents[1]
+GRACE_SECONDS = 1.0
+
+# with what the program imports late; torch's optimizers import its compiler
+PRELOADED = ["benchmarks.forked_runs", "xarray", "zarr", "netCDF4", "torch.utils.tensorboard", "torch._dynamo"]
+AT_A_RANDOM_TIME = "at a random time"
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended.
+
+    statuses: of each rank, negative for a signal. note: of the kill, if it happened. said: what all ranks said.
+    """
+
+    statuses: list[int]
+    note: dict[str, Any] | None
+    said: str
+
+    @property
+    def done(self) -> bool:
+        return set(self.statuses) == {0}
+
+
+@dataclass(frozen=True)
+class Attack:
+    """Rank `rank` is killed at `kill` or after `seconds`; `everyone`: and all others with it."""
+
+    kill: Kill | None = None
+    seconds: float | None = None
+    rank: int = 0
+    everyone: bool = False
+
+
+class ForkedRuns:
+    """Starts runs; `folder` takes what they say and the notes of those that were killed."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log, self.note = folder / "said.log", folder / "killed.json"
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(PRELOADED)
+        with mock.patch.dict(os.environ, ENVIRONMENT):
+            multiprocessing.forkserver.ensure_running()
+
+    def run(
+        self,
+        arguments: Sequence[str],
+        world_size: int = 1,
+        attack: Attack | None = None,
+        prepare: Callable[[], None] | None = None,
+    ) -> Ending:
+        """Train with these arguments of train.py until it ends or is killed as `attack` says.
+
+        Args:
+            prepare: called in each process, before it trains; pickled, so a function of a module.
+        """
+        attack = attack or Attack()
+        for file in (self.log, self.note):  # not emptied: workers that live on may still write
+            file.unlink(missing_ok=True)
+        self.log.touch()
+        port, ranks = _free_port(), []
+        for rank in range(world_size):
+            kill = attack.kill if rank == attack.rank else None
+            what = (list(arguments), rank, world_size, port, self.log, kill, self.note, prepare)
+            ranks.append(self._context.Process(target=_run_rank, args=what))
+        try:
+            for process in ranks:
+                process.start()
+            if attack.seconds is not None and not wait([process.sentinel for process in ranks], attack.seconds):
+                ranks[attack.rank].kill()
+                self.note.write_text(json.dumps({"point": AT_A_RANDOM_TIME}))
+            _end_together(ranks, attack.everyone)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
+        note = json.loads(self.note.read_text()) if self.note.exists() else None
+        return Ending([process.exitcode for process in ranks], note, self.log.read_text(errors="replace"))
+
+
+def _end_together(ranks: Sequence[Any], everyone: bool) -> None:
+    """Wait for all; when one is lost, end the others as torchrun does, or at once."""
+    waiting = list(ranks)
+    while waiting and all(process.exitcode in (0, None) for process in ranks):
+        wait([process.sentinel for process in waiting])
+        waiting = [process for process in waiting if process.exitcode is None]
+    for process in waiting:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL if everyone else signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_SECONDS
+    for process in waiting:
+        process.join(max(0.0, deadline - time.monotonic()))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _run_rank(
+    arguments: list[str],
+    rank: int,
+    world_size: int,
+    port: int,
+    log: Path,
+    kill: Kill | None,
+    note: Path,
+    prepare: Callable[[], None] | None,
+) -> None:
+    """In the forked process: become rank `rank`, and train."""
+    multiprocessing.set_start_method("fork", force=True)  # what a process that no server made has here
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    if world_size > 1:
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        os.environ.update({name: str(value) for name, value in variables.items()})
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if kill is not None:
+        arm(kill, note)
+    if prepare is not None:
+        prepare()
+    sys.exit(train.main(arguments))

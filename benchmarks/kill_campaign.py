@@ -1,0 +1,228 @@
+"""Kill runs at random places, resume them, and count those that differ from a run that never stopped.
+
+    python -m benchmarks.kill_campaign [--kills 200] [--ranks 1,2,4] [--seed 0] [section.key=value ...]
+
+Each run is a chain: it starts, is killed (SIGKILL; one rank or all), goes on from its newest checkpoint, is killed
+again, and at last goes on to its end. Then every loss in its metrics.jsonl, as bits and each step once, and weights,
+moments, rates and progress in its last checkpoint must be those of a run that was never touched. Dropout, drop path,
+accumulation and loader workers are on. Ends with status 1 if a run differs or a resume is refused.
+"""
+
+import argparse
+import collections
+import itertools
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.forked_runs import AT_A_RANDOM_TIME, Attack, Ending, ForkedRuns
+from benchmarks.kill_points import POINTS, Kill
+from topoflow.checkpoint import CheckpointDirectory, read_checkpoint
+from topoflow.data.demo_world import make_demo_data
+
+STEPS = 20
+SETTINGS = {
+    "run": {"threads": 1, "seed": 3},
+    "data": {
+        "train": [["2018-10-01", "2018-10-03"]],
+        "validation": [["2018-10-06", "2018-10-07"]],
+        "lead_times_hours": [6, 12],
+        "availability": True,
+        "workers": 2,
+    },
+    "model": {"patch_size": 2, "embed_dim": 16, "depth": 2, "num_heads": 2, "drop_rate": 0.1, "drop_path": 0.3},
+    "optim": {"learning_rate": 1e-3, "schedule_interval": "step", "warmup_steps": 3},
+    "train": {
+        "max_steps": STEPS,
+        "global_batch_size": 16,
+        "micro_batch_size": 2,
+        "validate_every_steps": 5,
+        "log_every_steps": 1,
+    },
+    "checkpoint": {"every_steps": 3, "keep_last": 2},
+    "distributed": {"verify_every_steps": 4},
+}
+MOST_FAILURES = 5
+
+
+@dataclass
+class Tally:
+    """What happened in all chains."""
+
+    kills: collections.Counter = field(default_factory=collections.Counter)
+    misses: int = 0
+    resumes: int = 0
+    refused: list[str] = field(default_factory=list)
+    different: list[str] = field(default_factory=list)
+    runs: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self.kills.values())
+
+    @property
+    def failures(self) -> list[str]:
+        return self.refused + self.different
+
+
+def draw_attack(draw: random.Random, world_size: int, saved_step: int | None, seconds: float) -> Attack:
+    """A random kill of a run whose newest checkpoint is of `saved_step`; `seconds`: what a whole run takes."""
+    name = draw.choice([AT_A_RANDOM_TIME, *POINTS])
+    everyone = draw.random() < 0.5
+    if name == AT_A_RANDOM_TIME:
+        return Attack(seconds=draw.uniform(0.0, seconds), rank=draw.randrange(world_size), everyone=everyone)
+    point = POINTS[name]
+    step = 0 if point.before_the_first_step else draw.randint(min((saved_step or 0) + 1, STEPS), STEPS)
+    rank = 0 if point.only_on_rank_0 else draw.randrange(world_size)
+    return Attack(Kill(name, step, draw.randint(1, point.times)), rank=rank, everyone=everyone)
+
+
+def differences(run: Path, untouched: Path) -> list[str]:
+    """What a finished run has other than one that never stopped, by name."""
+    found = []
+    ours, theirs = losses(run), losses(untouched)
+    if ours != theirs:
+        first = next((a, b) for a, b in itertools.zip_longest(ours, theirs) if a != b)
+        found.append(f"loss {first[0]}: expected {first[1]}")
+    ours, theirs = (
+        read_checkpoint(CheckpointDirectory(path / "checkpoints").folder(STEPS)) for path in (run, untouched)
+    )
+    for part in ("model", "optimizer", "scheduler", "progress"):
+        found += [f"{part}/{name}" for name in different_leaves(ours[part], theirs[part])]
+    return found
+
+
+def losses(run: Path) -> list[tuple[str, int, str]]:
+    """(event, step, loss as bits) of every line of training and validation, as they stand in the file."""
+    events = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [(e["event"], e["step"], e["loss_hex"]) for e in events if e["event"] in ("train", "validation")]
+
+
+def different_leaves(one: Any, other: Any, path: str = "") -> Iterator[str]:
+    """Paths of the tensors (as bits) and plain values that differ in two nested dicts."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in one.keys() | other.keys():
+            yield from different_leaves(one.get(key), other.get(key), f"{path}/{key}" if path else str(key))
+    elif isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        alike = (one.shape, one.dtype) == (other.shape, other.dtype)
+        if not alike or not torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)):
+            yield path
+    elif one != other:
+        yield path
+
+
+class Campaign:
+    """Chains of killed and resumed runs below `folder`."""
+
+    def __init__(self, folder: Path, draw: random.Random, overrides: Sequence[str] = ()):
+        self.folder, self.draw, self.overrides, self.tally = folder, draw, overrides, Tally()
+        self.runs = ForkedRuns(folder / "processes")
+        make_demo_data(folder / "world", days=10, grid=(8, 12), seed=0, progress=False)
+        settings = {**SETTINGS, "data": {**SETTINGS["data"], "path": str(folder / "world")}}
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+        self.seconds: dict[int, float] = {}
+
+    def train(self, run: Path, world_size: int, attack: Attack | None = None) -> Ending:
+        arguments = [str(self.folder / "config.yaml"), f"run.dir={run}", *self.overrides]
+        return self.runs.run(arguments, world_size, attack)
+
+    def untouched(self, world_size: int) -> Path:
+        """A run that never stopped."""
+        run = self.folder / f"untouched-{world_size}"
+        if not run.exists():
+            self.train(self.folder / "warm-up", world_size)  # what is imported late and cached on disk
+            shutil.rmtree(self.folder / "warm-up")
+            start = time.monotonic()
+            ending = self.train(run, world_size)
+            assert ending.done, ending.said
+            self.seconds[world_size] = time.monotonic() - start
+        return run
+
+    def chain(self, world_size: int, most_kills: int) -> None:
+        """One run: killed up to `most_kills` times, resumed each time, and compared at its end."""
+        untouched, run = self.untouched(world_size), self.folder / "run"
+        shutil.rmtree(run, ignore_errors=True)
+        story, kills, ending = [], 0, None
+        while ending is None or not ending.done:
+            attack = None
+            if kills < most_kills:
+                attack = draw_attack(self.draw, world_size, newest(run), self.seconds[world_size])
+            ending = self.train(run, world_size, attack)
+            story.append(str(attack))
+            if ending.note is not None:
+                kills += 1
+                self.tally.kills[ending.note["point"]] += 1
+            elif not ending.done:
+                last = (ending.said.strip().splitlines() or ["nothing said"])[-1]
+                self.tally.refused.append(f"{world_size} rank(s), {'; '.join(story)}: ended {ending.statuses}: {last}")
+                self.keep(run)
+                return
+            elif attack is not None:
+                self.tally.misses += 1
+        self.tally.runs += 1
+        self.tally.resumes += sum('"event": "resume"' in line for line in (run / "metrics.jsonl").open())
+        different = differences(run, untouched)
+        if different:
+            self.tally.different.append(f"{world_size} rank(s), {'; '.join(story)}: {', '.join(different[:5])}")
+            self.keep(run)
+
+    def keep(self, run: Path) -> None:
+        """Set a failed run aside, with what its last processes said."""
+        number = len(self.tally.refused) + len(self.tally.different)
+        shutil.copytree(run, self.folder / f"failed-{number}")
+        shutil.copy(self.runs.log, self.folder / f"failed-{number}" / "said.log")
+
+
+def newest(run: Path) -> int | None:
+    """Step of the newest checkpoint, if there is one."""
+    return max(CheckpointDirectory(run / "checkpoints").steps(), default=None)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200, metavar="N", help="default: %(default)s")
+    parser.add_argument("--ranks", default="1,2,4", metavar="N,...", help="numbers of processes (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the kills (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, help="where to work, and to keep runs that failed (default: none kept)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the config of all runs")
+    options = parser.parse_args(arguments)
+    world_sizes = [int(number) for number in options.ranks.split(",")]
+    draw, start = random.Random(options.seed), time.monotonic()
+    with ExitStack() as stack:
+        folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        campaign = Campaign(folder, draw, options.overrides)
+        tally = campaign.tally
+        while tally.total < options.kills and len(tally.failures) < MOST_FAILURES:
+            campaign.chain(
+                world_sizes[tally.runs % len(world_sizes)], min(options.kills - tally.total, draw.randint(1, 4))
+            )
+            if sys.stderr.isatty():
+                print(f"\r{tally.total} kills", end="", file=sys.stderr, flush=True)
+    report(tally, time.monotonic() - start)
+    return 1 if tally.failures else 0
+
+
+def report(tally: Tally, seconds: float) -> None:
+    """Print the figures."""
+    for point, count in sorted(tally.kills.items(), key=lambda item: -item[1]):
+        print(f"{count:5}  killed {point}")
+    print(f"kills: {tally.total} in {tally.runs} runs, {seconds:.0f} s")
+    print(f"resumes: {tally.resumes}, refused: {len(tally.refused)}")
+    print(f"runs that differ from one that never stopped: {len(tally.different)}")
+    for line in tally.failures:
+        print(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,266 @@
+"""Where a run can be killed: the process sends itself SIGKILL at a named point, at a chosen step.
+
+The program has no hooks for this. Arming a point wraps a function of torch, of the operating system or of the program
+in the process that is to die, which then dies inside it. It leaves a note of where it stood, so that no other end is
+taken for this one.
+"""
+
+import json
+import os
+import re
+import signal
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import train as program
+from topoflow import trainer
+from topoflow.checkpoint import CheckpointSaver
+from topoflow.data import ForecastDataset
+from topoflow.model.attention import Block
+from topoflow.tracking import MetricsWriter
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Die at the `count`-th time that `point` is passed in step `step` (counted from 1) or later."""
+
+    point: str
+    step: int = 0
+    count: int = 1
+
+
+class Fuse:
+    """Counts the passings of a point from a step on, and ends the process at the last."""
+
+    def __init__(self, kill: Kill, note: Path):
+        self.kill, self.note = kill, str(note)
+        self.step, self.left = 0, kill.count
+
+    def burn(self) -> bool:
+        """Count one passing; True if the process is to die here."""
+        if self.step >= self.kill.step:
+            self.left -= 1
+        return self.step >= self.kill.step and self.left == 0
+
+    def end(self) -> None:
+        """Leave the note, and die."""
+        stack = [f"{Path(frame.filename).name}:{frame.name}" for frame in traceback.extract_stack()]
+        text = json.dumps({"point": self.kill.point, "step": self.step, "pid": os.getpid(), "stack": stack})
+        note = os.open(self.note, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        os.write(note, text.encode())
+        os.close(note)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def pass_by(self, *_: Any, **__: Any) -> None:
+        if self.burn():
+            self.end()
+
+
+def arm(kill: Kill, note: Path) -> None:
+    """Let this process die at `kill`; `note` will say where it stood. For this process there is no way back."""
+    fuse = Fuse(kill, note)
+
+    def count_step(self, batches):
+        fuse.step = self.state.progress.step + 1
+
+    _wrap(trainer.Trainer, "train_step", before=count_step)
+    POINTS[kill.point].install(fuse)
+
+
+def _wrap(
+    owner: Any, name: str, before: Callable[..., None] | None = None, after: Callable[..., None] | None = None
+) -> None:
+    """Let owner.name call `before` first and `after` last, with its own arguments."""
+    wrapped = getattr(owner, name)
+
+    def call(*arguments, **more):
+        if before is not None:
+            before(*arguments, **more)
+        result = wrapped(*arguments, **more)
+        if after is not None:
+            after(*arguments, **more)
+        return result
+
+    setattr(owner, name, call)
+
+
+# ---- in a step
+
+
+def _in_forward(fuse: Fuse) -> None:
+    def before(block, *_):
+        if block.training:
+            fuse.pass_by()
+
+    _wrap(Block, "forward", before=before)
+
+
+def _in_backward(fuse: Fuse) -> None:
+    whole = Block.forward
+
+    def forward(block, *arguments):
+        out = whole(block, *arguments)
+        if block.training:
+            out.register_hook(fuse.pass_by)
+        return out
+
+    Block.forward = forward
+
+
+def _in_optimizer_step(fuse: Fuse) -> None:
+    """AdamW on CPU updates one parameter after another, each by addcdiv_."""
+    _wrap(torch.Tensor, "addcdiv_", after=fuse.pass_by)
+
+
+def _between_steps(fuse: Fuse) -> None:
+    _wrap(MetricsWriter, "train_step", after=fuse.pass_by)
+
+
+def _at_the_end_of_an_epoch(fuse: Fuse) -> None:
+    def before(dataset, plan, epoch, first_step, *_):
+        if epoch > 0 and first_step == 0:
+            fuse.pass_by()
+
+    _wrap(trainer, "build_train_loader", before=before)
+
+
+def _after_validation(fuse: Fuse) -> None:
+    _wrap(MetricsWriter, "validation", after=fuse.pass_by)
+
+
+def _in_a_loader_worker(fuse: Fuse) -> None:
+    """Kills the worker; the process that it works for then ends by itself. A worker knows no steps."""
+
+    def before(*_):
+        if torch.utils.data.get_worker_info() is not None:
+            fuse.pass_by()
+
+    _wrap(ForecastDataset, "__getitem__", before=before)
+
+
+# ---- in a save
+
+
+def _while_writing_the_state(fuse: Fuse) -> None:
+    """Each write that torch.save makes is a passing."""
+    whole = torch.save
+
+    def save(state, file, *arguments, **more):
+        whole(state, DyingFile(file, fuse), *arguments, **more)
+
+    torch.save = save
+
+
+class DyingFile:
+    """A file in which a process can die after half of a write."""
+
+    def __init__(self, file: Any, fuse: Fuse):
+        self.file, self.fuse = file, fuse
+
+    def write(self, data: bytes | memoryview) -> int:
+        if self.fuse.burn():
+            self.file.write(memoryview(data).cast("B")[: memoryview(data).nbytes // 2])
+            self.file.flush()
+            self.fuse.end()
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _before_the_manifest(fuse: Fuse) -> None:
+    def after(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("/state.pt"):
+            fuse.pass_by()
+
+    _wrap(os, "fsync", after=after)
+
+
+def _on_move(fuse: Fuse, function: str, target: str, when: str) -> None:
+    """Before or after os.rename or os.replace gives a file or folder the name `target` (a regular expression)."""
+
+    def pass_by(source, destination, **_):
+        if re.fullmatch(target, Path(destination).name):
+            fuse.pass_by()
+
+    _wrap(os, function, **{when: pass_by})
+
+
+def _while_deleting_an_old_checkpoint(fuse: Fuse) -> None:
+    def after(name, **_):
+        if Path(name).name in ("state.pt", "manifest.json"):
+            fuse.pass_by()
+
+    _wrap(os, "unlink", after=after)
+
+
+# ---- in a resume
+
+
+def _after_reading(fuse: Fuse) -> None:
+    _wrap(torch, "load", after=fuse.pass_by)
+
+
+def _within(fuse: Fuse, owner: Any, name: str, passed_owner: Any, passed: str) -> None:
+    """Each call of passed_owner.passed while owner.name runs is a passing."""
+    inside = []
+
+    def before(*_, **__):
+        if inside:
+            fuse.pass_by()
+
+    _wrap(owner, name, before=lambda *_, **__: inside.append(True), after=lambda *_, **__: inside.clear())
+    _wrap(passed_owner, passed, before=before)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place where a process can die. times: it is passed about so often in a step, a save or a resume."""
+
+    install: Callable[[Fuse], None]
+    times: int = 1
+    only_on_rank_0: bool = False
+    before_the_first_step: bool = False
+
+
+def _move(function: str, target: str, when: str, **more: Any) -> Point:
+    return Point(lambda fuse: _on_move(fuse, function, target, when), only_on_rank_0=True, **more)
+
+
+def _within_save(owner: Any, name: str, times: int) -> Point:
+    return Point(lambda fuse: _within(fuse, CheckpointSaver, "save", owner, name), times=times, only_on_rank_0=True)
+
+
+def _within_resume(phase: str, owner: Any, name: str, times: int) -> Point:
+    return Point(lambda fuse: _within(fuse, program, phase, owner, name), times=times, before_the_first_step=True)
+
+
+STEP_FOLDER = r"step-\d+"
+POINTS = {
+    "in the forward pass": Point(_in_forward, times=4),
+    "in the backward pass": Point(_in_backward, times=4),
+    "in the optimizer's step": Point(_in_optimizer_step, times=48),
+    "between two steps": Point(_between_steps),
+    "at the end of an epoch": Point(_at_the_end_of_an_epoch),
+    "in a loader worker": Point(_in_a_loader_worker, times=30, before_the_first_step=True),
+    "in validation": Point(lambda fuse: _within(fuse, trainer.Trainer, "validate", Block, "forward"), times=8),
+    "after validation, before its save": Point(_after_validation),
+    "in the probe of a save": _within_save(Block, "forward", times=2),
+    "while the state is copied": _within_save(torch.Tensor, "copy_", times=90),
+    "while state.pt is written": Point(_while_writing_the_state, times=60, only_on_rank_0=True),
+    "between state.pt and the manifest": Point(_before_the_manifest, only_on_rank_0=True),
+    "between manifest and rename": _move("rename", STEP_FOLDER, "before"),
+    "between rename and pointers": _move("rename", STEP_FOLDER, "after"),
+    "between the pointers": _move("replace", "best", "after"),
+    "in the move of a pointer": _move("replace", "last", "before"),
+    "while an old checkpoint goes": Point(_while_deleting_an_old_checkpoint, times=2, only_on_rank_0=True),
+    "after the file was read": Point(_after_reading, only_on_rank_0=True, before_the_first_step=True),
+    "in the restore": _within_resume("restore_start", torch.Tensor, "copy_", times=48),
+    "in the proof of the resume": _within_resume("prove", Block, "forward", times=2),
+    "while metrics.jsonl is cut": _move("replace", r"metrics\.jsonl", "before", before_the_first_step=True),
+}
