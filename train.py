@@ -211,6 +211,10 @@ def evaluate_best(
     """Score the best checkpoint of the run (its last, without a validation split) on the test split."""
     if "test" not in data.splits:
         return
+    with context.together("run directory"):
+        if context.is_main:
+            with directory.writing():  # a run that another job goes on with is that job's to score
+                pass
     path, saved = read_everywhere(context, lambda: find_checkpoint(directory.path), parts=("model",))
     with context.together("restoring the weights"):
         restore = plan_weights(state.model, saved["model"])

@@ -61,6 +61,12 @@ class Attack:
     rank: int = 0
     everyone: bool = False
 
+    def __str__(self) -> str:
+        when = "never" if self.seconds is None else f"after {self.seconds:.2f} s"
+        if self.kill is not None:
+            when = f"{self.kill.point} (time {self.kill.count} from step {self.kill.step} on)"
+        return f"rank {self.rank}{' and all others' if self.everyone else ''} {when}"
+
 
 class ForkedRuns:
     """Starts runs; `folder` takes what they say and the notes of those that were killed."""

@@ -33,7 +33,7 @@ def evaluate(path):
 @pytest.fixture
 def checkpoints(program):
     """Of a run: two, whole."""
-    done = program.train("train.max_steps=2", "checkpoint.every_steps=1", "data.validation=[]")
+    done = program.train("train.max_steps=2", "checkpoint.every_steps=1", "train.validate_every_steps=1")
     assert done.returncode == 0, done.stderr
     return CheckpointDirectory(program.folder / "run" / "checkpoints")
 
@@ -48,7 +48,7 @@ def test_a_malicious_checkpoint_is_refused_by_every_command(program, checkpoints
         )
         checkpoints.save(state, is_best=True)
     newest = checkpoints.folder(2)
-    options = ("train.max_steps=3", "data.validation=[]")
+    options = ("train.max_steps=3", "train.validate_every_steps=1")
     for done in (
         program.train(*options, f"checkpoint.resume={newest}"),
         program.train(*options, f"checkpoint.resume={program.folder / 'run'}"),
@@ -70,19 +70,22 @@ def test_a_malicious_checkpoint_is_refused_by_every_command(program, checkpoints
 
 
 def test_what_a_run_does_with_damaged_pointers(program, checkpoints):
-    (checkpoints.path / "last").write_text("step-00000001\n")
-    options = ("train.max_steps=3", "data.validation=[]")
+    for name in ("last", "best"):
+        (checkpoints.path / name).write_text("step-00000001\n")
+    options = ("train.max_steps=3", "train.validate_every_steps=1")
     named = program.train(*options, f"checkpoint.resume={program.folder / 'run'}")
     assert named.returncode == 3
     assert "checkpoints/last: does not match its own hash" in named.stderr.splitlines()[-1]
     evaluated = evaluate(program.folder / "run")
     assert evaluated.returncode == 3
-    assert "checkpoints/last: does not match its own hash" in evaluated.stderr.splitlines()[-1]
+    assert "checkpoints/best: does not match its own hash" in evaluated.stderr.splitlines()[-1]
     resumed = program.train(*options)
     assert resumed.returncode == 0, resumed.stderr
-    assert "warning: checkpoint pointer" in resumed.stderr
+    for name in ("last", "best"):
+        assert f"warning: checkpoint pointer {checkpoints.path / name}: does not match its own hash" in resumed.stderr
     assert sorted(program.losses()) == [1, 2, 3]
     assert checkpoints.pointer("last") == checkpoints.folder(3)
+    assert checkpoints.pointer("best") is not None
 
 
 def test_a_run_whose_checkpoints_are_gone_does_not_start_again(program, checkpoints):
@@ -91,7 +94,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_again(program, checkpoi
     for resume, status in (("auto", 3), ("never", 2)):
         done = program.train(f"checkpoint.resume={resume}")
         assert done.returncode == status
-        assert "holds last" in done.stderr.splitlines()[-1]
+        assert "holds best, last" in done.stderr.splitlines()[-1]
 
 
 def test_each_of_sixty_damages_is_found_and_named(checkpoints, tmp_path):

@@ -56,7 +56,7 @@ def test_the_second_is_refused_and_follows_at_once_when_the_first_is_killed_and_
     assert [os.kill(worker, 0) for worker in workers] == [None, None]
     followed = program.train(*ENDLESS, f"train.max_steps={newest_step(program) + 2}")
     assert followed.returncode == 0, followed.stderr
-    first.communicate()
+    first.stdout.close()  # not read to its end, which is that of the workers
 
 
 def assert_ended_as_replaced(said, status):
