@@ -34,13 +34,15 @@ from topoflow.reproducibility import set_deterministic
 from topoflow.resume import (
     Start,
     adopt_saved,
-    is_normalized_alike,
     keep_or_forget_best,
+    keeps_normalization,
     prove,
     read_start,
     require_resumable,
+    require_same_channels,
     restore_start,
     say_restored,
+    set_later_aside,
 )
 from topoflow.run_directory import RunDirectory
 from topoflow.stop import StopFlag
@@ -98,6 +100,7 @@ def train(config: Config, context: Context, directory: RunDirectory, stop: StopF
     with context.together("config"):
         config = adopt_saved(start, config) if start.kind == "resume" else config
         config = resolve(config, data, plan)
+        require_same_channels(start, config)
         changed = require_resumable(start, config, data, plan.steps_per_epoch)
     normalization = agree_on_normalization(data, start, config, context)
     state = build_state(config, data, plan, context)
@@ -106,16 +109,18 @@ def train(config: Config, context: Context, directory: RunDirectory, stop: StopF
     certifier = Certifier(state, train_data, config.train)
     proof = prove(start, certifier, report, config.checkpoint, changed, context)
     start = dataclasses.replace(start, state=None)  # it is in the model and the optimizer now
-    reduction = build_reduction(config.distributed, state.model, context, plan.accumulation)
     verify_ranks(context, state, train_data, "before the first step")
+    reduction = build_reduction(config.distributed, state.model, context, plan.accumulation)
     with ExitStack() as stack:
         resume_step = state.progress.step if start.kind == "resume" else None
         with context.together("run directory"):
+            if context.is_main:
+                set_later_aside(start, state, checkpoints)
             writer = MetricsWriter(directory.path if context.is_main else None, resume_step, directory.writing)
             stack.callback(writer.close)
             if context.is_main:
                 directory.write_config(config)
-                say_restored(start, state, report, proof, config.checkpoint, directory, checkpoints, writer)
+                say_restored(start, state, report, proof, config.checkpoint, directory, writer)
         if start.kind == "resume":
             keep_or_forget_best(state.progress, checkpoints, config.checkpoint, context)
         capture = capture_with(certifier, config, data, context)
@@ -124,6 +129,8 @@ def train(config: Config, context: Context, directory: RunDirectory, stop: StopF
         if context.is_main:
             announce(config, data, state, plan, context)
         stop_if_asked(stop, context)
+        if start.kind == "resume" and not checkpoints.is_parent_of(start.path):
+            saver.save(state.progress.step, is_best=False)  # from here on this run stands on its own
         if start.kind == "resume" and config.checkpoint.validate_on_resume:
             trainer.validate_restored()
         trainer.fit()
@@ -132,8 +139,8 @@ def train(config: Config, context: Context, directory: RunDirectory, stop: StopF
 
 
 def agree_on_normalization(data: ForecastData, start: Start, config: Config, context: Context) -> Normalization:
-    """The checkpoint's when a run resumes on the same data, else rank 0's, broadcast."""
-    if start.kind == "resume" and is_normalized_alike(start, config, data):
+    """The checkpoint's when a run resumes, unless the config asks for others, else rank 0's, broadcast."""
+    if keeps_normalization(start, config):
         return Normalization.from_dict(start.state["data"]["normalization"])
     constants = None
     with context.together("normalization"):
@@ -213,8 +220,7 @@ def evaluate_best(
         return
     with context.together("run directory"):
         if context.is_main:
-            with directory.writing():  # a run that another job goes on with is that job's to score
-                pass
+            directory.require_held()  # a run that another job goes on with is that job's to score
     path, saved = read_everywhere(context, lambda: find_checkpoint(directory.path), parts=("model",))
     with context.together("restoring the weights"):
         restore = plan_weights(state.model, saved["model"])

@@ -79,6 +79,8 @@ def build_state(config: Config, data: ForecastData, plan: BatchPlan, context: Co
     with context.together("model"):
         model = build_network(config, data)
     model.to(context.device)
+    for buffer in model.buffers():  # derived from the grid, by arithmetic that may differ between machines
+        context.broadcast_tensor(buffer)
     if config.train.compile:
         model.compile()
     optimizer = build_optimizer(model, config.optim)

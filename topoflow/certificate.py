@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import default_collate
 
-from topoflow.checkpoint import fingerprints, state_tensors
+from topoflow.checkpoint import RestoreReport, fingerprints, state_tensors
 from topoflow.config import ADDS_NAMES, TrainConfig
 from topoflow.errors import ResumeRefused
 from topoflow.loss import loss_sums
@@ -30,8 +30,21 @@ LISTED_SAMPLES = 64
 TOLERANCE_WITH_NEW_NAMES = 0.05
 """Largest relative change of the probe loss where checkpoint.allow_new let parameters start fresh."""
 
-ALTERS_SAMPLES = ("data.*", "run.seed", "train.global_batch_size", "train.micro_batch_size")
-ALTERS_PROBE = ("data.*", "model.*", "train.precision")
+READ_SAMPLES = 8
+"""So many of them are read, and their contents hashed: they are wanted soon in any case."""
+
+ALTERS_ORDER = ("data.train", "data.fingerprint", "data.lead_times_hours", "run.seed", "train.global_batch_size")
+"""Config keys that change which samples come next; what the user allowed to change is not judged where it must show."""
+
+ALTERS_CHANNELS = ("data.variables", "data.targets", "data.availability", "data.normalization")
+ALTERS_CONTENTS = (*ALTERS_ORDER, *ALTERS_CHANNELS, "data.mask_fingerprint")
+ALTERS_NETWORK = tuple(
+    f"model.{key}" for key in (
+        "img_size", "patch_size", "embed_dim", "depth", "decoder_depth", "num_heads", "mlp_ratio", "wind", "terrain",
+        "relative_position", "patch_norm",
+    )
+)  # fmt: skip
+ALTERS_PROBE = (*ALTERS_CONTENTS, *ALTERS_NETWORK, "train.precision")
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,7 @@ class Certifier:
 
     def __init__(self, state: TrainState, data: TrainData, config: TrainConfig):
         self.state, self.data, self.config = state, data, config
+        self._probe_indices: list[int] | None = None
 
     def certify(self) -> dict[str, Any]:
         """Rates, position, samples of the next batches and probe loss, as plain values.
@@ -80,36 +94,37 @@ class Certifier:
                 "count": len(identities),
                 "first": identities[:LISTED_SAMPLES],
                 "sha256": _digest(identities),
+                "contents": self._contents_ahead(),
             },
             "probe": {"loss": loss, "loss_hex": loss.hex(), "samples": probed, "conditions": self._conditions()},
         }
 
-    def check(
-        self, saved: dict[str, Any], new: Sequence[str], changed: Sequence[str], tolerance: float, config_rates: bool
-    ) -> Proof:
+    def check(self, saved: dict[str, Any], report: RestoreReport, changed: Sequence[str], tolerance: float) -> Proof:
         """Hold the restored state against the certificate `saved` of its checkpoint.
 
         Args:
-            new: weights and buffers that the checkpoint lacks and that may start fresh.
+            report: what was restored, and what may start fresh.
             changed: config keys that differ from the checkpoint's with the user's permission.
             tolerance: relative, of the probe loss, on other software, another device model or thread count.
-            config_rates: the user allowed other optimizer settings, so rates are not compared.
 
         Raises:
             ResumeRefused: naming the first tensor, rate or sample that differs, or the probe, with both values.
         """
-        self._check_tensors(saved["tensors"], new)
-        if not config_rates:
-            _require_equal("learning rate of group ", self._rates(), saved["learning_rates"])
+        self._check_tensors(saved["tensors"], report.new)
+        planned = {name: float(rate).hex() for name, rate in report.learning_rates.items()}
+        rates = planned if report.rates_from_config else saved["learning_rates"]
+        _require_equal("learning rate of group ", self._rates(), rates)
         position = {"position": self.state.scheduler.last_epoch}
         _require_equal("scheduler ", position, {"position": saved["scheduler_steps"]})
-        if not _any_of(changed, ("data.*",)):
+        if not _any_of(changed, ALTERS_CHANNELS):
             now = {"fingerprint": self.data.train.normalization.fingerprint}
             _require_equal("normalization ", now, {"fingerprint": saved["normalization"]})
         samples = None
-        if not _any_of(changed, ALTERS_SAMPLES):
+        if not _any_of(changed, ALTERS_ORDER):
             samples = self._check_samples(saved["next_samples"])
-        return self._check_probe(saved, samples, new, changed, tolerance)
+        if not _any_of(changed, ALTERS_CONTENTS) and self._conditions() == saved["probe"]["conditions"]:
+            _require_equal("contents of next sample ", self._contents_ahead(), saved["next_samples"]["contents"])
+        return self._check_probe(saved, samples, report.new, changed, tolerance)
 
     def probe(self) -> tuple[float, list[str]]:
         """Mean loss over the probe batch in eval mode, and its samples; nan and [] if no training sample counts.
@@ -117,8 +132,10 @@ class Certifier:
         The batch is read through the data set as in training, at each call, and nothing of it is kept.
         """
         dataset = self.data.train
-        valid = (sample for sample in map(dataset.__getitem__, range(len(dataset))) if sample["valid"].any())
-        samples = list(itertools.islice(valid, PROBE_SAMPLES))
+        if self._probe_indices is None:
+            valid = (index for index in range(len(dataset)) if dataset[index]["valid"].any())
+            self._probe_indices = list(itertools.islice(valid, PROBE_SAMPLES))
+        samples = [dataset[index] for index in self._probe_indices]
         if not samples:
             return math.nan, []
         device = self.data.elevation_m.device
@@ -131,15 +148,25 @@ class Certifier:
 
     def next_samples(self) -> list[str]:
         """Identities of the samples of the next NEXT_BATCHES global batches, in the order of training."""
-        size = self.data.plan.global_batch_size
-        return list(itertools.islice(self._samples_ahead(), NEXT_BATCHES * size))
+        ahead = itertools.islice(self._samples_ahead(), NEXT_BATCHES * self.data.plan.global_batch_size)
+        return [self.data.train.sample_identity(index) for index in ahead]
 
-    def _samples_ahead(self) -> Iterator[str]:
+    def _contents_ahead(self) -> dict[str, str]:
+        """Hashes of what stands in the first READ_SAMPLES of the next samples, by identity."""
+        indices = itertools.islice(self._samples_ahead(), READ_SAMPLES)
+        return {
+            self.data.train.sample_identity(index): _digest(
+                [text for name, text in sorted(fingerprints(self.data.train[index]).items()) if name != "index"]
+            )[:16]
+            for index in indices
+        }
+
+    def _samples_ahead(self) -> Iterator[int]:
         progress, plan = self.state.progress, self.data.plan
         first = progress.samples_in_epoch
         for epoch in itertools.count(progress.epoch):
             used = plan.order(epoch)[first : plan.steps_per_epoch * plan.global_batch_size]
-            yield from (self.data.train.sample_identity(int(index)) for index in used)
+            yield from map(int, used)
             first = 0
 
     def _rates(self) -> dict[str, str]:

@@ -185,12 +185,10 @@ def _power_of_two_in(number: int) -> int:
 def build_reduction(
     config: DistributedConfig, model: nn.Module, context: Context, accumulation: int
 ) -> DdpReduction | CanonicalReduction:
-    """What sums the gradients of `accumulation` micro-batches of each rank; the model's buffers become rank 0's, once.
+    """What sums the gradients of `accumulation` micro-batches of each rank.
 
     Raises:
         ConfigError: canonical with a world size that does not fit.
     """
-    for buffer in model.buffers():
-        context.broadcast_tensor(buffer)
     kind = {"ddp": DdpReduction, "canonical": CanonicalReduction}[config.reduction]
     return kind(model, context, accumulation)

@@ -22,12 +22,21 @@ from topoflow.checkpoint import (
 from topoflow.config import ADDS_NAMES, CheckpointConfig, Config, TrainConfig, changed_on_resume, config_to_dict
 from topoflow.data import ForecastData
 from topoflow.distributed import Context
-from topoflow.errors import ResumeRefused, RunDirectoryError
+from topoflow.errors import ConfigError, ResumeRefused, RunDirectoryError
 from topoflow.run_directory import RunDirectory
 from topoflow.tracking import MetricsWriter
 from topoflow.train_state import TrainProgress, TrainState
 
 log = logging.getLogger(__name__)
+
+REPORT = "resume.json"
+
+ALTERS_RATES = (
+    "optim.learning_rate", "optim.weight_decay", "optim.betas", "optim.eps", "optim.group_multipliers",
+    "optim.schedule*", "optim.eta_min", "optim.warmup_steps", "data.train", "data.fingerprint", "data.lead_times_hours",
+    "train.global_batch_size",
+)  # fmt: skip
+"""Config keys that change what the schedule gives at a step; those of the data and the batch by the epoch's length."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +71,23 @@ def _read_start(config: CheckpointConfig, checkpoints: CheckpointDirectory) -> S
             f"checkpoint.resume: never, but {checkpoints.path} holds {', '.join(checkpoints.traces())}: "
             "expected another run.dir, or resume=auto"
         )
-    if config.resume == "auto" or _was_asked_before(config.resume, checkpoints):
-        newest = checkpoints.newest_whole()
+    asked_before = _was_asked_before(config.resume, checkpoints)
+    if config.resume == "auto" or asked_before:
+        named = asked_before and checkpoints.steps() and checkpoints.folder(checkpoints.steps()[-1])
+        newest = checkpoints.newest_whole(strict=named and _is_same(named, config.resume))
         if newest is not None:
+            if asked_before and not _is_same(newest[0], config.resume):
+                log.warning(
+                    "checkpoint.resume: this run started from %s before, and goes on from %s (to go back to it once "
+                    "more, remove %s)", config.resume, newest[0].name, checkpoints.path.parent / REPORT,
+                )  # fmt: skip
             return Start("resume", *newest)
     if config.resume not in ("auto", "never"):
         return _read_named(Path(config.resume), checkpoints)
     if config.init_from is not None:
         path = find_checkpoint(Path(config.init_from), run_dir=checkpoints.path.parent)
-        return Start("fine-tune", path, {"model": read_checkpoint(path)["model"]})
+        whole = read_checkpoint(path)
+        return Start("fine-tune", path, {part: whole[part] for part in ("model", "config", "data")})
     return Start("new")
 
 
@@ -91,8 +108,18 @@ def _read_named(path: Path, checkpoints: CheckpointDirectory) -> Start:
 
 def _was_asked_before(path: str, checkpoints: CheckpointDirectory) -> bool:
     """Whether this run has started from `path` already and got on: then a requeued job goes on where it stopped."""
-    report = checkpoints.path.parent / "resume.json"
-    return path != "never" and report.is_file() and json.loads(report.read_text()).get("asked") == path
+    report = checkpoints.path.parent / REPORT
+    if path in ("auto", "never") or not report.is_file():
+        return False
+    try:
+        return json.loads(report.read_bytes())["asked"] == path
+    except (ValueError, KeyError, TypeError):
+        log.warning("%s: cannot be read: %s is taken as if it were asked for the first time", report, path)
+        return False
+
+
+def _is_same(folder: Path, named: str) -> bool:
+    return folder.resolve() in (Path(named).resolve(), Path(named).resolve().parent)
 
 
 def adopt_saved(start: Start, config: Config) -> Config:
@@ -106,11 +133,29 @@ def adopt_saved(start: Start, config: Config) -> Config:
     return dataclasses.replace(config, model=model, optim=optim)
 
 
+def require_same_channels(start: Start, config: Config) -> None:
+    """Refuse to fine-tune with other inputs or targets than those that the weights know by position.
+
+    Raises:
+        ConfigError: naming the first key that differs, unless checkpoint.allow_changed lists it.
+    """
+    if start.kind != "fine-tune":
+        return
+    saved, now = start.state["config"]["data"], config_to_dict(config)["data"]
+    for key in ("variables", "targets", "availability"):
+        listed = any(fnmatch.fnmatchcase(f"data.{key}", pattern) for pattern in config.checkpoint.allow_changed)
+        if saved[key] != now[key] and not listed:
+            raise ConfigError(
+                f"data.{key}: {saved[key]} -> {now[key]}: expected as in {start.path}: its weights know these channels "
+                "by their order (checkpoint.allow_changed may list what may differ)"
+            )
+
+
 def require_resumable(start: Start, config: Config, data: ForecastData, steps_per_epoch: int) -> list[str]:
     """Refuse a resume with another config or other data than the checkpoint's, unless checkpoint.allow_changed says so.
 
     Returns:
-        The config keys that differ with permission.
+        The config keys that differ as checkpoint.allow_changed permits.
 
     Raises:
         ResumeRefused: naming every key that differs, with both values.
@@ -133,7 +178,8 @@ def require_resumable(start: Start, config: Config, data: ForecastData, steps_pe
     for line in accepted:
         log.warning("changed since the checkpoint, as checkpoint.allow_changed or allow_new says: %s", line)
     _require_place_in_epoch(start.state["progress"]["samples_in_epoch"], config.train, steps_per_epoch)
-    return [line.partition(":")[0] for line in accepted]
+    keys = [line.partition(":")[0] for line in accepted]
+    return [key for key in keys if any(fnmatch.fnmatchcase(key, p) for p in config.checkpoint.allow_changed)]
 
 
 def _require_place_in_epoch(samples: int, config: TrainConfig, steps_per_epoch: int) -> None:
@@ -146,11 +192,12 @@ def _require_place_in_epoch(samples: int, config: TrainConfig, steps_per_epoch: 
         )
 
 
-def is_normalized_alike(start: Start, config: Config, data: ForecastData) -> bool:
-    """Whether the checkpoint's normalization is what this run's config and data would give."""
+def keeps_normalization(start: Start, config: Config) -> bool:
+    """Whether the checkpoint's constants stay: the weights know them, also where the user lets the data differ."""
+    if start.kind != "resume":
+        return False
     saved, now = start.state["config"]["data"], config_to_dict(config)["data"]
-    same = all(saved[key] == now[key] for key in ("normalization", "train", "variables", "targets", "availability"))
-    return same and start.state["data"]["fingerprint"] == data.source.fingerprint
+    return all(saved[key] == now[key] for key in ("normalization", "variables", "targets", "availability"))
 
 
 def keep_or_forget_best(
@@ -158,12 +205,11 @@ def keep_or_forget_best(
 ) -> None:
     """Point `best` to the checkpoint that the restored progress calls the best, or judge anew where it is not here."""
     here = None
-    if context.is_main and config.keep_best and progress.best_step in checkpoints.steps():
-        here = checkpoints.folder(progress.best_step)
-    if here is not None and not (checkpoints.path / "best").exists():
-        log.warning("checkpoint pointer %s: is missing: made anew", checkpoints.path / "best")
-    if context.is_main:
-        checkpoints.point("best", here)
+    with context.together("the best checkpoint"):
+        if context.is_main:
+            if config.keep_best and progress.best_step in checkpoints.steps():
+                here = checkpoints.folder(progress.best_step)
+            checkpoints.point("best", here)
     if context.broadcast_object(here) is None and config.keep_best and progress.best_step is not None:
         log.warning("the best checkpoint, of step %d, is not in this run: the next validation is", progress.best_step)
         progress.best_validation_loss, progress.best_step, progress.validations_since_best = None, None, 0
@@ -186,7 +232,7 @@ def restore_start(
         if start.kind == "fine-tune":
             restore = plan_weights(state.model, start.state["model"], config.checkpoint.allow_new)
         else:
-            from_config = any(key.startswith("optim.") for key in changed)
+            from_config = any(fnmatch.fnmatchcase(key, pattern) for key in changed for pattern in ALTERS_RATES)
             parts = (state.model, state.optimizer, state.scheduler)
             restore = plan_state(start.state, *parts, config.checkpoint.allow_new, from_config)
     deliver(context, restore.pairs)
@@ -223,12 +269,17 @@ def prove(
                 f"checkpoint {start.path}: of format {start.state['format']}, without a certificate: no proof that a "
                 "resume is right: expected one of this version, or checkpoint.init_from to take its weights only"
             )
-        proof = certifier.check(
-            start.state["certificate"], report.new, changed, config.probe_tolerance, report.rates_from_config
-        )
+        proof = certifier.check(start.state["certificate"], report, changed, config.probe_tolerance)
     for line in proof.lines(context.world_size):
         log.info("  %s", line)
     return proof
+
+
+def set_later_aside(start: Start, state: TrainState, checkpoints: CheckpointDirectory) -> None:
+    """On rank 0, once all is proved, before anything else is written: no later checkpoint can be taken by mistake."""
+    if start.kind == "resume":
+        for folder in checkpoints.set_aside_after(state.progress.step):
+            log.warning("set aside as %s: this run goes on from step %d", folder.name, state.progress.step)
 
 
 def say_restored(
@@ -238,14 +289,13 @@ def say_restored(
     proof: Proof | None,
     config: CheckpointConfig,
     directory: RunDirectory,
-    checkpoints: CheckpointDirectory,
     writer: MetricsWriter,
 ) -> None:
-    """On rank 0, once all is in place: resume.json, the event, and no later checkpoint left to be taken by mistake."""
+    """On rank 0, last: resume.json, and the event."""
     if start.kind != "resume":
         return
     directory.write_json(
-        "resume.json",
+        REPORT,
         {
             "from": str(start.path),
             "asked": config.resume,
@@ -254,7 +304,4 @@ def say_restored(
             "proof": proof.to_dict(),
         },
     )
-    step = state.progress.step
-    writer.resume(step, start.path)
-    for folder in checkpoints.set_aside_after(step):
-        log.warning("set aside as %s: this run goes on from step %d", folder.name, step)
+    writer.resume(state.progress.step, start.path)

@@ -63,6 +63,18 @@ class RunDirectory:
         with self._lease.writing():
             yield
 
+    def require_held(self) -> None:
+        """Refuse to go on where this process does not hold the folder.
+
+        Raises:
+            RunDirectoryError: another process took it, or it cannot be read.
+        """
+        try:
+            with self.writing():
+                pass
+        except OSError as error:
+            raise RunDirectoryError(f"run.dir {self.path}: cannot be read: {error.strerror}") from None
+
     def write_config(self, config: Config) -> None:
         """RUN/config.yaml: the resolved config, enough to run it again."""
         self._write("config.yaml", dump_config(config))
@@ -87,8 +99,10 @@ class RunDirectory:
     def _write(self, name: str, text: str) -> None:
         temporary = self.path / f".writing-{name}-{secrets.token_hex(8)}"
         try:
-            with self.writing():  # not ours: not even a temporary file
-                temporary.write_text(text, encoding="utf-8")
+            with self.writing(), temporary.open("w", encoding="utf-8") as file:  # not ours: not even a temporary file
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
             with self.writing():  # still ours, and whoever takes over now removes the temporary file
                 os.replace(temporary, self.path / name)
         except OSError as error:

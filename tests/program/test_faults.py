@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import faults
 import pytest
 import torch
+import zarr
 
 from topoflow.certificate import Certifier
 from topoflow.data.demo_world import make_demo_data
@@ -128,14 +129,35 @@ def test_drift_on_one_rank_stops_the_run_before_the_next_step(fault, name, resum
     assert_stopped(program, resume(fault, processes=2), 5, words, steps=faults.STEP_OF_DRIFT)
 
 
-def test_another_data_set_is_refused_by_its_fingerprint_and_by_the_probe(resume, saved, program, tmp_path):
+def test_another_data_set_is_refused_by_its_fingerprint_and_by_its_contents(resume, program, tmp_path):
     other = tmp_path / "other"
     make_demo_data(other, days=10, grid=(8, 12), seed=1, progress=False)
     done = resume("another_data_set_unnoticed", f"data.path={other}")
-    assert_stopped(program, done, 3, ["probe loss ", ", the checkpoint says ", "bit for bit"])
+    assert_stopped(program, done, 3, ["contents of next sample 2018-10-", ", the checkpoint says "])
     again = program.train(f"data.path={other}")
     assert again.returncode == 3
     assert "data.fingerprint" in again.stderr
+
+
+def test_values_that_changed_where_the_fingerprint_does_not_look_are_found(resume, program, world, tmp_path):
+    """PM2.5 three times as high in some days of training: the first samples, and the hours hashed, are as before."""
+    other = tmp_path / "other"
+    shutil.copytree(world, other)
+    pm25 = zarr.open(next(other.glob("data_*.zarr")), mode="r+")["pm25"]
+    pm25[30:115] = 3 * pm25[30:115]
+    done = resume("nothing", f"data.path={other}")
+    assert_stopped(program, done, 3, ["contents of next sample 2018-10-"])
+
+
+def test_only_what_an_allowed_change_must_show_in_goes_unjudged(resume, program):
+    """data.validation has nothing to do with the order of samples, the normalization or the probe."""
+    shorter = ("data.validation=[[2018-10-07, 2018-10-07]]", "checkpoint.allow_changed=[data.validation]")
+    assert_stopped(program, resume("order_of_another_seed", *shorter), 3, ["next sample 1 is"])
+
+
+def test_rates_from_the_config_are_proved_too(resume, program):
+    other = ("optim.eta_min=1e-5", "checkpoint.allow_changed=[optim.eta_min]")
+    assert_stopped(program, resume("rates_reset", *other), 3, ["learning rate of group "])
 
 
 def test_a_refused_resume_changes_nothing_but_its_exit_record_and_log(resume, saved, program):

@@ -41,6 +41,10 @@ class CheckpointDirectory:
     def folder(self, step: int) -> Path:
         return self.path / f"step-{step:08d}"
 
+    def is_parent_of(self, folder: Path) -> bool:
+        """Whether a checkpoint is one of this directory."""
+        return folder.resolve().parent == self.path.resolve()
+
     def pointer(self, name: str) -> Path | None:
         """The checkpoint that `last` or `best` names; None if there is no such pointer.
 

@@ -159,7 +159,7 @@ def plan_state(
     steps = state["scheduler"]["steps"]
     rates = _rates_at(groups, optimizer, scheduler, steps, rates_from_config)
 
-    fresh = {name: _empty_moments(parameters[name]) for name in moments}
+    fresh = {name: _zero_moments(parameters[name]) for name in (*moments, *new)} if moments else {}
     restore.pairs += [(moments[name][key], fresh[name][key]) for name in moments for key in MOMENTS]
     saved_home = {name: group["name"] for group in groups.values() for name in group["params"]}
     report = restore.report
@@ -212,10 +212,10 @@ def _require_alike(name: str, saved: torch.Tensor, current: torch.Tensor) -> Non
             raise ResumeRefused(f"{name}: {what} {was} in the checkpoint: expected {now}")
 
 
-def _empty_moments(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Moments on the parameter's device, to be filled; the step count stays on the host, as unfused AdamW has it."""
-    return {"step": torch.empty((), dtype=torch.float32)} | {
-        key: torch.empty_like(parameter, requires_grad=False) for key in MOMENTS[1:]
+def _zero_moments(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Moments on the parameter's device, as at step 0; the step count stays on the host, as unfused AdamW has it."""
+    return {"step": torch.zeros((), dtype=torch.float32)} | {
+        key: torch.zeros_like(parameter, requires_grad=False) for key in MOMENTS[1:]
     }
 
 

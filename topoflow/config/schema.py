@@ -293,5 +293,7 @@ class Config:
         has_wind = {"u", "v"} <= set(self.data.variables)
         wind = self.model.wind
         _require(self.data, "variables", wind == "none" or has_wind, f"u and v among them for model.wind={wind}")
+        validates = not self.checkpoint.validate_on_resume or len(self.data.validation) > 0
+        _require(self.checkpoint, "validate_on_resume", validates, "a data.validation split to validate on")
         judged = self.train.early_stopping_patience is None or len(self.data.validation) > 0
         _require(self.train, "early_stopping_patience", judged, "a data.validation split to judge by")
