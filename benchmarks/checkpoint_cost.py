@@ -33,7 +33,7 @@ from topoflow.checkpoint import (
     write_checkpoint,
 )
 from topoflow.checkpoint.file import named_tensors
-from topoflow.checkpoint.hashing import HashedFile, file_digests, tensor_digest
+from topoflow.checkpoint.hashing import HashedFile, file_digests
 from topoflow.checkpoint.manifest import STATE, read_manifest, state_record
 from topoflow.config import CheckpointConfig
 from topoflow.distributed import Context, Launch
@@ -114,13 +114,11 @@ class Nowhere(io.RawIOBase):
 
 
 def hash_all(state: dict[str, Any]) -> None:
-    """The hashes of a write, without the write: of each tensor and of the pieces of the file, in two threads."""
-    with ThreadPoolExecutor(2) as pool:
-        tensors = pool.submit(lambda: [tensor_digest(tensor) for _, tensor in named_tensors(state)])
+    """The hashes of a write, without the write: of each tensor, which is a piece of the file as well."""
+    with ThreadPoolExecutor(1) as pool:
         file = HashedFile(Nowhere(), pool)
         for _, tensor in named_tensors(state):
             file.write(tensor.detach().reshape(-1).view(torch.uint8).numpy())
-        tensors.result()
 
 
 def build_loop() -> Callable[[], None]:
@@ -179,7 +177,7 @@ def verify(folder: Path) -> None:
     """What read_checkpoint does before it loads."""
     record = state_record(read_manifest(folder), folder)
     with open(folder / STATE, "rb") as file:
-        assert file_digests(file, record.size, record.piece_bytes) == record.sha256
+        assert file_digests(file, record.sizes) == record.sha256
 
 
 def name_file_system(folder: Path) -> str:

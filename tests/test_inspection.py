@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from topoflow import cli
-from topoflow.checkpoint import FORMAT, CheckpointDirectory, capture_state, write_checkpoint
+from topoflow.checkpoint import FORMAT, CheckpointDirectory, capture_state, read_checkpoint, write_checkpoint
 from topoflow.config import OptimConfig, config_from_dict, config_to_dict
 from topoflow.inspection import inspect
 from topoflow.optim import build_optimizer, build_scheduler
@@ -213,6 +214,7 @@ def test_a_path_that_is_no_checkpoint(tmp_path, folder, run_inspect):
         ("nowhere", 2, "not found"),
         ("empty", 2, "no checkpoint"),
         ("notes.txt", 3, "a file"),
+        ("x" * 300, 2, "not found"),
     ):
         for arguments in ([tmp_path / path], [folder, tmp_path / path]):
             status, out, err = run_inspect(*arguments)
@@ -255,6 +257,31 @@ def test_a_run_with_damage(run_dir, run_inspect):
     assert "checkpoint pointer" in err
     assert "(and 1 more)" in err
     assert sum(line.startswith("damaged: ") for line in out.splitlines()) == 2
+
+
+@pytest.mark.parametrize("gone", [1, 2])
+def test_a_checkpoint_that_a_running_job_deletes_meanwhile_is_left_out(run_dir, run_inspect, monkeypatch, gone):
+    folder = run_dir / "checkpoints" / f"step-0000000{gone}"
+
+    def read_late(path):
+        if path == folder:
+            shutil.rmtree(path)
+        return read_checkpoint(path)
+
+    def read_half(path):
+        if path == folder:
+            for file in path.iterdir():
+                file.unlink()
+            try:
+                return read_checkpoint(path)
+            finally:
+                path.rmdir()
+        return read_checkpoint(path)
+
+    monkeypatch.setattr("topoflow.inspection.description.read_checkpoint", read_late if gone == 1 else read_half)
+    status, out, _ = run_inspect(run_dir)
+    assert status == 0
+    assert list(rows_of(out)) == [f"step-0000000{step}" for step in (1, 2, 3) if step != gone]
 
 
 def test_two_checkpoints_with_the_same_bits(folder, run_inspect):

@@ -508,3 +508,8 @@ def test_launch_scripts_can_ask(lease, tmp_path):
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "in use by a later start of this job" in refused.stderr
     assert len(contents(tmp_path)) == len(before)
+    for arguments in (("17", "abc"), ("17", "-1"), ("17", "1", "more")):
+        refused = ask(tmp_path, *arguments)
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+        assert "expected" in refused.stderr
+    assert ask().returncode == 2

@@ -44,6 +44,10 @@ class ResumeRefused(Refusal):
     exit_status = 3
 
 
+class CheckpointUnreadable(ResumeRefused):
+    """A checkpoint that is perhaps whole, and cannot be read here and now: never passed over for an older one."""
+
+
 class TrainingDiverged(Refusal):
     """A loss or gradient that is not finite."""
 

@@ -4,6 +4,7 @@ import dataclasses
 import fnmatch
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -92,9 +93,9 @@ def _read_start(config: CheckpointConfig, checkpoints: CheckpointDirectory) -> S
 
 
 def _read_named(path: Path, checkpoints: CheckpointDirectory) -> Start:
-    if path.is_file():
+    if os.path.isfile(path):  # False as well where we may not look
         path = find_checkpoint(path, run_dir=checkpoints.path.parent)
-    folder = CheckpointDirectory(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+    folder = CheckpointDirectory(path / "checkpoints" if os.path.isdir(path / "checkpoints") else path)
     found = folder.folder(folder.steps()[-1]) if folder.steps() else find_checkpoint(path)
     if checkpoints.steps() and found.parent.resolve() != checkpoints.path.resolve():
         raise RunDirectoryError(
@@ -209,6 +210,8 @@ def keep_or_forget_best(
         if context.is_main:
             if config.keep_best and progress.best_step in checkpoints.steps():
                 here = checkpoints.folder(progress.best_step)
+                if not (checkpoints.path / "best").exists():
+                    log.warning("checkpoint pointer %s: is missing: made anew", checkpoints.path / "best")
             checkpoints.point("best", here)
     if context.broadcast_object(here) is None and config.keep_best and progress.best_step is not None:
         log.warning("the best checkpoint, of step %d, is not in this run: the next validation is", progress.best_step)

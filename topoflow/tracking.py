@@ -115,19 +115,22 @@ def close_logging() -> None:
 class MetricsWriter:
     """The curves of a run: run_dir/metrics.jsonl, and the same numbers for TensorBoard.
 
-    Each call appends one line and hands it to the operating system at once, so a killed process loses none. A number
-    that is not finite becomes null (JSON has no NaN) and no point in TensorBoard.
+    Each call appends one line and hands it to the operating system at once, so a killed process loses none. Lines that
+    the file system does not take (a full disk) are logged as an error and wait for the next call: whether the run goes
+    on is decided by its checkpoints. A number that is not finite becomes null (JSON has no NaN) and no point in
+    TensorBoard.
 
     Args: run_dir, or None to write nothing (ranks that are not main); resume_step, the step that was restored: what
     the files hold of later steps is removed, as is an earlier `end`. None: a new run, everything is removed. guard is
     entered around each append, and the removal.
 
-    Raises: RunDirectoryError, here or when writing, if a file cannot be written or the run directory is no longer this
-    process's; here if a line of metrics.jsonl other than a torn last one cannot be read.
+    Raises: RunDirectoryError if a file cannot be opened, or a line of metrics.jsonl other than a torn last one cannot
+    be read; when writing, if the run directory is no longer this process's.
     """
 
     def __init__(self, run_dir: Path | None, resume_step: int | None, guard: Guard = nullcontext):
         self._lines = self._curves = None
+        self._unwritten, self._is_failing = b"", False
         if run_dir is None:
             return
         # here and not above: only rank 0 pays for the import (0.2 s, many small files)
@@ -138,7 +141,6 @@ class MetricsWriter:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             cut = cut_metrics(self._path, last_step, guard)
-            # unbuffered: what could not be written is not kept to be written later
             self._lines = self._path.open("ab", buffering=0)
         except OSError as error:
             self._refuse(self._path, error)
@@ -187,24 +189,30 @@ class MetricsWriter:
     def close(self) -> None:
         """Finish both files."""
         if self._lines is not None:
+            if self._unwritten:
+                logger.error("%s: not written: its last %d lines", self._path, self._unwritten.count(b"\n"))
             self._lines.close()
         if self._curves is not None:
             try:
                 self._curves.close()
             except OSError as error:
-                self._refuse(self._curves_path, error)
+                logger.error("%s: cannot be written: %s", self._curves_path, _reason(error))
 
     def _write(self, event: str, step: int, **values: Any) -> None:
         if self._lines is None:
             return
         record = {"event": event, "step": step} | {key: _finite_or_null(value) for key, value in values.items()}
-        left = memoryview(json.dumps(record, allow_nan=False).encode() + b"\n")
+        self._unwritten += json.dumps(record, allow_nan=False).encode() + b"\n"
         try:
             with self._guard():
-                while left:  # a disk that fills up takes a part first
-                    left = left[self._lines.write(left) :]
+                while self._unwritten:  # a disk that fills up takes a part first
+                    self._unwritten = self._unwritten[self._lines.write(self._unwritten) :]
         except OSError as error:
-            self._refuse(self._path, error)
+            if not self._is_failing:
+                logger.error("%s: cannot be written: %s; lines wait until it can", self._path, _reason(error))
+            self._is_failing = True
+        else:
+            self._is_failing = False
 
     def _draw(self, step: int, points: Mapping[str, float]) -> None:
         if self._curves is None:
@@ -215,11 +223,15 @@ class MetricsWriter:
                     self._curves.add_scalar(tag, value, step)
             self._curves.flush()
         except OSError as error:
-            self._refuse(self._curves_path, error)
+            logger.error("%s: cannot be written: %s; its curves end here", self._curves_path, _reason(error))
+            self._curves = None  # it would try again when it is closed
 
     def _refuse(self, path: Path, error: OSError) -> NoReturn:
-        self._curves = None  # it would try again when it is closed, and hide this refusal behind the next
-        raise RunDirectoryError(f"{path}: cannot be written: {error.strerror or error}") from None
+        raise RunDirectoryError(f"{path}: cannot be written: {_reason(error)}") from None
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
 
 
 def _loss(loss: float) -> dict[str, Any]:

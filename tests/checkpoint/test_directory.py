@@ -1,13 +1,15 @@
+import errno
 import hashlib
 import os
 import shutil
 from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
 
 from topoflow.checkpoint import FORMAT, CheckpointDirectory, find_checkpoint
-from topoflow.errors import MissingPath, ResumeRefused, RunDirectoryError
+from topoflow.errors import CheckpointUnreadable, MissingPath, ResumeRefused, RunDirectoryError
 
 
 def save(directory, step, is_best=False):
@@ -116,7 +118,7 @@ def test_a_file_in_the_place_of_a_checkpoint_is_damage(directory, caplog):
     shutil.rmtree(directory.folder(15))
     directory.folder(15).write_text("")
     assert directory.newest_whole()[0] == directory.folder(10)
-    assert "step-00000015: cannot be read: Not a directory" in caplog.text
+    assert "step-00000015: is a file: expected a folder" in caplog.text
 
 
 def test_pruning_keeps_the_newest_and_the_best(directory):
@@ -254,3 +256,20 @@ def test_a_path_without_checkpoints(tmp_path):
         find_checkpoint(tmp_path / "nowhere")
     with pytest.raises(MissingPath, match="holds no checkpoint"):
         find_checkpoint(tmp_path)
+
+
+def test_what_cannot_be_read_just_now_is_not_passed_over(directory, monkeypatch):
+    """A file system that is away for a moment, or a newer program's format, is no damage."""
+    stale = OSError(errno.ESTALE, "Stale file handle")
+    with monkeypatch.context() as patch:
+        patch.setattr("topoflow.checkpoint.file.torch.load", mock.Mock(side_effect=MemoryError))
+        with pytest.raises(CheckpointUnreadable, match=r"step-00000015: .* does not fit into memory"):
+            directory.newest_whole()
+    with monkeypatch.context() as patch:
+        patch.setattr("topoflow.checkpoint.file.read_manifest", mock.Mock(side_effect=stale))
+        with pytest.raises(CheckpointUnreadable, match="step-00000015: cannot be read: Stale file handle"):
+            directory.newest_whole()
+    state = {"format": (2, 0), "model": {}, "progress": {"step": 20}}
+    directory.save(state, is_best=False)
+    with pytest.raises(CheckpointUnreadable, match=r"step-00000020: format \(2, 0\): expected 1\.x"):
+        directory.newest_whole()

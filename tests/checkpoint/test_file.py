@@ -77,23 +77,40 @@ def test_a_path_that_is_not_there(tmp_path):
         read_checkpoint(tmp_path / "step-00000009")
 
 
-def test_hashes_are_those_of_the_bytes(folder, monkeypatch):
-    monkeypatch.setattr(hashing, "PIECE_BYTES", 1000)
-    monkeypatch.setattr(hashing, "_WORTH_A_THREAD", 20)
-    monkeypatch.setattr(checkpoint_file, "PIECE_BYTES", 1000)
-    state = make_state(4)
-    write_checkpoint(folder.with_name("step-00000004"), state)
-    manifest = json.loads((folder.with_name("step-00000004") / "manifest.json").read_text())
-    content = (folder.with_name("step-00000004") / "state.pt").read_bytes()
-    record = manifest["files"]["state.pt"]
-    pieces = [content[start : start + 1000] for start in range(0, len(content), 1000)]
-    assert record["sha256"] == [hashlib.sha256(piece).hexdigest() for piece in pieces]
-    assert (record["size"], record["piece_bytes"]) == (len(content), 1000)
-    assert len(pieces) > 2
-    raw = b"torch.float32(2, 3)" + state["model"]["w"].numpy().tobytes()
-    assert manifest["tensors"]["model/w"]["sha256"] == hashlib.sha256(raw).hexdigest()
-    assert manifest["tensors"].keys() == {"model/w", "model/b", "optimizer/state/w/step"}
-    assert torch.equal(read_checkpoint(folder.with_name("step-00000004"))["model"]["w"], state["model"]["w"])
+def test_hashes_are_those_of_the_bytes(tmp_path):
+    shared = torch.randn(300, 200)
+    tensors = {
+        "large": torch.randn(200, 300),
+        "small": torch.randn(3).bfloat16(),
+        "strided": shared.t(),
+        "part": shared[:150],
+        "same": shared,
+    }
+    write_checkpoint(tmp_path / "step-00000004", {**make_state(4), "model": tensors})
+    manifest = json.loads((tmp_path / "step-00000004" / "manifest.json").read_text())
+    content = (tmp_path / "step-00000004" / "state.pt").read_bytes()
+    pieces, position = manifest["files"]["state.pt"]["pieces"], 0
+    for size, digest in pieces:
+        assert hashlib.sha256(content[position : position + size]).hexdigest() == digest
+        position += size
+    assert position == manifest["files"]["state.pt"]["size"] == len(content)
+    assert len(pieces) >= 5  # two large tensors, and what is before, between and behind them
+    for name, tensor in tensors.items():
+        entry = manifest["tensors"][f"model/{name}"]
+        raw = tensor.float().numpy().tobytes() if name != "small" else tensor.view(torch.int16).numpy().tobytes()
+        assert entry["sha256"] == hashlib.sha256(raw).hexdigest(), name
+        assert (entry["dtype"], entry["shape"]) == (str(tensor.dtype), list(tensor.shape))
+    assert manifest["tensors"].keys() == {f"model/{name}" for name in tensors} | {"optimizer/state/w/step"}
+    state = read_checkpoint(tmp_path / "step-00000004")
+    assert all(torch.equal(state["model"][name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_tensor_is_hashed_once(tmp_path, monkeypatch):
+    """What was written from its own memory is not hashed again for the manifest's entry of the tensor."""
+    hashed, digest = [], hashing._digest
+    monkeypatch.setattr(hashing, "_digest", lambda data: (hashed.append(len(data)), digest(data))[1])
+    write_checkpoint(tmp_path / "step-00000004", {**make_state(4), "model": {"large": torch.randn(200, 300)}})
+    assert hashed.count(200 * 300 * 4) == 1
 
 
 def sign(folder, content):
@@ -102,7 +119,7 @@ def sign(folder, content):
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["manifest_sha256"]
     manifest["files"]["state.pt"] = {
-        "size": len(content), "piece_bytes": len(content), "sha256": [hashlib.sha256(content).hexdigest()],
+        "size": len(content), "pieces": [[len(content), hashlib.sha256(content).hexdigest()]],
     }  # fmt: skip
     own = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps({**manifest, "manifest_sha256": own}, indent=1))
@@ -181,6 +198,21 @@ def test_a_signed_file_that_is_no_checkpoint_is_refused(folder, content, words):
 def test_parts_that_a_reader_needs_are_asked_for(folder):
     with pytest.raises(ResumeRefused, match=r"state\.pt has no data, config: expected a checkpoint of ours"):
         read_checkpoint(folder, ("model", "data", "config"))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [None, {}, {"size": 5}, {"size": 9, "pieces": []}, {"size": 9, "pieces": [[9]]}, {"size": 9, "pieces": [[8, "a"]]},
+     {"size": 9, "pieces": [[-1, "a"], [10, "b"]]}, {"size": 0, "pieces": 0}, {"size": "9", "sha256": "a"}],
+)  # fmt: skip
+def test_a_signed_manifest_that_does_not_describe_the_file_is_refused(folder, entry):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["manifest_sha256"]
+    manifest["files"]["state.pt"] = entry
+    own = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "manifest_sha256": own}, indent=1))
+    with pytest.raises(ResumeRefused, match=r"manifest\.json does not say what state\.pt must be"):
+        read_checkpoint(folder)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, '{"a": 1}', "\x00", '{"files": {}}'])

@@ -108,6 +108,19 @@ def test_training_goes_on_while_the_state_as_it_was_is_written(start):
     assert torch.equal(read_checkpoint(folder)["model"]["w"], torch.full((1000,), 1.0))
 
 
+def test_memory_that_was_prepared_is_enough_for_the_first_copy(start, monkeypatch):
+    """Weights and two moments were announced; the optimizer's counts of steps come on top."""
+    run = start()
+    run.saver.prepare(run.weight.nbytes)
+    run.saver._reserved.result(SECONDS)
+    monkeypatch.setattr("topoflow.checkpoint.host_copy.mmap.mmap", None)
+    captured = run.capture()
+    captured["optimizer"]["state"] = {"w": {"step": torch.tensor(1.0)}}
+    run.saver._capture = lambda: captured
+    run.save()
+    assert not run.wait()
+
+
 def test_one_write_is_in_flight(start):
     run = start(held=True)
     run.save()

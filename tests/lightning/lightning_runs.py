@@ -41,6 +41,7 @@ class LightningRun:
     t_max: int = 4
     learning_rate: float = 1e-3
     seed: int = 0
+    img_size: tuple[int, int] = IMG_SIZE
     batches: int = 0
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
@@ -48,8 +49,8 @@ class LightningRun:
     def __post_init__(self):
         self.network = scaled(self.network, self.seed)
         self.generator = torch.Generator().manual_seed(self.seed + 1)
-        self.elevation_m = torch.rand(IMG_SIZE, generator=self.generator) * 4000
-        self.mask = torch.rand(IMG_SIZE, generator=self.generator) > 0.4
+        self.elevation_m = torch.rand(self.img_size, generator=self.generator) * 4000
+        self.mask = torch.rand(self.img_size, generator=self.generator) > 0.4
         self.optimizer = torch.optim.AdamW(self._groups(), lr=self.learning_rate, weight_decay=0.01)
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR
         self.scheduler = cosine(self.optimizer, T_max=self.t_max, eta_min=1e-6)
@@ -74,9 +75,9 @@ class LightningRun:
 
     def draw(self):
         """A batch: x [B, V, H, W] with the terrain in its channel, y [B, T, H, W], lead times in hours."""
-        x = torch.randn(self.batch_size, len(VARIABLES), *IMG_SIZE, generator=self.generator)
+        x = torch.randn(self.batch_size, len(VARIABLES), *self.img_size, generator=self.generator)
         x[:, VARIABLES.index("elevation")] = (self.elevation_m - ELEVATION_MEAN) / ELEVATION_STD
-        y = torch.randn(self.batch_size, len(TARGETS), *IMG_SIZE, generator=self.generator)
+        y = torch.randn(self.batch_size, len(TARGETS), *self.img_size, generator=self.generator)
         lead = torch.tensor([12.0, 24.0, 48.0, 96.0])[torch.randint(4, (self.batch_size,), generator=self.generator)]
         return x, y, lead
 

@@ -225,7 +225,10 @@ BROKEN = {
         lambda c: c["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"].update(processed=3),
         "3 batches of 2 samples of epoch 0 are done, 6 samples, which is no place",
     ),
-    "a place past our epoch": (lambda c: config_of(c)["train"].update(batch_size=3), "4 batches of 3 samples of epoch"),
+    "a place past our epoch": (
+        lambda c: c["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"].update(processed=6),
+        "6 batches of 2 samples of epoch 0 are done, 12 samples, which is no place",
+    ),
 }  # fmt: skip
 
 
@@ -282,6 +285,40 @@ def test_what_may_differ_is_the_configs_and_is_said(in_flight):
     assert any("optim.weight_decay: 0.01 in the file, 0.05" in warning for warning in conversion.warnings)
 
 
+@pytest.mark.parametrize("key", ["batch_size", "accumulate_grad_batches", "devices", "num_nodes"])
+def test_another_size_of_a_step_is_refused_and_one_that_is_not_stated_is_not(key):
+    run = lightning_run()
+    content = run.checkpoint()  # at the beginning, which is a place in any epoch
+    config_of(content)["train"][key] *= 2
+    with pytest.raises(ResumeRefused, match=r"train.global_batch_size: 8 in the file, 4 in the config"):
+        importing_run(run).take(content)
+    conversion, _ = importing_run(run, allow_changed=["train.global_batch_size"]).take(content)
+    assert conversion.warnings == ["train.global_batch_size: 8 in the file, 4 in the config"]
+    others = {"batch_size", "accumulate_grad_batches"} - {key}
+    config_of(content)["train"][others.pop()] = 1  # 8 / 2: as the config, in other portions
+    assert importing_run(run).convert(content).warnings == []
+    for unstated in ("auto", None):
+        config_of(content)["train"][key] = unstated
+        assert importing_run(run).convert(content).warnings == []
+    del config_of(content)["train"][key]
+    assert importing_run(run).convert(content).warnings == []
+
+
+def test_the_predecessors_wind_is_required_where_it_can_be():
+    img_size = (128, 256)
+    run = LightningRun(Network(False, img_size, terrain=False), img_size=img_size)
+    content = run.checkpoint()
+    for wind in ("none", "rank"):
+        refused = rf"model.wind \(.*\): legacy_regional in the file, {wind} in the config"
+        with pytest.raises(ResumeRefused, match=refused):
+            importing_run(run, {"wind": wind}).convert(content)
+        [warning] = importing_run(run, {"wind": wind}, allow_changed=["model.wind"]).convert(content).warnings
+        assert f"legacy_regional in the file, {wind} in the config" in warning
+    assert importing_run(run, {"wind": "legacy_regional"}).convert(content).warnings == []
+    [warning] = importing_run(lightning_run(False)).convert(lightning_run(False).checkpoint()).warnings
+    assert "does not exist on this grid" in warning
+
+
 def test_a_mask_is_compared_and_dropout_and_batch_size_too(in_flight):
     run, content = in_flight
     conversion, _ = importing_run(run).take(content)
@@ -290,8 +327,8 @@ def test_a_mask_is_compared_and_dropout_and_batch_size_too(in_flight):
     content = edited(content, lambda c: c["state_dict"]["china_mask"][0].fill_(1 - c["state_dict"]["china_mask"][0, 0]))
     config_of(content)["model"]["drop_rate"] = 0.1
     config_of(content)["train"]["batch_size"] = 4
-    conversion, _ = importing_run(run, steps_per_epoch=9).take(content)
-    batch, dropout, mask = conversion.warnings
+    conversion, _ = importing_run(run, steps_per_epoch=9, allow_changed=["train.global_batch_size"]).take(content)
+    dropout, mask, batch = conversion.warnings
     assert batch == "train.global_batch_size: 8 in the file, 4 in the config"
     assert dropout == "model.drop_rate: 0.1 in the file, 0.0 in the config"
     assert "china_mask" in mask

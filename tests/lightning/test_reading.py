@@ -1,6 +1,7 @@
 """Reading a file that anyone may have made."""
 
 import argparse
+import itertools
 import os
 import sys
 import types
@@ -77,6 +78,36 @@ def test_a_file_that_is_no_whole_checkpoint_is_refused_with_what_was_found(tmp_p
     torch.save([1, 2], path)
     with pytest.raises(ResumeRefused, match="only list"):
         read_lightning(path)
+
+
+def test_any_flipped_bit_of_the_archive_is_refused_or_changes_nothing(tmp_path):
+    content = {
+        "state_dict": {"a": torch.arange(4.0)}, "optimizer_states": [], "lr_schedulers": [], "loops": {}, "epoch": 1,
+        "global_step": 3,
+    }  # fmt: skip
+    path, spoiled = tmp_path / "in.ckpt", tmp_path / "spoiled.ckpt"
+    torch.save(content, path)
+    whole = path.read_bytes()
+    name = b"in/data/0"
+    places = [
+        *range(whole.index(name) - 30, whole.index(name) + len(name) + 4),  # the header before the weight
+        *range(whole.rindex(name) - 46, whole.rindex(name) + len(name)),  # its entry in the directory
+        *range(len(whole) - 98, len(whole)),  # where the directory is
+    ]
+    refusals = []
+    for place, bit in itertools.product(places, range(8)):
+        spoiled.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+        try:
+            assert str(read_lightning(spoiled)) == str(content), (place, bit)
+        except ResumeRefused as refusal:
+            refusals.append(str(refusal))
+    assert len(refusals) > 500
+    assert [refusal for refusal in refusals if len(refusal.splitlines()) != 1] == []
+
+
+def test_a_name_that_no_file_can_have(tmp_path):
+    with pytest.raises(MissingPath, match="not found"):
+        read_lightning(tmp_path / ("x" * 300))
 
 
 def test_a_flipped_bit_in_a_weight_is_found(tmp_path, content):

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from topoflow.data import ForecastDataset
 from topoflow.errors import RunDirectoryError
 from topoflow.lease import Lease
+from topoflow.tracking import MetricsWriter
 
 
 def stop_after(process, step, number):
@@ -196,6 +197,77 @@ def test_a_named_older_checkpoint_rewinds_the_run(program):
         "step-00000004",
         "step-00000005",
     ]
+
+
+def test_a_crash_in_the_middle_of_a_rewind_leaves_no_later_checkpoint_to_be_taken(program, monkeypatch):
+    assert program.train("train.max_steps=8", "checkpoint.every_steps=2").returncode == 0
+    rewind = f"checkpoint.resume={program.folder / 'run' / 'checkpoints' / 'step-00000004'}"
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsWriter, "resume", lambda *arguments: 1 / 0)  # after resume.json, before the first step
+        with pytest.raises(ZeroDivisionError):
+            program.train(rewind, "train.max_steps=6")
+    for asked in (rewind, "checkpoint.resume=auto"):
+        done = program.train(asked, "train.max_steps=6")
+        assert done.returncode == 0, done.stderr
+        assert sorted(program.losses()) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_checkpoint_that_was_asked_for_before_is_said_not_to_be_taken_again(program):
+    assert program.train("train.max_steps=4", "checkpoint.every_steps=2").returncode == 0
+    folder = program.folder / "run" / "checkpoints"
+    rewind = f"checkpoint.resume={folder / 'step-00000002'}"
+    assert program.train(rewind, "train.max_steps=3").returncode == 0
+    again = program.train(rewind, "train.max_steps=5")
+    assert again.returncode == 0
+    assert "started from" in again.stderr
+    assert "goes on from step-00000003" in again.stderr
+    newest = f"checkpoint.resume={folder / 'step-00000005'}"
+    assert program.train(newest, "train.max_steps=5").returncode == 0
+    state = folder / "step-00000005" / "state.pt"
+    state.write_bytes(state.read_bytes()[:-1])
+    damaged = program.train(newest, "train.max_steps=6")
+    assert damaged.returncode == 3  # an explicit path is never passed over
+    assert "step-00000005: state.pt has" in damaged.stderr
+
+
+def test_a_report_of_an_earlier_resume_that_cannot_be_read(program):
+    assert program.train("train.max_steps=2").returncode == 0
+    (program.folder / "run" / "resume.json").write_bytes(b"")
+    done = program.train(f"checkpoint.resume={program.folder / 'run'}", "train.max_steps=3")
+    assert done.returncode == 0, done.stderr
+    assert "resume.json: cannot be read" in done.stderr
+
+
+def test_a_resume_of_another_run_with_no_step_left_stands_on_its_own(program):
+    test = ("data.test=[[2018-10-09, 2018-10-10]]", "train.max_steps=2")
+    assert program.train(*test[1:]).returncode == 0
+    done = program.train(*test, f"checkpoint.resume={program.folder / 'run'}", run="second")
+    assert done.returncode == 0, done.stderr
+    assert program.state("second", step=2)["progress"]["step"] == 2
+    assert (program.folder / "second" / "evaluation" / "scores.json").is_file()
+
+
+def test_a_fine_tune_with_channels_in_another_order_is_refused(program):
+    assert program.train("train.max_steps=1").returncode == 0
+    reversed_targets = "data.targets=[o3, co, no2, so2, pm10, pm25]"
+    init = f"checkpoint.init_from={program.folder / 'run'}"
+    done = program.train(init, reversed_targets, "train.max_steps=1", run="tuned")
+    assert done.returncode == 2
+    assert "data.targets: ['pm25'" in done.stderr
+    allowed = program.train(
+        init, reversed_targets, "checkpoint.allow_changed=[data.targets]", "train.max_steps=1", run="tuned"
+    )
+    assert allowed.returncode == 0, allowed.stderr
+    assert "fine-tune from" in allowed.stderr
+
+
+def test_an_allowed_change_of_the_epochs_length_takes_the_schedule_of_the_config(program):
+    options = ("optim.schedule_interval=epoch", "optim.schedule_length=20", "checkpoint.every_steps=1")
+    assert program.train(*options, "train.max_steps=16").returncode == 0  # an epoch
+    shorter = "data.train=[[2018-10-01, 2018-10-04]]"
+    done = program.train(*options, shorter, "checkpoint.allow_changed=[data.train]", "train.max_steps=17")
+    assert done.returncode == 0, done.stderr
+    assert "from the config, as checkpoint.allow_changed says" in done.stderr
 
 
 def test_a_run_that_began_with_an_empty_batch_goes_on(program, monkeypatch):

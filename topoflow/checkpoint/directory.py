@@ -12,7 +12,7 @@ from typing import Any
 
 from topoflow.checkpoint.disk import Guard, discard, flush_folder, replace_text
 from topoflow.checkpoint.file import read_checkpoint, write_checkpoint
-from topoflow.errors import MissingPath, ResumeRefused, RunDirectoryError
+from topoflow.errors import CheckpointUnreadable, MissingPath, ResumeRefused, RunDirectoryError
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class CheckpointDirectory:
     def newest_whole(self, strict: bool = False) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint that is whole, with its state; None if there never was one.
 
-        Damage is passed over, with a warning that names it.
+        Damage is passed over, with a warning that names it; a file system that refuses just now is no damage.
 
         Args:
             strict: refuse if the newest, or a pointer, is damaged.
@@ -105,6 +105,8 @@ class CheckpointDirectory:
         for step in reversed(steps):
             try:
                 return self.folder(step), read_checkpoint(self.folder(step))
+            except CheckpointUnreadable:
+                raise
             except ResumeRefused as damage:
                 if strict:
                     raise

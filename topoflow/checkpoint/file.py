@@ -1,5 +1,6 @@
 """One checkpoint: a folder with state.pt and manifest.json, written whole or not at all, verified when it is read."""
 
+import itertools
 import os
 import pickle
 import shutil
@@ -13,9 +14,9 @@ from typing import Any, BinaryIO
 import torch
 
 from topoflow.checkpoint.disk import Guard, discard, flush, flush_folder, hidden_beside
-from topoflow.checkpoint.hashing import PIECE_BYTES, HashedFile, file_digests, tensor_digest
+from topoflow.checkpoint.hashing import HashedFile, file_digests
 from topoflow.checkpoint.manifest import MANIFEST, STATE, manifest_text, read_manifest, state_record
-from topoflow.errors import MissingPath, ResumeRefused
+from topoflow.errors import CheckpointUnreadable, MissingPath, ResumeRefused
 
 FORMAT = (1, 1)
 
@@ -61,8 +62,8 @@ def read_checkpoint(folder: Path, parts: Sequence[str] = ("model", "progress")) 
 
     Raises:
         MissingPath: no such folder.
-        ResumeRefused: a file is missing, truncated, altered or unreadable, of an unknown format, lacks one of `parts`,
-            or holds more than tensors and plain values.
+        ResumeRefused: a file is missing, truncated or altered, lacks one of `parts`, or holds more than tensors and
+            plain values; CheckpointUnreadable, which is one: the file system refused, or the format is unknown.
     """
     folder = Path(folder)
     if not os.path.exists(folder):  # False as well where we may not look
@@ -75,16 +76,17 @@ def read_checkpoint(folder: Path, parts: Sequence[str] = ("model", "progress")) 
             state = _load(file, folder)
     except FileNotFoundError:
         raise ResumeRefused(f"checkpoint {folder}: {STATE} is missing") from None
+    except NotADirectoryError:
+        raise ResumeRefused(f"checkpoint {folder}: is a file: expected a folder") from None
     except OSError as error:
-        raise ResumeRefused(f"checkpoint {folder}: cannot be read: {error.strerror or error}") from None
+        raise CheckpointUnreadable(f"checkpoint {folder}: cannot be read: {error.strerror or error}") from None
     _require_known_format(state, parts, folder)
     return state
 
 
 def _write_state(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     """Write state.pt and flush it; returns the manifest's entries `files` and `tensors`."""
-    with ThreadPoolExecutor(2) as pool, open(path, "wb") as raw:
-        tensors = pool.submit(_describe_tensors, state)
+    with ThreadPoolExecutor(1) as pool, open(path, "wb") as raw:
         file = HashedFile(raw, pool)
         try:
             torch.save(state, file)
@@ -93,15 +95,12 @@ def _write_state(path: Path, state: dict[str, Any]) -> dict[str, Any]:
                 raise
             raise file.error from None
         flush(raw)
-        record = {"size": file.size, "piece_bytes": PIECE_BYTES, "sha256": file.digests()}
-        return {"files": {STATE: record}, "tensors": tensors.result()}
-
-
-def _describe_tensors(state: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: {"dtype": str(tensor.dtype), "shape": list(tensor.shape), "sha256": tensor_digest(tensor)}
+    pieces = file.pieces()
+    tensors = {
+        name: {"dtype": str(tensor.dtype), "shape": list(tensor.shape), "sha256": file.tensor_digest(tensor)}
         for name, tensor in named_tensors(state)
     }
+    return {"files": {STATE: {"size": sum(size for size, _ in pieces), "pieces": pieces}}, "tensors": tensors}
 
 
 def _move_into_place(temporary: Path, folder: Path, guard: Guard) -> None:
@@ -128,13 +127,13 @@ def _require_whole(file: BinaryIO, manifest: dict[str, Any], folder: Path) -> No
     size = os.fstat(file.fileno()).st_size
     if size != expected.size:
         raise ResumeRefused(f"checkpoint {folder}: {STATE} has {size} bytes: expected {expected.size}: it is damaged")
-    found = file_digests(file, size, expected.piece_bytes)
-    if found != expected.sha256:
-        damaged = [n for n, pair in enumerate(zip(found, expected.sha256, strict=False)) if pair[0] != pair[1]]
-        start = expected.piece_bytes * (damaged or [0])[0]
-        raise ResumeRefused(
-            f"checkpoint {folder}: {STATE} has not the content hash of the manifest from byte {start} on: it is damaged"
-        )
+    starts = itertools.accumulate(expected.sizes, initial=0)
+    for start, found, digest in zip(starts, file_digests(file, expected.sizes), expected.sha256, strict=False):
+        if found != digest:
+            raise ResumeRefused(
+                f"checkpoint {folder}: {STATE} has not the content hash of the manifest from byte {start} on: "
+                "it is damaged"
+            )
 
 
 def _load(file: BinaryIO, folder: Path) -> Any:
@@ -146,6 +145,8 @@ def _load(file: BinaryIO, folder: Path) -> Any:
         raise ResumeRefused(
             f"checkpoint {folder}: {STATE} holds more than tensors and plain values: not loaded, none of its code ran"
         ) from None
+    except MemoryError:
+        raise CheckpointUnreadable(f"checkpoint {folder}: {STATE} does not fit into memory") from None
     except Exception as error:  # noqa: BLE001 (bytes made to mislead the loader make it raise anything)
         said = (str(error) or type(error).__name__).splitlines()[0]
         raise ResumeRefused(f"checkpoint {folder}: {STATE} cannot be loaded: {said}") from None
@@ -154,7 +155,7 @@ def _load(file: BinaryIO, folder: Path) -> Any:
 def _require_known_format(state: Any, parts: Sequence[str], folder: Path) -> None:
     found = state.get("format") if isinstance(state, dict) else type(state).__name__
     if not isinstance(found, tuple | list) or tuple(found[:1]) != FORMAT[:1]:
-        raise ResumeRefused(f"checkpoint {folder}: format {found}: expected {FORMAT[0]}.x")
+        raise CheckpointUnreadable(f"checkpoint {folder}: format {found}: expected {FORMAT[0]}.x")
     missing = [part for part in parts if not isinstance(state.get(part), dict)]
     if missing:
         raise ResumeRefused(f"checkpoint {folder}: {STATE} has no {', '.join(missing)}: expected a checkpoint of ours")

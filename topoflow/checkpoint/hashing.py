@@ -1,87 +1,100 @@
-"""Content hashes: of a tensor, and of a file in pieces, so that several threads can verify it at once."""
+"""Content hashes of tensors and of the file that holds them: each byte once, in threads beside its write or read."""
 
 import hashlib
+import itertools
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
+import numpy as np
 import torch
 
-PIECE_BYTES = 8 * 2**20
 _BLOCK_BYTES = 2**20
-_WORTH_A_THREAD = 2**16
+_WORTH_A_PIECE = 2**16
 
-
-def tensor_digest(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's bytes, with its dtype and shape."""
-    host = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{host.dtype}{tuple(host.shape)}".encode())
-    digest.update(host.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+Piece = tuple[int, str]
+"""So many bytes of a file, and their SHA-256."""
 
 
 class HashedFile:
-    """A file that is being written, and the SHA-256 of each PIECE_BYTES of what went into it.
+    """A file that is being written, and the SHA-256 of each piece of it: a piece is one large write, or all small ones
+    between two large ones. A thread of `pool` hashes the bytes while the operating system takes them.
 
-    A thread of `pool` hashes the bytes while the operating system takes them.
+    torch.save writes each storage at once, straight from its memory, so the hash of a piece is that of a tensor too.
     """
 
     def __init__(self, file: BinaryIO, pool: ThreadPoolExecutor):
         self._file, self._pool = file, pool
-        self._digests: list[str] = []
-        self._piece, self._room = hashlib.sha256(), PIECE_BYTES
-        self.size = 0
+        self._pieces: list[Piece] = []
+        self._by_address: dict[int, Piece] = {}
+        self._small, self._small_size = hashlib.sha256(), 0
         self.error: OSError | None = None
         """What the operating system said; torch's writer hides it behind an error of its own."""
 
     def write(self, data: bytes | memoryview) -> int:
         """Write and hash `data`."""
         view = memoryview(data).cast("B")
-        hashing = self._pool.submit(self._hash, view) if len(view) >= _WORTH_A_THREAD else None
+        is_small = len(view) < _WORTH_A_PIECE
+        hashing = None if is_small else self._pool.submit(_digest, view)
         try:
-            written = self._file.write(view)
+            self._file.write(view)
         except OSError as error:
             self.error = error
             raise
         finally:
             # before we return: then the memory is the caller's again
-            hashing.result() if hashing is not None else self._hash(view)
-        self.size += len(view)
-        return written
+            digest = None if is_small else hashing.result()
+        if is_small:
+            self._small.update(view)
+            self._small_size += len(view)
+        else:
+            self._end_small()
+            self._pieces.append((len(view), digest))
+            self._by_address[np.frombuffer(view, np.uint8).ctypes.data] = self._pieces[-1]
+        return len(view)
 
     def flush(self) -> None:
         """Hand what is buffered to the operating system."""
         self._file.flush()
 
-    def digests(self) -> list[str]:
-        """The hash of each piece; the last may be shorter."""
-        return self._digests + ([self._piece.hexdigest()] if self._room < PIECE_BYTES else [])
+    def pieces(self) -> list[Piece]:
+        """What was written, piece by piece."""
+        self._end_small()
+        return self._pieces
 
-    def _hash(self, view: memoryview) -> None:
-        while len(view):
-            taken = view[: self._room]
-            self._piece.update(taken)
-            self._room -= len(taken)
-            if self._room == 0:
-                self._digests.append(self._piece.hexdigest())
-                self._piece, self._room = hashlib.sha256(), PIECE_BYTES
-            view = view[len(taken) :]
+    def tensor_digest(self, tensor: torch.Tensor) -> str:
+        """SHA-256 of a tensor's bytes, taken from what was written where that is the tensor's own memory."""
+        size, digest = self._by_address.get(tensor.data_ptr(), (-1, ""))
+        if size == tensor.nbytes and tensor.is_contiguous():
+            return digest
+        return _digest(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+    def _end_small(self) -> None:
+        if self._small_size:
+            self._pieces.append((self._small_size, self._small.hexdigest()))
+        self._small, self._small_size = hashlib.sha256(), 0
 
 
-def file_digests(file: BinaryIO, size: int, piece_bytes: int) -> list[str]:
-    """SHA-256 of each piece of the first `size` bytes of a file, read and hashed by several threads."""
+def file_digests(file: BinaryIO, sizes: Sequence[int]) -> list[str]:
+    """SHA-256 of the pieces of a file that have these sizes, read and hashed by several threads."""
     descriptor = file.fileno()
 
-    def digest(start: int) -> str:
-        piece, block = hashlib.sha256(), memoryview(bytearray(_BLOCK_BYTES))
-        position, end = start, min(start + piece_bytes, size)
+    def digest(start: int, size: int) -> str:
+        piece, block = hashlib.sha256(), memoryview(bytearray(min(size, _BLOCK_BYTES)))
+        position, end = start, start + size
         while position < end:
             count = os.preadv(descriptor, [block[: end - position]], position)
             if count == 0:
-                break  # shorter than `size`: the hash will tell
+                break  # shorter than it should be: the hash will tell
             piece.update(block[:count])
             position += count
         return piece.hexdigest()
 
+    starts = itertools.accumulate(sizes, initial=0)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(digest, range(0, size, piece_bytes)))
+        return list(pool.map(digest, starts, sizes))
+
+
+def _digest(data: memoryview | np.ndarray) -> str:
+    return hashlib.sha256(data).hexdigest()

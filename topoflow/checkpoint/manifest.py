@@ -13,11 +13,14 @@ MANIFEST, STATE = "manifest.json", "state.pt"
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file as the manifest has it: `sha256` of each `piece_bytes` of it."""
+    """A file as the manifest has it: one piece after another, of these sizes and SHA-256."""
 
-    size: int
-    piece_bytes: int
+    sizes: list[int]
     sha256: list[str]
+
+    @property
+    def size(self) -> int:
+        return sum(self.sizes)
 
 
 def manifest_text(content: dict[str, Any]) -> str:
@@ -57,12 +60,11 @@ def state_record(manifest: dict[str, Any], folder: Path) -> FileRecord:
     """
     try:
         entry = manifest["files"][STATE]
-        whole = isinstance(entry["sha256"], str)
-        pieces = [entry["sha256"]] if whole else list(entry["sha256"])
-        record = FileRecord(int(entry["size"]), int(entry["size"] if whole else entry["piece_bytes"]), pieces)
-        understood = record.size > 0 and record.piece_bytes > 0
+        pieces = entry["pieces"] if "pieces" in entry else [(entry["size"], entry["sha256"])]
+        sizes, digests = zip(*pieces, strict=True)
+        understood = min(sizes) > 0 and sum(sizes) == entry["size"]
     except (KeyError, TypeError, ValueError):
         understood = False
     if not understood:
         raise ResumeRefused(f"checkpoint {folder}: {MANIFEST} does not say what {STATE} must be")
-    return record
+    return FileRecord(list(sizes), list(digests))

@@ -11,7 +11,7 @@ from topoflow.checkpoint.fingerprint import seal
 from topoflow.checkpoint.host_copy import HostBuffer
 from topoflow.config import CheckpointConfig
 from topoflow.distributed import Context
-from topoflow.errors import RunDirectoryError
+from topoflow.errors import DataError, RunDirectoryError
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,6 @@ class CheckpointSaver:
         """Of the last save, in flight or committed; None if it failed."""
         self._best_step: int | None = None
         """Of the last save of a best one, in flight, committed or failed."""
-        self._committed_step: int | None = None
         self._failure: BaseException | None = None
 
     @property
@@ -54,9 +53,10 @@ class CheckpointSaver:
         return self._config.keep_best
 
     def prepare(self, nbytes: int) -> None:
-        """Have host memory for a copy of this size made ready while training begins."""
+        """Have host memory for a copy of about this size made ready while training begins."""
         if self._context.is_main:
-            self._reserved = self._thread.submit(self._buffer.reserve, nbytes)
+            small_tensors = nbytes // 64 + 2**20  # counts of steps, buffers, and what alignment takes
+            self._reserved = self._thread.submit(self._buffer.reserve, nbytes + small_tensors)
 
     def save(self, step: int, is_best: bool) -> None:
         """Copy the present state, that after `step` steps, and let it be written. No rank waits for another here.
@@ -67,12 +67,12 @@ class CheckpointSaver:
         if not self._context.is_main or step == self._step:
             return
         self._step, self._best_step = step, step if is_best else self._best_step
-        state = self._capture()
+        reserved, self._reserved = self._reserved, None
+        if reserved is not None:
+            reserved.exception()  # waited for; if it found no memory, the copy asks again
         try:
-            if self._reserved is not None:
-                self._reserved.result()
-            state = self._buffer.copy(state)
-        except OSError as error:  # no memory
+            state = self._buffer.copy(self._capture())
+        except (OSError, DataError) as error:  # no memory, or the samples of the certificate could not be read
             self._note_failure(error)
         else:
             self._write = self._thread.submit(self._commit, state, step == self._best_step and self.keeps_best)
@@ -109,7 +109,7 @@ class CheckpointSaver:
         """Wait for the write in flight, however the run ends; no other rank is asked. A failure is logged."""
         self._note_write()
         self._thread.shutdown()
-        if self._failure is not None:
+        if self._failure is not None and not isinstance(self._failure, RunDirectoryError):  # that has been said
             kind, message = self._describe(self._failure)
             log.error("%s", message, exc_info=self._failure if kind == "defect" else None)
 
@@ -142,22 +142,21 @@ class CheckpointSaver:
         if error is not None:
             self._note_failure(error)
             return
-        if isinstance(self._failure, OSError):
+        if isinstance(self._failure, OSError | DataError):
             log.error("%s; a later one is", self._describe(self._failure)[1])
             self._failure = None
-        self._committed_step = self._step
         self._on_commit(self._step, write.result())
 
     def _note_failure(self, error: BaseException) -> None:
         self._step = None
-        if self._failure is None or isinstance(self._failure, OSError):
+        if self._failure is None or isinstance(self._failure, OSError | DataError):
             self._failure = error
 
     def _describe(self, error: BaseException | None) -> tuple[str, str]:
         """What kind of failure it is, and what to say about it."""
         if isinstance(error, RunDirectoryError):
             return "the run is not ours", str(error)
-        if isinstance(error, OSError):
-            reason = error.strerror or error
+        if isinstance(error, OSError | DataError):
+            reason = getattr(error, "strerror", None) or error
             return "disk", f"checkpoint in {self._directory.path}: not written: {reason}; older ones are as they were"
         return "defect", f"rank 0: a checkpoint was not written: {error!r}"

@@ -1,5 +1,6 @@
 """The checkpoints of a run: which there are, which are whole, and what the pointers name."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ POINTERS = ("last", "best")
 
 def checkpoints_of(path: Path) -> CheckpointDirectory | None:
     """The folder of checkpoints if `path` is that, or a run directory; else None."""
-    if (path / "checkpoints").is_dir():
+    # os.path: a place where we may not look is no place, as for `find_checkpoint`
+    if not os.path.exists(path):
+        return None
+    if os.path.isdir(path / "checkpoints"):
         return CheckpointDirectory(path / "checkpoints")
     directory = CheckpointDirectory(path)
     return directory if directory.traces() else None
@@ -21,6 +25,8 @@ def checkpoints_of(path: Path) -> CheckpointDirectory | None:
 
 def describe_run(directory: CheckpointDirectory) -> dict[str, Any]:
     """All checkpoints of a run (each is read and verified), pointers, and what else lies there.
+
+    A running job may delete some meanwhile: those are left out.
 
     Raises:
         MissingPath: there is no checkpoint, nor anything that says that there was one.
@@ -35,7 +41,8 @@ def describe_run(directory: CheckpointDirectory) -> dict[str, Any]:
         except ResumeRefused as refusal:
             pointers[name] = "damaged"
             damage.append(str(refusal))
-    checkpoints = [describe_checkpoint(directory.folder(step)) for step in directory.steps()]
+    described = (_describe_if_there(directory.folder(step)) for step in directory.steps())
+    checkpoints = [checkpoint for checkpoint in described if checkpoint is not None]
     damage += [checkpoint["damage"] for checkpoint in checkpoints if not checkpoint["whole"]]
     names = {Path(checkpoint["path"]).name for checkpoint in checkpoints}
     others = sorted(entry.name for entry in directory.path.iterdir() if entry.name not in {*names, *POINTERS})
@@ -61,6 +68,15 @@ def show_run(about: dict[str, Any]) -> list[str]:
         if Path(checkpoint["path"]).name in named:
             lines += ["", *show_checkpoint(checkpoint, tables=False)]
     return lines
+
+
+def _describe_if_there(folder: Path) -> dict[str, Any] | None:
+    """The checkpoint; None if it is gone, or went while it was read."""
+    try:
+        about = describe_checkpoint(folder)
+    except MissingPath:
+        return None
+    return about if about["whole"] or os.path.exists(folder) else None
 
 
 def _row(checkpoint: dict[str, Any], pointers: dict[str, str | None]) -> tuple[str, ...]:

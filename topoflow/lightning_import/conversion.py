@@ -31,6 +31,9 @@ NEEDS = {
 }
 """What a config says whose network has a weight with such a name; the first that fits."""
 
+SCANNED_CELLS, SCANNED_PATCH_SIZE = (128, 256), 2
+"""The only grid that the predecessor's wind scan is defined on."""
+
 
 @dataclass(frozen=True)
 class Destination:
@@ -147,7 +150,11 @@ def _compare(
     warnings = compare_hyperparameters(statements, said, config, with_drops=weights.dialect is PUBLISHED)
     wind, scanned = config["model"]["wind"], said.get("model", {}).get("parallel_patch_embed")
     if weights.dialect is PREDECESSOR and wind != "legacy_regional":
-        warnings.append(f"model.wind: {wind}: the predecessor sorted its tokens by region (legacy_regional)")
+        if (*destination.mask.shape, config["model"]["patch_size"]) == (*SCANNED_CELLS, SCANNED_PATCH_SIZE):
+            what = "model.wind (the predecessor sorted its tokens by region)"
+            statements.compare("model.wind", "legacy_regional", wind, what)
+        else:
+            warnings.append(f"model.wind: {wind}: the predecessor's own (legacy_regional) does not exist on this grid")
     if weights.dialect is PUBLISHED and scanned is True:
         line = "model.wind: the file's tokens were sorted along the wind (parallel_patch_embed), which no option does"
         statements.differ("model.wind", line)

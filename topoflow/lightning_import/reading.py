@@ -1,6 +1,7 @@
 """Reading a .ckpt file without running anything that is in it."""
 
 import argparse
+import os
 import pathlib
 import pickle
 import re
@@ -37,6 +38,12 @@ do more than hold values."""
 _UNREADABLE = (RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError)
 """What torch and its unpickler raise for a pickle that makes no sense."""
 
+_DAMAGED_ARCHIVE = (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError)
+"""What zipfile raises for an archive whose bytes are not as they were written."""
+
+_DOS_FOLDER = 0x10
+"""The attribute of a record that calls it a folder: torch.load then leaves its memory as it happens to be."""
+
 
 def read_lightning(path: Path) -> dict[str, Any]:
     """The content of a Lightning checkpoint on the host: tensors, plain values and PLAIN_OBJECTS.
@@ -46,11 +53,9 @@ def read_lightning(path: Path) -> dict[str, Any]:
         ResumeRefused: it is no checkpoint of Lightning, is damaged, holds other objects (no code of it runs), or lacks
             what a resume needs; the message says what was found.
     """
-    if not path.exists():
+    if not os.path.exists(path):  # False as well where we may not look
         raise MissingPath(f"{path}: not found: expected a Lightning checkpoint (.ckpt)")
-    if not path.is_file() or not zipfile.is_zipfile(path):
-        raise ResumeRefused(f"{path}: not a file that torch.save wrote: expected a Lightning checkpoint (.ckpt)")
-    _require_checksums(path)
+    _require_whole(path)
     try:
         with torch.serialization.safe_globals(PLAIN_OBJECTS):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -61,7 +66,7 @@ def read_lightning(path: Path) -> dict[str, Any]:
             f"{path}: holds {found}: not loaded, none of its code ran: expected tensors and plain values"
         ) from None
     except _UNREADABLE as error:
-        raise ResumeRefused(f"{path}: cannot be read: {str(error).splitlines()[0]}: it is damaged") from None
+        raise ResumeRefused(f"{path}: cannot be read: {_first_line(error)}: it is damaged") from None
     found = list(map(str, content)) if isinstance(content, dict) else [type(content).__name__]
     missing = [part for part in PARTS if part not in found]
     if missing:
@@ -72,12 +77,28 @@ def read_lightning(path: Path) -> dict[str, Any]:
     return content
 
 
-def _require_checksums(path: Path) -> None:
+def _require_whole(path: Path) -> None:
     """Compare every record with the CRC that torch.save wrote beside it; torch.load does not."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, OSError) as error:
-        raise ResumeRefused(f"{path}: cannot be read: {error}: it is damaged") from None
-    if damaged is not None:
-        raise ResumeRefused(f"{path}: {damaged} in it does not match its checksum: it is damaged")
+        is_archive = os.path.isfile(path) and zipfile.is_zipfile(path)
+        damage = _find_damage(path) if is_archive else None
+    except _DAMAGED_ARCHIVE as error:
+        raise ResumeRefused(f"{path}: cannot be read: {_first_line(error)}: it is damaged") from None
+    if not is_archive:
+        raise ResumeRefused(f"{path}: not a file that torch.save wrote: expected a Lightning checkpoint (.ckpt)")
+    if damage is not None:
+        raise ResumeRefused(f"{path}: {damage}: it is damaged")
+
+
+def _find_damage(path: Path) -> str | None:
+    """The first record that is not stored as torch.save does it (as it is, none a folder), or not as its CRC says."""
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED or record.external_attr & _DOS_FOLDER:
+                return f"{record.filename!r} in it is not stored as torch.save stores"
+        damaged = archive.testzip()
+    return None if damaged is None else f"{damaged!r} in it does not match its checksum"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -115,27 +115,28 @@ def compare_hyperparameters(
         statements.compare(
             "optim.grad_clip_norm", train["gradient_clip_val"] or None, config["optim"]["grad_clip_norm"]
         )
-    notes = []
-    batch, accumulation = samples_per_batch(said), train.get("accumulate_grad_batches")
-    if (
-        batch is not None
-        and isinstance(accumulation, int)
-        and batch * accumulation != config["train"]["global_batch_size"]
-    ):
-        size = config["train"]["global_batch_size"]
-        notes.append(f"train.global_batch_size: {batch * accumulation} in the file, {size} in the config")
-    notes += [
+    size = _samples_per_step(train)
+    if size is not None:
+        statements.compare("train.global_batch_size", size, config["train"]["global_batch_size"])
+    return [
         f"model.{key}: {model[key]} in the file, {config['model'][key]} in the config"
         for key in ("drop_rate", "drop_path")
         if with_drops and key in model and not _alike(model[key], config["model"][key])
     ]
-    return notes
 
 
 def samples_per_batch(said: Mapping[str, Any]) -> int | None:
     """Samples of one batch of all devices together, from the program's own config; None where it does not tell."""
     train = said.get("train") or {}
-    counts = [train.get("batch_size"), train.get("devices", 1), train.get("num_nodes", 1)]
+    return _product([train.get("batch_size"), train.get("devices", 1), train.get("num_nodes", 1)])
+
+
+def _samples_per_step(train: Mapping[str, Any]) -> int | None:
+    """Samples of one step, where the program's own config states all that makes them; no default is assumed."""
+    return _product([train.get(key) for key in ("batch_size", "accumulate_grad_batches", "devices", "num_nodes")])
+
+
+def _product(counts: Sequence[Any]) -> int | None:
     return math.prod(counts) if all(type(count) is int and count > 0 for count in counts) else None
 
 
