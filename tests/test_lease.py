@@ -282,7 +282,7 @@ def test_no_byte_is_appended_after_another_took_over(start, tmp_path):
         process.communicate(timeout=60)
         assert process.returncode == 0
     writers = list(map(int, (tmp_path / "log").read_text().split()))
-    assert len(set(writers)) > 20  # so many takings from a process that was writing
+    assert len(set(writers)) > 4  # so many takings, or more on a quiet machine, from a process that was writing
     assert writers == sorted(writers)
 
 
