@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from topoflow.checkpoint import capture_state, plan_weights, restore_state, state_fingerprints
+from topoflow.checkpoint import (
+    capture_state,
+    fingerprints,
+    plan_weights,
+    restore_state,
+    state_fingerprints,
+    state_tensors,
+)
 from topoflow.checkpoint.state import copy_pairs
 from topoflow.config import OptimConfig
 from topoflow.errors import ResumeRefused
@@ -170,3 +177,14 @@ def test_one_changed_ulp_changes_its_digest_alone():
         weight[1, 2] = torch.nextafter(weight[1, 2], torch.tensor(float("inf")))
     after = state_fingerprints(*parts)
     assert [name for name in before if before[name] != after[name]] == ["head.weight"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_state_of_the_host_is_restored_onto_a_gpu():
+    original, state = saved_after()
+    model = build(seed=1)[0].cuda()
+    optimizer = build_optimizer(model, CONFIG)
+    restore_state(state, model, optimizer, build_scheduler(optimizer, CONFIG, steps_per_epoch=5, total_steps=20))
+    tensors = state_tensors(model, optimizer, persistent=True)
+    assert {tensor.device.type for name, tensor in tensors.items() if not name.startswith("step of ")} == {"cuda"}
+    assert fingerprints(tensors) == fingerprints(state_tensors(*original[:2], persistent=True))
