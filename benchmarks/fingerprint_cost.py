@@ -3,7 +3,7 @@
 
 Printed: the median of a step and of a proof (fingerprints of all weights, buffers and moments, and their comparison
 over ranks), and what the proof adds to a step at the default `distributed.verify_every_steps` and at an interval of 1.
-Options as for canonical_reduction.py.
+Options as for benchmarks.canonical_reduction.
 """
 
 import socket
@@ -11,15 +11,15 @@ import time
 
 import numpy as np
 import torch
-from canonical_reduction import (
+from torch.multiprocessing import spawn
+
+from benchmarks.canonical_reduction import (
     Settings,
     build_benchmark_model,
     build_benchmark_trainer,
     read_settings,
     synthetic_batches,
 )
-from torch.multiprocessing import spawn
-
 from topoflow.checkpoint import state_fingerprints
 from topoflow.config import DistributedConfig
 from topoflow.distributed import Launch, choose_device, distributed_context
