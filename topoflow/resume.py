@@ -87,8 +87,9 @@ def _read_start(config: CheckpointConfig, checkpoints: CheckpointDirectory) -> S
         return _read_named(Path(config.resume), checkpoints)
     if config.init_from is not None:
         path = find_checkpoint(Path(config.init_from), run_dir=checkpoints.path.parent)
-        whole = read_checkpoint(path)
-        return Start("fine-tune", path, {part: whole[part] for part in ("model", "config", "data")})
+        parts = ("model", "config", "data")
+        whole = read_checkpoint(path, parts)
+        return Start("fine-tune", path, {part: whole[part] for part in parts})
     return Start("new")
 
 

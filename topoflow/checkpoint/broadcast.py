@@ -33,7 +33,7 @@ def read_everywhere(context: Context, find: Callable[[], Path], parts: Sequence[
     with context.together("reading the checkpoint"):
         if context.is_main:
             path = find()
-            whole = read_checkpoint(path)
+            whole = read_checkpoint(path, parts)
             state = {part: whole[part] for part in parts}
     return context.broadcast_object(path), share_outline(context, state)
 
