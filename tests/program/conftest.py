@@ -15,6 +15,7 @@ import yaml
 
 import train as train_script
 from benchmarks.forked_runs import ForkedRuns
+from topoflow.data import BatchPlan, ForecastDataset
 from topoflow.data.demo_world import make_demo_data
 
 ROOT = Path(__file__).parents[2]
@@ -120,6 +121,24 @@ def make_program(world):
 @pytest.fixture
 def program(tmp_path, make_program):
     return make_program(tmp_path)
+
+
+@pytest.fixture
+def without_targets_in_step(monkeypatch):
+    """Take the targets from the samples of one step of the first epoch, in runs in this process without workers."""
+    whole = ForecastDataset.__getitem__
+    batch, micro = CONFIG["train"]["global_batch_size"], CONFIG["train"]["micro_batch_size"]
+
+    def take_away(step):
+        def item(self, i):
+            plan = BatchPlan(len(self), CONFIG["run"]["seed"], batch, micro, rank=0, world_size=1)
+            is_in_step = i in plan.order(0)[(step - 1) * batch : step * batch]
+            sample = whole(self, i)
+            return {**sample, "valid": torch.zeros_like(sample["valid"])} if is_in_step else sample
+
+        monkeypatch.setattr(ForecastDataset, "__getitem__", item)
+
+    return take_away
 
 
 @pytest.fixture(scope="session")
