@@ -116,16 +116,25 @@ class ForkedRuns:
 
 
 def _end_together(ranks: Sequence[Any], everyone: bool) -> None:
-    """Wait for all; when one is lost, end the others as torchrun does, or at once."""
+    """Wait for all; when one is lost, end the others as torchrun does, or at once.
+
+    One that ended by itself, with a status, has told the others why: they get the time to end by themselves too.
+    """
     waiting = list(ranks)
     while waiting and all(process.exitcode in (0, None) for process in ranks):
         wait([process.sentinel for process in waiting])
         waiting = [process for process in waiting if process.exitcode is None]
+    if not any((process.exitcode or 0) < 0 for process in ranks):
+        _join(waiting)
     for process in waiting:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL if everyone else signal.SIGTERM)
+    _join(waiting)
+
+
+def _join(ranks: Sequence[Any]) -> None:
     deadline = time.monotonic() + GRACE_SECONDS
-    for process in waiting:
+    for process in ranks:
         process.join(max(0.0, deadline - time.monotonic()))
 
 
