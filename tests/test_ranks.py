@@ -1,7 +1,9 @@
 """What ranks say to each other, with three real processes."""
 
+import os
 import resource
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +34,9 @@ def _enter(rank, port, body, arguments):
     launch = Launch("a test", "a test", rank=rank, world_size=WORLD, address="127.0.0.1", port=port)
     with distributed_context(launch, DistributedConfig(timeout_seconds=60), torch.device("cpu")) as context:
         body(context, *arguments)
+    # threads that live on while the interpreter ends have been seen to abort it
+    threads = {Path(f"/proc/self/task/{thread}/comm").read_text() for thread in os.listdir("/proc/self/task")}
+    assert not {name for name in threads if "gloo" in name}
 
 
 def build_parts():

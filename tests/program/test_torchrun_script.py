@@ -98,8 +98,10 @@ def test_an_earlier_runs_exit_json_is_not_believed(program, torchrun):
     assert process.returncode == 1, said
 
 
-def test_a_run_directory_in_use_is_refused_before_anything_is_launched(program, torchrun):
-    holder = torchrun("train.max_steps=100000", stdout=subprocess.DEVNULL)
+def test_a_run_directory_in_use_is_refused_before_anything_is_launched(program, torchrun, tmp_path):
+    log = tmp_path / "holder.log"
+    with log.open("w") as stdout:
+        holder = torchrun("train.max_steps=100000", stdout=stdout)
     wait_for_step(program, 2, holder)
     second = torchrun()
     said, _ = second.communicate()
@@ -107,4 +109,4 @@ def test_a_run_directory_in_use_is_refused_before_anything_is_launched(program, 
     assert said.count("\n") == 1
     assert "in use" in said
     holder.send_signal(signal.SIGTERM)
-    assert holder.wait() == 75
+    assert holder.wait() == 75, log.read_text()
