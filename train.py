@@ -12,7 +12,8 @@ from contextlib import ExitStack
 
 import torch
 
-from topoflow.build import build_plan, build_state, build_train_data, capture_with, resolve, total_steps
+from topoflow.agreement import require_same_data, require_same_program
+from topoflow.build import build_plan, build_state, build_train_data, capture_with, open_data, resolve, total_steps
 from topoflow.certificate import Certifier
 from topoflow.checkpoint import (
     CheckpointDirectory,
@@ -24,9 +25,9 @@ from topoflow.checkpoint import (
 )
 from topoflow.config import Config, load_config
 from topoflow.config.help import config_help
-from topoflow.data import BatchPlan, ForecastData, Normalization, open_forecast_data
+from topoflow.data import BatchPlan, ForecastData, Normalization
 from topoflow.distributed import Context, choose_device, distributed_context, read_launch
-from topoflow.errors import Refusal, StopRequested
+from topoflow.errors import Refusal
 from topoflow.evaluation import evaluate_model
 from topoflow.exit import run_to_exit, say_refusal
 from topoflow.reduction import CanonicalReduction, DdpReduction, build_reduction
@@ -74,29 +75,30 @@ def main(arguments: list[str] | None = None) -> int:
     def body() -> None:
         device = choose_device(config.run.device, launch)
         set_deterministic(config.run, config.train.compile)
-        with ExitStack() as stack:
-            stop = stack.enter_context(StopFlag().listening())
-            context = stack.enter_context(distributed_context(launch, config.distributed, device))
+        with distributed_context(launch, config.distributed, device, directory.leave) as context:
             with context.together("run directory"):
                 notes = directory.hold() if context.is_main else []
                 setup_logging(directory.path, context.is_main, directory.writing)
             for note in notes:
                 log.warning("%s", note)
+            require_same_program(context, config)
             train(config, context, directory, stop)
 
-    return run_to_exit(body, launch, directory)
+    with StopFlag().listening() as stop:  # to the last word: a signal must not end a process that is about to say 75
+        return run_to_exit(body, launch, directory)
 
 
 def train(config: Config, context: Context, directory: RunDirectory, stop: StopFlag) -> None:
     """Data, model, optimizer, restore, fit, evaluate."""
     launch = context.launch
-    log.info("%s, %d process(es), on %s (%s)", launch.launcher, launch.world_size, context.device, launch.reason)
-    checkpoints = CheckpointDirectory(directory.checkpoints, directory.writing)
+    log.info("%s, on %s (%s)", launch, context.device, launch.reason)
+    checkpoints = CheckpointDirectory(directory.checkpoints, directory.writing, context.watch.tick)
     start = read_start(config.checkpoint, checkpoints, context)
 
-    with context.together("data"):
-        data = open_forecast_data(config.data, config.model.wind != "none", config.model.terrain != "none")
+    data = open_data(config, context)
+    with context.together("order of samples"):
         plan = build_plan(config, data, context)
+    require_same_data(context, data, plan)
     with context.together("config"):
         config = adopt_saved(start, config) if start.kind == "resume" else config
         config = resolve(config, data, plan)
@@ -104,6 +106,8 @@ def train(config: Config, context: Context, directory: RunDirectory, stop: StopF
         changed = require_resumable(start, config, data, plan.steps_per_epoch)
     normalization = agree_on_normalization(data, start, config, context)
     state = build_state(config, data, plan, context)
+    if start.kind != "new":
+        context.watch.enter(start.kind)
     report = restore_start(start, state, config, changed, context)
     train_data = build_train_data(config, data, normalization, plan, context.device)
     certifier = Certifier(state, train_data, config.train)
@@ -116,7 +120,8 @@ def train(config: Config, context: Context, directory: RunDirectory, stop: StopF
         with context.together("run directory"):
             if context.is_main:
                 set_later_aside(start, state, checkpoints)
-            writer = MetricsWriter(directory.path if context.is_main else None, resume_step, directory.writing)
+            run_dir = directory.path if context.is_main else None
+            writer = MetricsWriter(run_dir, resume_step, directory.writing, state.progress.validation_owed)
             stack.callback(writer.close)
             if context.is_main:
                 directory.write_config(config)
@@ -128,14 +133,13 @@ def train(config: Config, context: Context, directory: RunDirectory, stop: StopF
         trainer = build_trainer(config, context, state, reduction, train_data, saver, writer, stop)
         if context.is_main:
             announce(config, data, state, plan, context)
-        stop_if_asked(stop, context)
+        stop.require_unasked(context.gather_objects, "the set-up, before the first step")
         if start.kind == "resume" and not checkpoints.is_parent_of(start.path):
             saver.save(state.progress.step, is_best=False)  # from here on this run stands on its own
         if start.kind == "resume" and config.checkpoint.validate_on_resume:
             trainer.validate_restored()
         trainer.fit()
-    stop.interrupt_from_now_on("the evaluation; the training is complete")
-    evaluate_best(config, context, state, data, normalization, directory)
+    evaluate_best(config, context, state, data, normalization, directory, stop)
 
 
 def agree_on_normalization(data: ForecastData, start: Start, config: Config, context: Context) -> Normalization:
@@ -145,7 +149,7 @@ def agree_on_normalization(data: ForecastData, start: Start, config: Config, con
     constants = None
     with context.together("normalization"):
         if context.is_main:
-            constants = data.build_normalization().to_dict()
+            constants = data.build_normalization(context.watch.tick).to_dict()
     return Normalization.from_dict(context.broadcast_object(constants))
 
 
@@ -198,15 +202,6 @@ def announce(config: Config, data: ForecastData, state: TrainState, plan: BatchP
         log.info("%s", line)
 
 
-def stop_if_asked(stop: StopFlag, context: Context) -> None:
-    """End here if a signal arrived on any rank during the set-up: no step has been made that could be lost."""
-    asked = [name for name in context.gather_objects(stop.signal_name) if name]
-    if asked:
-        refusal = StopRequested(f"stopped by {asked[0]} during the set-up, before the first step")
-        refusal.shared = True
-        raise refusal
-
-
 def evaluate_best(
     config: Config,
     context: Context,
@@ -214,10 +209,12 @@ def evaluate_best(
     data: ForecastData,
     normalization: Normalization,
     directory: RunDirectory,
+    stop: StopFlag,
 ) -> None:
     """Score the best checkpoint of the run (its last, without a validation split) on the test split."""
     if "test" not in data.splits:
         return
+    context.watch.enter("evaluation")
     with context.together("run directory"):
         if context.is_main:
             directory.require_held()  # a run that another job goes on with is that job's to score
@@ -226,7 +223,7 @@ def evaluate_best(
         restore = plan_weights(state.model, saved["model"])
     deliver(context, restore.pairs)
     log.info("scoring %s on the test split", path)
-    evaluate_model(context, state.model, data, normalization, "test", config.train, directory.evaluation)
+    evaluate_model(context, state.model, data, normalization, "test", config.train, directory.evaluation, stop)
 
 
 if __name__ == "__main__":

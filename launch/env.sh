@@ -81,3 +81,56 @@ status_of() {
   [ "$told" -eq 0 ] || status=$told
   echo "$status"
 }
+
+# wait_for PID: its exit status. A signal with a trap ends a wait, not the process, so each trap calls pass_on.
+wait_for() {
+  local status
+  while :; do
+    signalled='' status=0
+    wait "$1" || status=$?
+    [ -n "$signalled" ] || return "$status"
+  done
+}
+
+# pass_on SIGNAL PID
+pass_on() {
+  signalled=1
+  kill -s "$1" "$2" 2>/dev/null || true
+}
+
+# run_job RUN_DIR SRUN...: the body of a batch job, which ends here. If the tasks of SRUN end with 75 (stopped on request
+# after a checkpoint was committed), the job goes back into the queue, and resumes by itself.
+run_job() {
+  local run_dir=$1 status=0 step told
+  shift
+  rm -f "$run_dir/exit.json"
+  # srun takes this from the job no longer by itself (since SLURM 22.05)
+  SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} "$@" &
+  step=$!
+  # SLURM sends signals to the tasks. It sends them to this shell as well, or alone, if asked to (--signal=B:...), and
+  # TERM when the job is cancelled or requeued: srun itself would kill its tasks at once on TERM, so they get USR1.
+  # shellcheck disable=SC2064
+  trap "pass_on USR1 $step" USR1 TERM
+  wait_for "$step" || status=$?
+  told=$(status_of "$run_dir" "$status")
+  status=${told:-$status} # nothing is told where SLURM has begun to kill this job
+  [ "$status" -ne 75 ] || requeue
+  exit "$status"
+}
+
+# requeue: puts this job back into the queue if it is running. Otherwise SLURM is about to do so itself (scontrol
+# requeue, preemption, node failure), or the job was cancelled, and scontrol would bring it back to life.
+requeue() {
+  local job=$SLURM_JOB_ID state
+  # all tasks of an array have the number of the last one in common
+  [ -z "${SLURM_ARRAY_TASK_ID-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+  for _ in 1 2 3; do
+    state=$(squeue --noheader --jobs="$job" --format=%T 2>/dev/null) || state=
+    case $state in
+      RUNNING) scontrol requeue "$job" && return ;;
+      ?*) echo "topoflow: job $job is $state: left to SLURM, not requeued" >&2 && return ;;
+    esac
+    sleep 20 # the controller does not answer
+  done
+  echo "topoflow: job $job could not be put back into the queue: expected it to be sent again" >&2
+}

@@ -33,21 +33,10 @@ set -m
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} \
   "$python" -m torch.distributed.run "${options[@]}" "$root/train.py" "$@" &
 torchrun=$!
-signalled=
-# shellcheck disable=SC2317
-pass_on() {
-  signalled=1
-  kill -s "$1" "$torchrun" 2>/dev/null || true
-}
-trap 'pass_on INT' INT
+set +m
+trap 'pass_on INT "$torchrun"' INT
 # USR1 is SLURM's warning; torchrun passes only some signals on to the processes, and USR1 would end it
-trap 'pass_on TERM' TERM HUP USR1
-while :; do
-  signalled=
-  status=0
-  wait "$torchrun" || status=$?
-  # a signal ends the wait, not torchrun
-  if [ -z "$signalled" ] || ! kill -0 "$torchrun" 2>/dev/null; then break; fi
-done
-
+trap 'pass_on TERM "$torchrun"' TERM HUP USR1
+status=0
+wait_for "$torchrun" || status=$?
 exit "$(status_of "$run_dir" "$status")"

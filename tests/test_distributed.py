@@ -1,7 +1,9 @@
 import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,41 +17,107 @@ from topoflow.distributed import (
     expand_node_list,
     expand_tasks_per_node,
     read_launch,
-    require_distinct_ranks,
+    require_distinct_processes,
 )
+from topoflow.distributed.device import device_identity
+from topoflow.distributed.environment import VISIBLE_DEVICES
+from topoflow.distributed.launch import port_of_step
+from topoflow.distributed.roll_call import TELL_SECONDS
 from topoflow.errors import ConfigError, DataError, RanksDisagree
 
 TORCHRUN = {
     "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
     "MASTER_ADDR": "n1", "MASTER_PORT": "29500",
 }  # fmt: skip
-JOB = {"SLURM_JOB_ID": "17", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
-STEP = JOB | {
-    "SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "6", "SLURM_LOCALID": "0", "SLURM_NODEID": "2",
-    "SLURM_STEP_NODELIST": "nid[005001-005003,005010],login1", "SLURM_STEP_TASKS_PER_NODE": "4,2,1(x2)",
+AGENT = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "2", "GROUP_RANK": "1", "GROUP_WORLD_SIZE": "4"}
+# a batch script's, as SLURM 22.05 sets them
+JOB = {
+    "SLURM_JOB_ID": "17", "SLURM_NTASKS": "8", "SLURM_TASKS_PER_NODE": "4,2,1(x2)", "SLURM_JOB_NUM_NODES": "4",
+    "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_GTIDS": "0", "SLURMD_NODENAME": "nid005001",
+    "SLURM_JOB_NODELIST": "nid[005001-005003,005010],login1",
 }  # fmt: skip
+# an salloc shell's: it runs where salloc was called
+SHELL = {name: value for name, value in JOB.items() if name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_JOB_NUM_NODES")}
+NODES = {"SLURM_STEP_NODELIST": "nid[005001-005003],login1", "SLURM_STEP_TASKS_PER_NODE": "4,2,1(x2)"}
+STEP = JOB | NODES | {
+    "SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "6", "SLURM_LOCALID": "0", "SLURM_NODEID": "2",
+    "SLURM_GTIDS": "6", "SLURMD_NODENAME": "nid005003", "SLURM_DISTRIBUTION": "block",
+}  # fmt: skip
+FIRST = STEP | {"SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_GTIDS": "0,1,2,3", "SLURMD_NODENAME": "nid005001"}
+# srun --pty bash, which is told of its own task alone, and salloc's shell where that is a step ("interactive step")
+ONE = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NODELIST": "nid005001", "SLURM_STEP_TASKS_PER_NODE": "1"}
+PTY = JOB | ONE | {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "1", "SLURM_TASKS_PER_NODE": "1"}
+INTERACTIVE = JOB | ONE | {"SLURM_STEP_ID": "4294967290"}
 
 
-AGENT = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "2"}
+def without(environ, *names):
+    return {name: value for name, value in environ.items() if name not in names}
 
 
 @pytest.mark.parametrize(
     ("environ", "expected"),
     [
-        ({}, ("single process", 0, 1, 0, 1)),
-        (JOB, ("single process", 0, 1, 0, 1)),
-        ({"MASTER_ADDR": "n1"}, ("single process", 0, 1, 0, 1)),
-        (TORCHRUN, ("torchrun", 3, 8, 1, 2)),
-        (STEP | TORCHRUN | AGENT, ("torchrun", 3, 8, 1, 2)),
+        ({}, ("single process", 0, 1, 0, 1, 0)),
+        (JOB, ("single process", 0, 1, 0, 1, 0)),
+        (SHELL, ("single process", 0, 1, 0, 1, 0)),
+        (PTY, ("srun", 0, 1, 0, 1, 0)),
+        (INTERACTIVE, ("srun", 0, 1, 0, 1, 0)),
+        ({"MASTER_ADDR": "n1"}, ("single process", 0, 1, 0, 1, 0)),
+        (TORCHRUN, ("torchrun", 3, 8, 1, 2, 0)),
+        (without(TORCHRUN, "LOCAL_WORLD_SIZE"), ("torchrun", 3, 8, 1, 2, 0)),
+        (TORCHRUN | AGENT, ("torchrun", 3, 8, 1, 2, 1)),
+        (JOB | TORCHRUN | AGENT, ("torchrun", 3, 8, 1, 2, 1)),
+        (STEP | TORCHRUN | AGENT, ("torchrun", 3, 8, 1, 2, 1)),
+        (STEP | TORCHRUN | AGENT | {"SLURM_LOCALID": ""}, ("torchrun", 3, 8, 1, 2, 1)),  # whatever SLURM says
         # a wrapper that puts the step's numbers under the usual names
-        (STEP | TORCHRUN | {"RANK": "6"}, ("torchrun", 6, 8, 1, 2)),
-        (STEP, ("srun", 6, 8, 0, 1)),
+        (STEP | TORCHRUN | {"RANK": "6"}, ("torchrun", 6, 8, 1, 2, 2)),
+        (STEP, ("srun", 6, 8, 0, 1, 2)),
+        (FIRST, ("srun", 0, 8, 0, 4, 0)),
+        (FIRST | {"SLURM_PROCID": "3", "SLURM_LOCALID": "3"}, ("srun", 3, 8, 3, 4, 0)),
+        # tasks dealt to the nodes in turn
+        (STEP | {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_GTIDS": "1,5",
+                 "SLURMD_NODENAME": "nid005002", "SLURM_DISTRIBUTION": "cyclic"}, ("srun", 5, 8, 1, 2, 1)),
+        (without(STEP, "SLURM_GTIDS", "SLURMD_NODENAME", "SLURM_DISTRIBUTION"), ("srun", 6, 8, 0, 1, 2)),
+        (STEP | {"SLURM_DISTRIBUTION": "arbitrary", "MASTER_ADDR": "login1"}, ("srun", 6, 8, 0, 1, 2)),
     ],
-)
+)  # fmt: skip
 def test_who_am_i(environ, expected):
     launch = read_launch(environ)
-    found = (launch.launcher, launch.rank, launch.world_size, launch.local_rank, launch.local_world_size)
+    found = (launch.launcher, launch.rank, launch.world_size, launch.local_rank, launch.local_world_size, launch.node)
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({}, "single process, 1 process(es) (neither torchrun's variables nor a SLURM step's)"),
+        (
+            JOB,
+            "single process, 1 process(es) (a batch script or shell of SLURM job 17, no task of a step, "
+            "although SLURM_NTASKS=8: srun launch/srun.sh starts as many)",
+        ),
+        (PTY, "srun, 1 process(es) (SLURM step 17.0 of 1 task)"),
+        (
+            TORCHRUN,
+            "torchrun, 8 process(es), meeting at n1:29500 "
+            "(RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set)",
+        ),
+        (
+            STEP | TORCHRUN | AGENT,
+            "torchrun, 8 process(es) on 4 node(s), meeting at n1:29500 (TORCHELASTIC_RUN_ID, RANK, WORLD_SIZE, "
+            "LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set, which win over SLURM's)",
+        ),
+        (STEP, "srun, 8 process(es) on 4 node(s), meeting at nid005001:21923 (SLURM step 17.2 of 8 tasks)"),
+        (
+            STEP | {"MASTER_ADDR": "nid005001-hsn0", "MASTER_PORT": "29400"},
+            "srun, 8 process(es) on 4 node(s), meeting at nid005001-hsn0:29400 "
+            "(SLURM step 17.2 of 8 tasks, with MASTER_ADDR and MASTER_PORT)",
+        ),
+    ],
+)
+def test_which_launcher_was_believed_and_why(environ, said):
+    launch = read_launch(environ)
+    assert f"{launch} ({launch.reason})" == said
 
 
 @pytest.mark.parametrize(
@@ -72,32 +140,86 @@ def test_the_job_and_how_often_it_was_restarted(environ, expected):
 
 def test_a_slurm_step_meets_at_its_first_node_on_a_port_of_its_own():
     launch = read_launch(STEP)
+    assert (launch.address, launch.port) == (read_launch(FIRST).address, read_launch(FIRST).port)
     assert launch.address == "nid005001"
-    assert 20000 <= launch.port < 52000
     assert launch.port != read_launch(STEP | {"SLURM_JOB_ID": "18"}).port
     assert launch.port != read_launch(STEP | {"SLURM_STEP_ID": "3"}).port
+    assert launch.port != read_launch(STEP | {"SLURM_RESTART_COUNT": "1"}).port
+
+
+@pytest.mark.parametrize("first_job", [1, 12_700, 67_043_328, 4_294_901_760])
+def test_ports_of_steps_that_may_run_at_once_differ(first_job):
+    jobs, steps = range(first_job, first_job + 113), range(100)
+    ports = {port_of_step(job, step) for job in jobs for step in steps}
+    assert len(ports) == len(jobs) * len(steps)
+    # Linux takes 32768 and above for outgoing connections
+    assert min(ports) >= 20000
+    assert max(ports) < 32768
+    assert 20000 <= port_of_step(first_job, 4294967290) < 32768
 
 
 @pytest.mark.parametrize(
     ("environ", "words"),
     [
-        ({"RANK": "0"}, ["RANK", "WORLD_SIZE", "MASTER_PORT"]),
-        (TORCHRUN | {"RANK": "eight"}, ["RANK", "'eight'", "integer"]),
-        (TORCHRUN | {"RANK": "8"}, ["rank 8", "world size 8"]),
+        # half set
+        ({"RANK": "0"}, ["RANK", "WORLD_SIZE", "MASTER_PORT", "all of them or none"]),
+        ({"LOCAL_RANK": "0"}, ["LOCAL_RANK set without RANK"]),
+        (JOB | {"WORLD_SIZE": "8"}, ["WORLD_SIZE set without RANK"]),
+        (without(TORCHRUN, "MASTER_ADDR"), ["set without MASTER_ADDR"]),
+        (STEP | {"RANK": "6"}, ["RANK", "WORLD_SIZE", "all of them or none"]),
+        *(
+            (without(STEP, name), [f"set without {name}:"])
+            for name in (
+                "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST",
+                "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_ID", "SLURM_JOB_ID",
+            )
+        ),
+        (JOB | {"SLURM_PROCID": "3"}, ["SLURM_PROCID=3", "without SLURM_STEP_NUM_TASKS"]),
+        # not numbers
+        (TORCHRUN | {"RANK": "eight"}, ["RANK='eight'", "integer"]),
+        (TORCHRUN | {"RANK": "-1"}, ["RANK='-1'", "integer of 0 or more"]),
+        (TORCHRUN | {"LOCAL_RANK": ""}, ["LOCAL_RANK=''", "integer"]),
+        (TORCHRUN | {"MASTER_PORT": "65536"}, ["MASTER_PORT=65536", "1 to 65535"]),
+        (STEP | {"MASTER_PORT": "any"}, ["MASTER_PORT='any'", "integer"]),
+        (STEP | {"MASTER_PORT": "0"}, ["MASTER_PORT=0", "1 to 65535"]),
+        (STEP | {"SLURM_PROCID": "six"}, ["SLURM_PROCID='six'", "integer"]),
+        (STEP | {"SLURM_NODEID": "two"}, ["SLURM_NODEID='two'", "integer"]),
+        (STEP | {"SLURM_LOCALID": "-1"}, ["SLURM_LOCALID='-1'", "integer"]),
+        (STEP | {"SLURM_STEP_ID": "batch"}, ["SLURM_STEP_ID='batch'", "integer"]),
+        (STEP | {"SLURM_JOB_ID": "17_1"}, ["SLURM_JOB_ID='17_1'", "integer"]),
+        (STEP | {"SLURM_RESTART_COUNT": "two"}, ["SLURM_RESTART_COUNT='two'", "integer"]),
+        (JOB | {"SLURM_NTASKS": "all"}, ["SLURM_NTASKS='all'", "integer"]),
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "4,x"}, ["SLURM_STEP_TASKS_PER_NODE", "'4,x'"]),
+        (STEP | {"SLURM_STEP_NODELIST": "n[1-"}, ["node list 'n[1-'"]),
+        # torchrun's own
+        (TORCHRUN | {"RANK": "8"}, ["RANK=8", "WORLD_SIZE=8"]),
+        (TORCHRUN | {"LOCAL_RANK": "2"}, ["LOCAL_RANK=2", "LOCAL_WORLD_SIZE=2"]),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "9"}, ["LOCAL_WORLD_SIZE=9", "WORLD_SIZE=8"]),
         # exported in the batch shell, and inherited by every task
         (STEP | {"RANK": "0"}, ["RANK=0", "SLURM_PROCID=6"]),
         (STEP | TORCHRUN, ["RANK=3", "SLURM_PROCID=6"]),
         (STEP | TORCHRUN | {"RANK": "6", "WORLD_SIZE": "4"}, ["WORLD_SIZE=4", "SLURM_STEP_NUM_TASKS=8"]),
         (STEP | {"WORLD_SIZE": "1"}, ["WORLD_SIZE=1", "SLURM_STEP_NUM_TASKS=8"]),
-        (STEP | {"RANK": "6"}, ["RANK", "WORLD_SIZE", "all of them or none"]),
-        (STEP | {"SLURM_RESTART_COUNT": "two"}, ["SLURM_RESTART_COUNT", "'two'", "integer"]),
+        (STEP | {"MASTER_ADDR": "127.0.0.1"}, ["MASTER_ADDR=127.0.0.1", "4 nodes", "nid005001"]),
+        (STEP | {"MASTER_ADDR": "localhost"}, ["MASTER_ADDR=localhost", "4 nodes"]),
+        # a step that contradicts itself
+        (STEP | {"SLURM_PROCID": "8"}, ["SLURM_PROCID=8", "SLURM_STEP_NUM_TASKS=8"]),
         (STEP | {"SLURM_NODEID": "4"}, ["SLURM_NODEID=4", "4 nodes"]),
-        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "4,x"}, ["SLURM_STEP_TASKS_PER_NODE", "'4,x'"]),
+        (STEP | {"SLURM_LOCALID": "1"}, ["SLURM_LOCALID=1", "SLURM_STEP_TASKS_PER_NODE=4,2,1(x2)", "the 1 tasks"]),
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "4,2,1(x3)"}, ["=4,2,1(x3) with SLURM_STEP_NUM_TASKS=8"]),
+        (STEP | {"SLURM_STEP_NODELIST": "nid[005001-005003]"}, ["nid[005001-005003] with", "=4,2,1(x2)"]),
+        # rank 0 is elsewhere than on the first node
+        (STEP | {"SLURM_DISTRIBUTION": "arbitrary"}, ["SLURM_DISTRIBUTION=arbitrary", "MASTER_ADDR"]),
+        (STEP | {"SLURM_PROCID": "0", "SLURM_GTIDS": "0"}, ["rank 0 not on SLURM_NODEID=0", "MASTER_ADDR"]),
+        # a batch script that was sent from inside a step, with that step's variables
+        (FIRST | {"SLURM_GTIDS": "0"}, ["SLURM_GTIDS=0", "SLURM_STEP_TASKS_PER_NODE=4,2,1(x2)", "sbatch inside"]),
+        (STEP | {"SLURMD_NODENAME": "n7"}, ["SLURMD_NODENAME=n7", "SLURM_STEP_NODELIST=nid", "sbatch inside"]),
     ],
-)
+)  # fmt: skip
 def test_an_environment_that_contradicts_itself_is_refused(environ, words):
     with pytest.raises(ConfigError) as refusal:
         read_launch(environ)
+    assert "\n" not in str(refusal.value)
     for word in words:
         assert word in str(refusal.value)
 
@@ -110,10 +232,18 @@ def test_an_environment_that_contradicts_itself_is_refused(environ, words):
         ("nid[005001-005003,005010],login1", ["nid005001", "nid005002", "nid005003", "nid005010", "login1"]),
         ("r[1-2]n[08-10]", [f"r{r}n{n}" for r in (1, 2) for n in ("08", "09", "10")]),
         ("n[1,3]-ib", ["n1-ib", "n3-ib"]),
+        ("a[9-11],b[099-100]c,d.e-f", ["a9", "a10", "a11", "b099c", "b100c", "d.e-f"]),
+        ("[1-2]", ["1", "2"]),
     ],
 )
 def test_node_lists_are_expanded(text, names):
     assert expand_node_list(text) == names
+
+
+@pytest.mark.parametrize("text", ["", "n[1-", "n1]", "n[]", "n[a-b]", "n[3-1]", "n[1-2-3]", "n1,,n2", "n1,", "n1 n2"])
+def test_what_is_no_node_list_is_refused(text):
+    with pytest.raises(ConfigError, match=r"node list .* expected a form such as"):
+        expand_node_list(text)
 
 
 def test_tasks_per_node_are_expanded():
@@ -121,24 +251,99 @@ def test_tasks_per_node_are_expanded():
     assert expand_tasks_per_node("8(x50)") == [8] * 50
 
 
-def test_device_binding(monkeypatch):
-    def visible(count):
+ONE_PROCESS, FOUR_TASKS = Launch("srun", "a test"), {"rank": 5, "world_size": 8, "local_rank": 1, "local_world_size": 4}
+TASK = Launch("srun", "a test", **FOUR_TASKS)
+LAST = replace(TASK, local_rank=3)
+ALONE = replace(ONE_PROCESS, idle_tasks=7)  # a batch script of a job of 8 tasks
+
+
+@pytest.fixture
+def see(monkeypatch):
+    """Makes PyTorch see a number of GPUs, with these variables set."""
+
+    def see(count, **variables):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        for name in VISIBLE_DEVICES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
 
-    launch = Launch("torchrun", "a test", rank=5, world_size=8, local_rank=1, local_world_size=4)
-    visible(0)
-    assert choose_device("auto", launch) == torch.device("cpu")
-    with pytest.raises(ConfigError, match=r"run\.device"):
-        choose_device("cuda", launch)
-    visible(1)  # one device per task
-    assert choose_device("auto", launch) == torch.device("cuda", 0)
-    visible(4)  # all devices visible
-    assert choose_device("auto", launch) == torch.device("cuda", 1)
-    assert choose_device("cpu", launch) == torch.device("cpu")
-    visible(1 + 1)
-    with pytest.raises(ConfigError, match="local rank 2 with 2 visible devices"):
-        choose_device("auto", Launch("srun", "a test", rank=2, world_size=3, local_rank=2))
+    return see
+
+
+@pytest.mark.parametrize(
+    ("name", "launch", "visible", "device"),
+    [
+        ("auto", TASK, 0, "cpu"),
+        ("cpu", TASK, 4, "cpu"),
+        ("auto", ONE_PROCESS, 1, "cuda:0"),
+        ("auto", ONE_PROCESS, 8, "cuda:0"),  # a workstation
+        ("auto", TASK, 1, "cuda:0"),  # one device per task
+        ("cuda", LAST, 1, "cuda:0"),
+        ("auto", TASK, 4, "cuda:1"),  # all devices visible
+        ("cuda", LAST, 4, "cuda:3"),
+        ("auto", LAST, 8, "cuda:3"),
+        ("cpu", ALONE, 8, "cpu"),
+        ("auto", ALONE, 0, "cpu"),
+        ("auto", ALONE, 1, "cuda:0"),  # all that the job has
+    ],
+)
+def test_device_binding(see, name, launch, visible, device):
+    see(visible)
+    assert choose_device(name, launch) == torch.device(device)
+
+
+@pytest.mark.parametrize(
+    ("name", "launch", "visible", "variables", "words"),
+    [
+        ("cuda", TASK, 0, {}, ["run.device", "no GPU is visible to this process: expected cpu or auto"]),
+        ("cuda", TASK, 0, {"CUDA_VISIBLE_DEVICES": ""}, ["no GPU is visible", "(CUDA_VISIBLE_DEVICES='')"]),
+        # HIP counts within what ROCr leaves
+        ("cuda", TASK, 0, {"ROCR_VISIBLE_DEVICES": "3", "HIP_VISIBLE_DEVICES": "3"},
+         ["(HIP_VISIBLE_DEVICES='3', ROCR_VISIBLE_DEVICES='3')"]),
+        # more tasks than devices: all of the node are told, not just those that go away empty-handed
+        ("auto", TASK, 3, {}, ["local rank 1 of 4", "3 visible devices on " + socket.gethostname()]),
+        ("auto", LAST, 2, {"ROCR_VISIBLE_DEVICES": "0,1"}, ["local rank 3 of 4", "(ROCR_VISIBLE_DEVICES='0,1')"]),
+        ("cuda", replace(LAST, local_world_size=1), 2, {}, ["local rank 3", "2 visible devices"]),
+        # a batch script or an salloc shell, alone with the devices of many
+        ("auto", ALONE, 8, {}, ["one process", "8 visible device(s)", "SLURM_NTASKS=8", "srun launch/srun.sh"]),
+        ("cuda", replace(ALONE, job_nodes=4), 1, {}, ["1 visible device(s)", "on 4 node(s)", "srun launch/srun.sh"]),
+    ],
+)  # fmt: skip
+def test_a_binding_that_cannot_be_is_refused(see, name, launch, visible, variables, words):
+    see(visible, **variables)
+    with pytest.raises(ConfigError) as refusal:
+        choose_device(name, launch)
+    for word in words:
+        assert word in str(refusal.value)
+
+
+@pytest.mark.parametrize(("environ", "idle_tasks"), [(JOB, 7), (SHELL, 7), (INTERACTIVE, 7), (PTY, 0), (STEP, 0)])
+def test_who_may_be_alone_with_the_devices_of_many(environ, idle_tasks):
+    launch = read_launch(environ)
+    assert (launch.idle_tasks, launch.job_nodes) == (idle_tasks, 4)
+
+
+def gpu(monkeypatch, uuid, **pci):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=uuid, **pci))
+    return device_identity(torch.device("cuda", 0))
+
+
+def test_a_device_is_known_by_what_it_is_and_not_by_its_index(monkeypatch):
+    uuid, place = "ffc79498-8ff3-c2dc-3b0d-fafd804516ae", {"pci_domain_id": 0, "pci_bus_id": 0xC1, "pci_device_id": 0}
+    assert gpu(monkeypatch, uuid, **place) == f"{uuid} at 0000:c1:00 on {socket.gethostname()}"
+    assert gpu(monkeypatch, uuid, **place | {"pci_bus_id": 0xC6}) != gpu(monkeypatch, uuid, **place)
+    assert gpu(monkeypatch, uuid) == uuid  # PyTorch 2.6 does not tell the place
+    assert gpu(monkeypatch, "00000000-0000-0000-0000-000000000000") == ""
+    assert device_identity(torch.device("cpu")) == ""
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 1, reason="no GPU")
+def test_a_real_gpu_has_an_identity_and_two_have_two():
+    identities = [device_identity(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
+    assert "" not in identities
+    assert len(set(identities)) == len(identities)
 
 
 def test_nccl_is_refused_on_cpu():
@@ -163,36 +368,71 @@ def test_one_process_needs_no_group():
     assert not torch.distributed.is_initialized()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_processes_that_do_not_meet_are_told_who_and_where(rank):
+@pytest.mark.parametrize(
+    ("rank", "words"),
+    [(0, r"set-up: rank\(s\) 1 of 2 did not arrive within 1 s"), (1, r"rank 1 of 2 .* 127\.0\.0\.1:{port} within 1 s")],
+)
+def test_processes_that_do_not_meet_are_told_who_and_where(rank, words):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launch = Launch("srun", "a test", rank=rank, world_size=2, address="127.0.0.1", port=port)
     config = DistributedConfig(setup_timeout_seconds=1)
     with (
-        pytest.raises(RanksDisagree, match=rf"rank {rank} of 2 .* 127\.0\.0\.1:{port} within 1 s") as refusal,
+        pytest.raises(RanksDisagree, match=words.format(port=port)) as refusal,
         distributed_context(launch, config, torch.device("cpu")),
     ):
         pass
     assert refusal.value.exit_status == 5
 
 
-@pytest.mark.parametrize(("ranks", "said"), [((2, 0, 1), None), ((0, 2, 2), "rank 2"), ((0, 0, 2), "rank 0")])
-def test_two_processes_with_one_rank_are_found_by_all(ranks, said):
+@pytest.mark.parametrize(
+    ("ranks", "devices", "words"),
+    [
+        ((2, 0, 1), ("", "", ""), None),
+        ((0, 2, 2), ("", "", ""), ["environment: rank 2 is that of {who} and of {who}"]),
+        ((0, 0, 2), ("", "", ""), ["environment: rank 0 is that of {who} and of {who}"]),
+        ((0, 1, 2), ("cuda A", "cuda B", "cuda C"), None),
+        # one device visible to all tasks of a node: each thinks that it is its own
+        ((0, 1, 2), ("cuda A", "cuda B", "cuda A"), ["device A", "rank 0, {who}", "rank 2, {who}", "one process per"]),
+        ((0, 1, 2), ("cuda ", "cuda ", "cuda "), None),  # PyTorch cannot tell
+        ((0, 1, 2), ("cuda A", "", "cuda B"), ["run.device", "cpu for rank 1, {who}", "cuda for rank", "same kind"]),
+    ],
+)
+def test_two_processes_with_one_rank_or_device_are_found_by_all(monkeypatch, ranks, devices, words):
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr("topoflow.distributed.roll_call.device_identity", lambda device: device.identity)
 
-    def meet(rank):
+    def meet(rank, device):
+        kind, _, identity = device.partition(" ")
         store = TCPStore("127.0.0.1", server.port, timeout=timedelta(seconds=60))
+        launch = Launch("srun", "a test", rank=rank, world_size=3)
         try:
-            require_distinct_ranks(store, Launch("srun", "a test", rank=rank, world_size=3))
+            require_distinct_processes(store, launch, SimpleNamespace(type=kind or "cpu", identity=identity))
         except ConfigError as refusal:
             return str(refusal)
 
     with ThreadPoolExecutor(3) as pool:
-        refusals = set(pool.map(meet, ranks))
-    if said is None:
+        refusals = set(pool.map(meet, ranks, devices))
+    if words is None:
         assert refusals == {None}
         return
     [refusal] = refusals
-    assert f"{said} is that of process {os.getpid()} on {socket.gethostname()} and of process" in refusal
+    for word in words:
+        assert word.format(who=f"process {os.getpid()} on {socket.gethostname()}") in refusal
+
+
+def test_rank_0_stays_until_all_have_heard_what_is_wrong():
+    """It holds the store: without it the others would hear of a lost connection."""
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    other = TCPStore("127.0.0.1", server.port, timeout=timedelta(seconds=60))
+    server.set("arrived", "2")  # this process and another, which is not the first
+    server.set("refusal", "a refusal")
+    launch = Launch("srun", "a test", rank=0, world_size=2)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(require_distinct_processes, server, launch, torch.device("cpu"))
+        with pytest.raises(TimeoutError):
+            waiting.result(0.3)
+        other.add("told", 1)
+        with pytest.raises(ConfigError, match="a refusal"):
+            waiting.result(TELL_SECONDS)

@@ -16,8 +16,9 @@ from topoflow import evaluation
 from topoflow.config import DataConfig, TrainConfig
 from topoflow.data import Normalization, open_forecast_data
 from topoflow.distributed import Context, Launch
-from topoflow.errors import ConfigError, TrainingDiverged
+from topoflow.errors import ConfigError, StopRequested, TrainingDiverged
 from topoflow.evaluation import Evaluator, evaluate_model
+from topoflow.stop import StopFlag
 
 HOURS, SHAPE, LEADS = 24 * 10, (4, 6), (12, 24)
 TEST_DAYS = ("2019-01-07", "2019-01-10")
@@ -93,10 +94,10 @@ def single_process():
     return Context(Launch("none", "a test"), torch.device("cpu"))
 
 
-def evaluate(data, output, model=None, batch_size=4, precision="fp32", context=None):
+def evaluate(data, output, model=None, batch_size=4, precision="fp32", context=None, stop=None):
     config = TrainConfig(max_steps=1, global_batch_size=batch_size, micro_batch_size=batch_size, precision=precision)
     context = context or single_process()
-    return evaluate_model(context, model or Damped(), data, NORMALIZATION, "test", config, output)
+    return evaluate_model(context, model or Damped(), data, NORMALIZATION, "test", config, output, stop or StopFlag())
 
 
 def expected_pairs(fields, name, lead, scale):
@@ -185,6 +186,7 @@ class ThreadContext:
     def __init__(self, ranks, rank):
         self.ranks, self.rank, self.world_size, self.is_main = ranks, rank, ranks.world_size, rank == 0
         self.device = torch.device("cpu")
+        self.watch = single_process().watch
 
     def all_reduce_sum(self, tensor):
         self.ranks.slots[self.rank] = tensor.clone()
@@ -216,7 +218,7 @@ def test_observations_are_summed_once_whoever_reads_them(tmp_path, world_size, m
     dataset = open_fields(fields, tmp_path).dataset("test", NORMALIZATION)
 
     def body(context):
-        return Evaluator(context, Damped(), dataset, torch.zeros(SHAPE), "fp32", 4, 0).sum_observations()
+        return Evaluator(context, Damped(), dataset, torch.zeros(SHAPE), "fp32", 4, 0, StopFlag()).sum_observations()
 
     for sums in ThreadRanks(world_size).run(body):
         assert sums.shape == (2, len(dataset.starts), len(LEADS), 2)
@@ -225,6 +227,21 @@ def test_observations_are_summed_once_whoever_reads_them(tmp_path, world_size, m
                 observed = fields[name].values[dataset.starts + lead].astype(np.float64)
                 assert sums[0, :, k, t] == pytest.approx(np.nansum(observed, axis=(1, 2)), rel=1e-12)
                 assert np.array_equal(sums[1, :, k, t], np.isfinite(observed).sum(axis=(1, 2)))
+
+
+def test_a_request_to_stop_ends_the_evaluation_and_writes_nothing(tmp_path):
+    stop = StopFlag()
+
+    class Interrupted(Damped):
+        def forward(self, *arguments):
+            stop.signal_name = "SIGUSR1"
+            return super().forward(*arguments)
+
+    data = open_fields(make_fields(), tmp_path)
+    with pytest.raises(StopRequested, match="SIGUSR1 during the evaluation") as refusal:
+        evaluate(data, tmp_path / "out", model=Interrupted(), stop=stop)
+    assert refusal.value.shared
+    assert not (tmp_path / "out").exists()
 
 
 def test_forecast_that_is_not_finite_stops_all_ranks(tmp_path):
@@ -323,7 +340,7 @@ def test_case_is_the_one_with_the_highest_observed_mean(tmp_path):
     fields["pm25"].values[210, 3] = 5000.0
     data = open_fields(fields, tmp_path)
     dataset = data.dataset("test", NORMALIZATION)
-    evaluator = Evaluator(single_process(), Damped(), dataset, torch.zeros(SHAPE), "fp32", 4, 0)
+    evaluator = Evaluator(single_process(), Damped(), dataset, torch.zeros(SHAPE), "fp32", 4, 0, StopFlag())
     baselines = evaluator.fit_baselines(np.arange(24 * 6), np.arange(24 * 6 - 24))
     case = evaluator.forecast_case(baselines, evaluator.sum_observations())
     assert (case.start, case.lead_hours, case.name, case.unit) == (

@@ -6,7 +6,7 @@ damped persistence  climatology, plus the present anomaly times the cell's slope
                     over the training start times t for which the longest lead fits and both anomalies exist
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -73,13 +73,14 @@ def fit_baselines(
     training_starts: np.ndarray,
     mask: np.ndarray,
     only: Sequence[str] | None = None,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> Baselines:
     """Fit in one pass over the training split, a target after the other.
 
     Args: indices into `source.times` of all training times and of the training start times (increasing int64; each
     window from a start to its longest lead is hourly and lies in the training times); `mask` bool [H, W], the cells
     that count; `only`: the targets to fit, the arrays of the others stay zero, so that arrays of several processes
-    that share the targets out can be added.
+    that share the targets out can be added; `on_progress`: called for each block that is read.
     """
     names = targets if only is None else only
     shape = (len(targets), HOURS, *mask.shape)
@@ -89,6 +90,7 @@ def fit_baselines(
         if name in names:
             fit = _CellSums(source.times, lead_times_hours, training_starts, int(mask.sum()))
             for indices in contiguous_blocks(training_times, BLOCK_HOURS):
+                on_progress()
                 fit.add(indices, source.read(name, indices)[:, mask].astype(np.float64))
             climatology[t][:, mask], filled[t][:, mask] = fit.climatology()
             slope[t][:, mask] = fit.slope()

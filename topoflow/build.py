@@ -4,22 +4,68 @@ Shared by training and by the import of checkpoints, which must build the same.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from topoflow.agreement import require_agreement
 from topoflow.certificate import Certifier
 from topoflow.checkpoint import FORMAT, capture_state
 from topoflow.config import Config, config_to_dict
-from topoflow.data import BatchPlan, ForecastData, Normalization
+from topoflow.data import (
+    SPLITS,
+    BatchPlan,
+    DataIndex,
+    ForecastData,
+    Normalization,
+    index_forecast_data,
+    open_indexed_data,
+)
 from topoflow.distributed import Context
-from topoflow.errors import ConfigError
+from topoflow.errors import ConfigError, Refusal
 from topoflow.model import TopoFlow, build_model
 from topoflow.optim import build_optimizer, build_scheduler
 from topoflow.reduction import require_whole_subtrees
 from topoflow.reproducibility import describe_software
 from topoflow.train_state import TrainData, TrainProgress, TrainState
+
+
+def open_data(config: Config, context: Context, only: Sequence[str] = SPLITS) -> ForecastData:
+    """What the config makes of its data set, at which rank 0 alone looks; the others receive what it found.
+
+    So ranks open what they read samples from and nothing else. The first rank of each node also reads the few hours of
+    the fingerprint there: what a node sees under the same path may be another copy. Ranks that hold the fields in
+    memory have them anyway.
+
+    Args:
+        only: the splits whose starts are looked for.
+
+    Raises:
+        ConfigError, DataError, MissingPath: on every rank alike, see `index_forecast_data` and `open_indexed_data`.
+        RanksDisagree: a rank sees other data than rank 0.
+    """
+    with context.together("data"):
+        index = _index_on_main(config, context)
+        data = open_indexed_data(config.data, config.model.wind != "none", index, only)
+        seen = data.source.fingerprint
+        if not context.is_main and (context.launch.local_rank == 0 or data.source.in_memory):
+            seen = data.source.compute_fingerprint()
+    require_agreement(context, {f"contents of data.path {config.data.path}": seen}, "with the data open")
+    return data
+
+
+def _index_on_main(config: Config, context: Context) -> DataIndex:
+    index, refusal = None, None
+    if context.is_main:
+        try:
+            index = index_forecast_data(config.data, config.model.wind != "none", config.model.terrain != "none")
+        except Refusal as error:
+            refusal = error
+    index, refusal = context.broadcast_object((index, refusal))
+    if refusal is not None:
+        raise refusal
+    return index
 
 
 def build_plan(config: Config, data: ForecastData, context: Context) -> BatchPlan:

@@ -23,6 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_evaluate(commands)
     _add_inspect(commands)
     _add_import_lightning(commands)
+    _add_doctor(commands)
     # argparse gives a list of positional arguments only what stands before the first option
     options, rest = parser.parse_known_args(arguments)
     if rest and ("overrides" not in options or any(word.startswith("-") for word in rest)):
@@ -99,6 +100,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from topoflow.distributed import choose_device, distributed_context, read_launch
     from topoflow.exit import run_to_exit
     from topoflow.inference import score_checkpoint
+    from topoflow.stop import StopFlag
     from topoflow.tracking import setup_logging
 
     launch = read_launch()
@@ -106,9 +108,10 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     def body() -> None:
         with ExitStack() as stack:
+            stop = stack.enter_context(StopFlag().listening())
             context = stack.enter_context(distributed_context(launch, DistributedConfig(), device))
             setup_logging(None, context.is_main)
-            score_checkpoint(context, options.source, options.split, options.overrides, options.output)
+            score_checkpoint(context, options.source, options.split, stop, options.overrides, options.output)
 
     return run_to_exit(body, launch)
 
@@ -167,6 +170,25 @@ def _import_lightning(options: argparse.Namespace) -> int:
     words = ["python", "train.py", options.config, *options.overrides, f"run.dir={options.output}"]
     print(f"go on with: {shlex.join(words)}")
     return 0
+
+
+def _add_doctor(commands) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="examine the nodes of a job, before it is sent: under srun, torchrun, or alone",
+        epilog=config_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="default: a small model, no data set")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="what differs from the file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from topoflow.doctor import doctor
+
+    return doctor(Path(options.config) if options.config else None, options.overrides, options.json)
 
 
 def _log_to_terminal() -> None:

@@ -23,10 +23,11 @@ from topoflow.data import (
     split_times,
 )
 from topoflow.distributed import Context
-from topoflow.errors import ConfigError
+from topoflow.errors import ConfigError, StopRequested
 from topoflow.metrics import ScoreSums
 from topoflow.plots import ForecastCase, plot_case, plot_skill
 from topoflow.scores import Record, format_table, write_scores
+from topoflow.stop import StopFlag
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ def evaluate_model(
     split: str,
     config: TrainConfig,
     output: Path,
+    stop: StopFlag,
 ) -> list[Record]:
     """Score `model` on a split; rank 0 writes scores.json, scores.csv, skill.png and case.png to `output`.
 
@@ -53,6 +55,7 @@ def evaluate_model(
     Raises:
         ConfigError: the config gives no range for `split`.
         TrainingDiverged: a forecast is not finite.
+        StopRequested: a signal arrived on any rank.
     """
     if split not in data.splits:
         raise ConfigError(f"data.{split}: no range is configured: expected at least one to score")
@@ -65,6 +68,7 @@ def evaluate_model(
         precision=config.precision,
         batch_size=config.micro_batch_size,
         workers=data.config.workers,
+        stop=stop,
     )
     log.info("evaluation of the %s split: %d samples from %d start times", split, len(dataset), len(dataset.starts))
     times = data.source.times
@@ -118,6 +122,17 @@ class Evaluator:
     precision: str
     batch_size: int
     workers: int
+    stop: StopFlag
+
+    def go_on(self) -> None:
+        """Between two pieces of work: others see that there is progress, and a request to stop is heeded.
+
+        Raises:
+            StopRequested: this rank has one.
+        """
+        self.context.watch.tick()
+        if self.stop.signal_name is not None:
+            raise StopRequested(f"stopped by {self.stop.signal_name} during the evaluation: next time it starts anew")
 
     def fit_baselines(self, training_times: np.ndarray, training_starts: np.ndarray) -> Baselines:
         """The baselines of the targets, which ranks share out among them; arguments as `fit_baselines` has them."""
@@ -131,6 +146,7 @@ class Evaluator:
                 training_starts,
                 dataset.mask,
                 only=dataset.target_names[context.rank :: context.world_size],
+                on_progress=self.go_on,
             )
         for array in (baselines.climatology, baselines.filled, baselines.slope):
             context.all_reduce_sum(torch.from_numpy(array))
@@ -148,6 +164,7 @@ class Evaluator:
         with context.together("reading the observations"):
             for number, block in enumerate(contiguous_blocks(hours, BLOCK_HOURS)):
                 if number % context.world_size == context.rank:
+                    self.go_on()
                     rows = np.searchsorted(hours, block)
                     for t, name in enumerate(dataset.target_names):
                         values = dataset.source.read(name, block)[:, dataset.mask].astype(np.float64)
@@ -175,6 +192,7 @@ class Evaluator:
         shown = context.is_main and sys.stderr.isatty()
         with context.together("evaluation"):
             for _, batch in tqdm(loader, desc="evaluation", unit="batch", leave=False, disable=not shown):
+                self.go_on()
                 samples = batch["index"].numpy()
                 starts, lead_hours = start_and_lead(dataset, samples)
                 lead = samples % len(dataset.lead_times_hours)

@@ -25,10 +25,12 @@ def run_to_exit(body: Callable[[], None], launch: Launch, directory: RunDirector
     except Refusal as refusal:
         status, reason = refusal.exit_status, str(refusal)
         say_refusal(refusal, launch)
+    except BaseException as error:
+        reason = f"crashed: {type(error).__name__}: {error}"
+        raise
     finally:
         if directory is not None and launch.is_main:
-            directory.write_exit(status, reason)
-            directory.release()
+            directory.leave(status, reason)
         close_logging()
     return status
 

@@ -4,15 +4,16 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from topoflow.build import build_network
+from topoflow.build import build_network, open_data
 from topoflow.checkpoint import deliver, find_checkpoint, plan_weights, read_everywhere
 from topoflow.config import Config, changed_on_resume, override_config
-from topoflow.data import Normalization, open_forecast_data
+from topoflow.data import Normalization
 from topoflow.distributed import Context
 from topoflow.errors import ConfigError, RunDirectoryError
 from topoflow.evaluation import evaluate_model
 from topoflow.reproducibility import set_deterministic
 from topoflow.scores import Record
+from topoflow.stop import StopFlag
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +24,12 @@ FREE_TO_SCORE = (
 
 
 def score_checkpoint(
-    context: Context, source: Path, split: str, overrides: Sequence[str] = (), output: Path | None = None
+    context: Context,
+    source: Path,
+    split: str,
+    stop: StopFlag,
+    overrides: Sequence[str] = (),
+    output: Path | None = None,
 ) -> list[Record]:
     """Score the checkpoint (or the run's best, else last) `source` on a split; all ranks call it.
 
@@ -33,13 +39,16 @@ def score_checkpoint(
     Raises:
         MissingPath, ResumeRefused: the checkpoint is not there, or damaged.
         ConfigError, DataError: an override or the data cannot be used.
+        StopRequested: a signal arrived on any rank.
     """
+    context.watch.enter("evaluation")
     path, saved = read_everywhere(context, lambda: find_checkpoint(source), ("model", "data", "config"))
-    with context.together("data"):
+    with context.together("config"):
         config = override_config(saved["config"], overrides, f"the checkpoint {path}")
         _require_same_network(saved["config"], config, path)
         set_deterministic(config.run, compile=False)
-        data = open_forecast_data(config.data, config.model.wind != "none", config.model.terrain != "none", (split,))
+    data = open_data(config, context, only=(split,))
+    with context.together("model"):
         if split not in data.splits:
             raise ConfigError(f"data.{split}: no range is configured: expected at least one to score")
         if data.grid.shape != tuple(config.model.img_size):
@@ -61,7 +70,7 @@ def score_checkpoint(
         output = output if split == "test" else output / split
     with context.together("output"):
         _make_folder(output)
-    return evaluate_model(context, model, data, normalization, split, config.train, output)
+    return evaluate_model(context, model, data, normalization, split, config.train, output, stop)
 
 
 def _require_same_network(saved: dict, config: Config, path: Path) -> None:

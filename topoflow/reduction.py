@@ -7,7 +7,7 @@ ranks, and says how .grad is to be scaled to be that sum).
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -52,13 +52,21 @@ class DdpReduction:
                 gradient_as_bucket_view=True,
                 find_unused_parameters=True,
             )
+            for parameter in model.parameters():  # a backward pass may be long: others see how far it is
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(lambda _: context.watch.tick())
 
     @contextmanager
     def micro_batch(self, index: int) -> Iterator[None]:
         """Gradients add up in .grad, and over ranks with the last micro-batch only."""
-        alone = self.context.world_size == 1 or index == self.accumulation - 1
-        with nullcontext() if alone else self.forward.no_sync():
+        if self.context.world_size == 1:
             yield
+        elif index < self.accumulation - 1:
+            with self.forward.no_sync():
+                yield
+        else:
+            with self.context.watch.waiting():  # DDP sums over ranks while the backward pass runs
+                yield
 
     def finish(self) -> float:
         """DDP has averaged over ranks: the factor that makes .grad their sum."""

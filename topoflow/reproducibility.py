@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from topoflow import __version__
+import topoflow
 from topoflow.config import RunConfig
 
 
@@ -35,13 +35,22 @@ def describe_software(device: torch.device) -> dict[str, str | int]:
     """What the bits of a run depend on beside config, data and seed."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _describe_cpu()
     return {
-        "topoflow": __version__,
+        "topoflow": topoflow.__version__,
         "torch": str(torch.__version__),
         "numpy": str(np.__version__),
         "python": platform.python_version(),
         "device": name,
         "threads": torch.get_num_threads(),
     }
+
+
+def hash_sources() -> str:
+    """Hex SHA-256 over names and contents of the package's source files: whether two processes run the same code."""
+    root, digest = Path(topoflow.__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 def _describe_cpu() -> str:

@@ -52,6 +52,11 @@ class RunDirectory:
         """Let another process have the folder."""
         self._lease.release()
 
+    def leave(self, status: int, reason: str) -> None:
+        """Write exit.json, and let another process have the folder."""
+        self.write_exit(status, reason)
+        self.release()
+
     @contextmanager
     def writing(self) -> Iterator[None]:
         """The guard around each single change of the folder (rename, append, removal): see `Lease.writing`.

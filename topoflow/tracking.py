@@ -121,14 +121,21 @@ class MetricsWriter:
     TensorBoard.
 
     Args: run_dir, or None to write nothing (ranks that are not main); resume_step, the step that was restored: what
-    the files hold of later steps is removed, as is an earlier `end`. None: a new run, everything is removed. guard is
+    the files hold of later steps is removed, as is an earlier `end`. None: a new run, everything is removed.
+    validation_owed: the validation after that step is to be made again, so an event of it is removed, too. guard is
     entered around each append, and the removal.
 
     Raises: RunDirectoryError if a file cannot be opened, or a line of metrics.jsonl other than a torn last one cannot
     be read; when writing, if the run directory is no longer this process's.
     """
 
-    def __init__(self, run_dir: Path | None, resume_step: int | None, guard: Guard = nullcontext):
+    def __init__(
+        self,
+        run_dir: Path | None,
+        resume_step: int | None,
+        guard: Guard = nullcontext,
+        validation_owed: bool = False,
+    ):
         self._lines = self._curves = None
         self._unwritten, self._is_failing = b"", False
         if run_dir is None:
@@ -140,7 +147,7 @@ class MetricsWriter:
         last_step = -1 if resume_step is None else resume_step
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            cut = cut_metrics(self._path, last_step, guard)
+            cut = cut_metrics(self._path, last_step, guard, validation_owed)
             self._lines = self._path.open("ab", buffering=0)
         except OSError as error:
             self._refuse(self._path, error)
@@ -244,8 +251,10 @@ def _finite_or_null(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def cut_metrics(path: Path, last_step: int, guard: Guard = nullcontext) -> int:
+def cut_metrics(path: Path, last_step: int, guard: Guard = nullcontext, validation_owed: bool = False) -> int:
     """Remove from a metrics.jsonl the events after last_step, every `end`, and a last line that was torn.
+
+    validation_owed: and the validation of last_step.
 
     The file is replaced by a copy in one move, so a kill leaves the old one or the new one, and an append by a process
     that held the run before and has it open still goes to the old one. Returns the number of lines removed.
@@ -259,7 +268,8 @@ def cut_metrics(path: Path, last_step: int, guard: Guard = nullcontext) -> int:
     for number, line in enumerate(lines, start=1):
         try:
             event = json.loads(line)
-            if event["step"] <= last_step and event["event"] != "end":
+            is_owed = validation_owed and (event["event"], event["step"]) == ("validation", last_step)
+            if event["step"] <= last_step and event["event"] != "end" and not is_owed:
                 kept.append(line + "\n")
         except (ValueError, TypeError, KeyError) as error:
             if number < len(lines):

@@ -22,6 +22,8 @@ class TrainProgress:
     validation_loss: float | None = None
     validated_step: int | None = None
     """The step after which that was the loss."""
+    validation_owed: bool = False
+    """The validation after this step was broken off by a request to stop."""
     best_validation_loss: float | None = None
     best_step: int | None = None
     validations_since_best: int = 0

@@ -76,6 +76,7 @@ class Trainer:
         self.state.model.train()
         rows = []
         for index, batch in enumerate(batches):
+            self.context.watch.mark("forward and backward")
             seed_draws(self.seed, "train", step, self.context.rank * len(batches) + index)
             with self.reduction.micro_batch(index):
                 sums, counts = loss_sums(self.reduction.forward, batch, self.data.elevation_m, self.config.precision)
@@ -139,8 +140,12 @@ class Trainer:
 
     # ---- validation
 
-    def validate(self) -> tuple[float, dict[str, float]]:
-        """Mean loss over the whole validation split, and for each target; each sample counts once on any world size."""
+    def validate(self) -> tuple[float, dict[str, float]] | None:
+        """Mean loss over the whole validation split, and for each target; each sample counts once on any world size.
+
+        None on all ranks if any broke off, because it was asked to stop.
+        """
+        self.context.watch.enter(f"validation after step {self.state.progress.step}")
         self.state.model.eval()
         mine = {}
         loader = build_eval_loader(
@@ -152,10 +157,17 @@ class Trainer:
         )
         with torch.inference_mode():
             for index, batch in loader:
+                self.context.watch.tick()
+                if self.stop.signal_name is not None:
+                    mine = None
+                    break
                 batch = self._to_device(batch)
                 sums, counts = loss_sums(self.state.model, batch, self.data.elevation_m, self.config.precision)
                 mine[index] = torch.stack([sums.double(), counts.double()]).cpu()
-        rows = {index: row for part in self.context.gather_objects(mine) for index, row in part.items()}
+        parts = self.context.gather_objects(mine)
+        if None in parts:
+            return None
+        rows = {index: row for part in parts for index, row in part.items()}
         sums, counts = torch.stack([rows[index] for index in sorted(rows)]).sum(dim=0)  # [T], [T]
         if counts.sum() == 0:
             refusal = DataError("data.validation: no target has a value that counts in the whole split")
@@ -167,9 +179,8 @@ class Trainer:
 
     def validate_restored(self) -> None:
         """Validate before the first step of a resumed run, and log the loss beside the checkpoint's."""
-        if self.data.validation is not None:
-            loss, _ = self.validate()
-            progress = self.state.progress
+        if self.data.validation is not None and (result := self.validate()) is not None:
+            loss, progress = result[0], self.state.progress
             saved = "has none"
             if progress.validation_loss is not None:
                 saved = f"says {progress.validation_loss:.6f} after step {progress.validated_step}"
@@ -191,6 +202,8 @@ class Trainer:
         # weights and two moments
         self.saver.prepare(3 * sum(tensor.nbytes for tensor in self.state.model.state_dict().values()))
         try:
+            if progress.validation_owed:
+                self._validate_and_save(is_stopping=False)
             while not self._is_over():
                 before = progress.step
                 for batches in self._steps_of_epoch():
@@ -199,6 +212,7 @@ class Trainer:
                         break
                 assert progress.step > before, "an epoch without a step never ends"
             if progress.step > first_step:
+                self.context.watch.enter(f"save after step {progress.step}")
                 self.saver.require_saved(progress.step, "the end of the run")
             early = progress.step < self.total_steps
             self.writer.end(progress.step, "early stopping" if early else "all steps done")
@@ -215,6 +229,7 @@ class Trainer:
         """This rank's micro-batches of each step that is left in the epoch."""
         progress, plan = self.state.progress, self.data.plan
         first = progress.samples_in_epoch // plan.global_batch_size
+        self.context.watch.enter(f"step {progress.step + 1}", "loading data")
         loader = build_train_loader(self.data.train, plan, progress.epoch, first, self.data.workers)
         batches: list[Batch] = []
         for batch in loader:
@@ -222,6 +237,7 @@ class Trainer:
             if len(batches) == plan.accumulation:
                 yield batches
                 batches = []
+                self.context.watch.enter(f"step {progress.step + 1}", "loading data")
 
     def _step_and_after(self, batches: list[Batch], bar: Progress) -> None:
         progress, plan = self.state.progress, self.data.plan
@@ -235,11 +251,23 @@ class Trainer:
             progress.epoch, progress.samples_in_epoch = progress.epoch + 1, 0
         if self.verify_every_steps and progress.step % self.verify_every_steps == 0:
             verify_ranks(self.context, self.state, self.data, f"after step {progress.step}")
-        is_best = self._validation_due(epoch_ended) and self._validate_and_compare()
+        self.context.watch.end_setup()
+        progress.validation_owed = self._validation_due(epoch_ended)
+        self._validate_and_save(result.stop)
+
+    def _validate_and_save(self, is_stopping: bool) -> None:
+        """What is due after a step, be it just made or the last one of the run that is resumed."""
+        progress = self.state.progress
+        is_best = False
+        if progress.validation_owed and not is_stopping:
+            result = self.validate()
+            is_stopping = result is None
+            is_best = not is_stopping and self._compare(*result)
         save_due = self.save_every_steps and progress.step % self.save_every_steps == 0
-        if (is_best and self.saver.keeps_best) or save_due or result.stop:
+        if (is_best and self.saver.keeps_best) or save_due or is_stopping:
+            self.context.watch.mark("saving")
             self.saver.save(progress.step, is_best)
-        if result.stop:
+        if is_stopping:
             self._stop()
 
     def _log_step(self, result: StepResult, seconds: float, bar: Progress) -> None:
@@ -264,10 +292,10 @@ class Trainer:
         every, step = self.config.validate_every_steps, self.state.progress.step
         return step >= self.total_steps or (epoch_ended if every is None else step % every == 0)
 
-    def _validate_and_compare(self) -> bool:
-        """Validate, log, and note whether the loss is the lowest so far."""
+    def _compare(self, loss: float, by_target: dict[str, float]) -> bool:
+        """Log a validation, and note whether its loss is the lowest so far."""
         progress = self.state.progress
-        loss, by_target = self.validate()
+        progress.validation_owed = False
         self.writer.validation(progress.step, loss, by_target)
         log.info("validation after step %d: loss %.5f", progress.step, loss)
         if not math.isfinite(loss):
@@ -282,6 +310,7 @@ class Trainer:
         return is_best
 
     def _stop(self) -> None:
+        self.context.watch.enter(f"save after step {self.state.progress.step}")
         names = [name for name in self.context.gather_objects(self.stop.signal_name) if name]
         step = self.state.progress.step
         self.saver.require_saved(step, f"stopped by {names[0]}")

@@ -16,7 +16,7 @@ IN_STEPS = [
     ("between two steps", 5, "trainer.py:fit"),
     ("in a loader worker", 0, "worker.py:_worker_loop"),
     ("in validation", 8, "trainer.py:validate"),
-    ("after validation, before its save", 8, "trainer.py:_validate_and_compare"),
+    ("after validation, before its save", 8, "trainer.py:_compare"),
     ("at the end of an epoch", 16, "trainer.py:_steps_of_epoch"),
 ]
 IN_SAVES_AND_RESUMES = [

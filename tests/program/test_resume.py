@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import shutil
 import signal
 import time
@@ -13,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from topoflow.errors import RunDirectoryError
 from topoflow.lease import Lease
 from topoflow.tracking import MetricsWriter
+from topoflow.trainer import Trainer
 
 
 def stop_after(process, step, number):
@@ -277,3 +279,25 @@ def test_a_run_that_began_with_an_empty_batch_goes_on(program, without_targets_i
     done = program.train(*options, "train.max_steps=2")
     assert done.returncode == 0, done.stderr
     assert len(program.state(step=2)["optimizer"]["state"]) == 48
+
+
+def test_a_validation_that_a_signal_meets_is_made_after_the_resume(program, assert_same_run, monkeypatch):
+    to_device = Trainer._to_device
+
+    def meet_signal(self, batch):
+        if self.context.watch.phase == "validation after step 8":
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return to_device(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_to_device", meet_signal)
+        done = program.train()
+    assert done.returncode == 75, done.stderr
+    assert "stopped by SIGUSR1 after step 8" in done.stderr
+    assert not program.events(kind="validation")
+    # as if the resumed run had been killed between that line and its checkpoint
+    with (program.folder / "run" / "metrics.jsonl").open("a") as lines:
+        lines.write('{"event": "validation", "step": 8, "loss": 0.0}\n')
+    assert program.train().returncode == 0
+    assert_same_run(1)
+    assert [event["step"] for event in program.events(kind="validation")] == [8, 16, 20]

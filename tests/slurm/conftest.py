@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.slurm_jobs import Slurm, wait_until
 from topoflow.data.demo_world import make_demo_data
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +83,51 @@ def slurm_environ(shared_dir):
     yield {**os.environ, "PATH": path, "SLURM_CONF": line.split("=", 1)[1]}
     if not was_up:
         subprocess.run(["bash", str(script), "down"], capture_output=True)
+
+
+class Nodes:
+    """The machines of the cluster, to be broken and mended."""
+
+    def __init__(self, script: Path, environ: dict[str, str]):
+        self._script, self._slurm = script, Slurm(environ)
+        self._broken: dict[str, str] = {}
+
+    def crash(self, node: str) -> None:
+        """Take its power."""
+        self._broken[node] = "crash"
+        self._call("crash", node)
+
+    def cut(self, node: str) -> None:
+        """Unplug its network; what runs there runs on."""
+        self._broken[node] = "cut"
+        self._call("cut", node)
+
+    def mend(self) -> None:
+        """Undo all that, and wait until every node can take jobs again."""
+        for node, how in self._broken.items():
+            if how == "cut":
+                self._call("join", node)
+                self._call("crash", node)  # the controller would not look for it for a minute; one that boots reports
+            self._call("boot", node)
+        self._broken = {}
+        up = {"idle", "mixed", "allocated", "completing"}
+        wait_until(lambda: set(self._slurm.node_states().values()) <= up, 120, "all nodes to be up")
+
+    def _call(self, what: str, node: str) -> None:
+        subprocess.run(["bash", str(self._script), what, node], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="session")
+def has_networks(slurm_environ):
+    """Whether each node has a network of its own, so that its cable can be cut (slurm_local.sh: MODE=netns)."""
+    return "MODE=netns" in (Path(slurm_environ["SLURM_CONF"]).parents[1] / "run/state").read_text()
+
+
+@pytest.fixture(scope="module")
+def nodes(slurm_environ, shared_dir):
+    nodes = Nodes(shared_dir / "slurm_local.sh", slurm_environ)
+    yield nodes
+    nodes.mend()
 
 
 @pytest.fixture(scope="session")

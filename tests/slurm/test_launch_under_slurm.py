@@ -1,11 +1,15 @@
 import json
+import os
 import shlex
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 LAUNCH = Path(__file__).parents[2] / "launch"
+SAY_WHO = (sys.executable, str(Path(__file__).parent / "say_who.py"))
 
 
 def losses(run_dir: Path) -> list[tuple[int, str]]:
@@ -29,24 +33,106 @@ def test_a_refusal_is_the_exit_status_of_srun(cluster):
     assert srun.stderr.count("nowhere") == 1
 
 
+def groups_of(cluster, *command: str) -> list[dict]:
+    """What rank 0 of each group of processes said that the command started."""
+    done = cluster.run(*command)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
 def test_an_uneven_step_numbers_its_tasks_over_the_nodes(cluster):
-    # 3 tasks on one node and 1 on another: SLURM_STEP_TASKS_PER_NODE is "3,1"
-    srun = cluster.run("srun", "-N2", "-n4", "-m", "plane=3", str(LAUNCH / "srun.sh"), "run.yaml", "run.dir=uneven")
-    assert srun.returncode == 0, srun.stderr
-    assert [step for step, _ in losses(cluster.folder / "uneven")] == [1, 2, 3, 4, 5, 6]
+    # SLURM_STEP_TASKS_PER_NODE is "3,1"
+    [said] = groups_of(cluster, "srun", "-w", "n[1-2]", "-n4", "-m", "plane=3", *SAY_WHO)
+    assert said["everyone"] == [[0, 0, 3, 0, "n1"], [1, 1, 3, 0, "n1"], [2, 2, 3, 0, "n1"], [3, 0, 1, 1, "n2"]]
+    assert said["said"].startswith("srun, 4 process(es) on 2 node(s), meeting at n1:")
+    assert "of 4 tasks" in said["reason"]
 
 
-def test_a_batch_script_is_one_process_although_its_job_has_tasks_for_more(cluster):
-    script = cluster.folder / "job.sh"
-    script.write_text(f"#!/bin/bash\n{shlex.quote(str(LAUNCH / 'srun.sh'))} run.yaml run.dir=batch\n")
-    job = cluster.send("-N2", "-n4", "--output=job.out", "job.sh")
-    status, said = cluster.wait_for(job), (cluster.folder / "job.out").read_text()
-    assert status == 0, said
-    assert "single process, 1 process(es)" in said
+PORT = 23000 + os.getpid() % 1000
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+C10D = (*TORCHRUN, "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=7")
+STATIC = (*TORCHRUN, "--nnodes=2", "--nproc-per-node=1", "--master-addr=n1", f"--master-port={PORT}", "--node-rank")
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (shlex.join([*C10D, f"--rdzv-endpoint=n1:{PORT}", SAY_WHO[1]]), "meeting at n"),
+        (f"{shlex.join(STATIC)} $SLURM_NODEID {SAY_WHO[1]}", f"meeting at n1:{PORT}"),
+    ],
+    ids=["c10d", "static"],
+)
+def test_srun_starts_torchrun(cluster, command, said):
+    [group] = groups_of(cluster, "srun", "-w", "n[1-2]", "-n2", "bash", "-c", f"exec {command}")
+    assert group["said"].startswith(f"torchrun, 2 process(es) on 2 node(s), {said}")
+    assert group["reason"].endswith("which win over SLURM's")
+    assert [who[:2] for who in group["everyone"]] == [[0, 0], [1, 0]]
+    assert {who[4] for who in group["everyone"]} == {"n1", "n2"}
+
+
+def test_two_jobs_on_the_same_nodes_do_not_collide(cluster):
+    # each stays until both are there at once
+    command = ("srun", "-w", "n[1-2]", "-n2", *SAY_WHO, "2")
+    with ThreadPoolExecutor(2) as pool:
+        [[one], [other]] = pool.map(lambda _: groups_of(cluster, *command), range(2))
+    for group in (one, other):
+        assert group["said"].startswith("srun, 2 process(es) on 2 node(s), meeting at n1:")
+    assert one["said"] != other["said"]
+
+
+def test_a_shell_or_batch_script_is_one_process_although_its_job_has_tasks_for_more(cluster):
+    [shell] = groups_of(cluster, "salloc", "-Q", "-N2", "-n4", *SAY_WHO)
+    assert shell["said"] == "single process, 1 process(es)"
+    assert shell["reason"].endswith("no task of a step, although SLURM_NTASKS=4: srun launch/srun.sh starts as many")
+    # a terminal on a node (srun --pty bash), which is a step of one task in a job for four
+    terminal = ("srun", "-n1", "-N1", "bash", "-c", shlex.join(SAY_WHO))
+    [in_terminal] = groups_of(cluster, "salloc", "-Q", "-N2", "-n4", *terminal)
+    assert in_terminal["said"] == "srun, 1 process(es)"
+    assert in_terminal["reason"].endswith("of 1 task")
+    job = cluster.send("-N2", "-n4", "--output=job.out", "--wrap", shlex.join(SAY_WHO))
+    assert cluster.wait_for(job) == 0
+    assert json.loads((cluster.folder / "job.out").read_text()) == {
+        **shell, "reason": shell["reason"].replace(shell["reason"].split()[8], f"{job},"),
+        "everyone": [[0, 0, 1, 0, cluster.describe(job, "BatchHost")]],
+    }  # fmt: skip
+
+
+EXPORTED = ("RANK=0", "WORLD_SIZE=2", "LOCAL_RANK=0", "MASTER_ADDR=n1", "MASTER_PORT=29500")
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (("env", *EXPORTED, "srun", "-N2", "-n2", "-K", *SAY_WHO), ["RANK=0 in a task", "SLURM_PROCID=1"]),
+        (("srun", "-m", "arbitrary", "-w", "n2,n1", "-n2", *SAY_WHO), ["SLURM_DISTRIBUTION=arbitrary", "MASTER_ADDR"]),
+    ],
+    ids=["exported rank", "arbitrary"],
+)
+def test_a_contradiction_ends_a_step_at_once(cluster, command, words):
+    srun = cluster.run(*command, timeout=60)  # of the set-up's limit, too
+    assert srun.returncode != 0
+    for word in words:
+        assert word in srun.stderr
+
+
+def test_a_rank_0_on_another_node_than_the_first_is_found_where_master_addr_says(cluster):
+    srun = ("srun", "-m", "arbitrary", "-w", "n2,n1", "-n2")
+    [said] = groups_of(cluster, "env", "MASTER_ADDR=n2", *srun, *SAY_WHO)
+    assert [who[4] for who in said["everyone"]] == ["n2", "n1"]
+
+
+def test_a_batch_script_that_was_sent_from_inside_a_step_does_not_wait_for_the_tasks_of_that(cluster):
+    """sbatch hands all variables on, those of the step too."""
+    send = shlex.join(["sbatch", "--wait", "--output=job.out", "-w", "n1", "-n1", "--wrap", shlex.join(SAY_WHO)])
+    cluster.run("srun", "-w", "n[3-4]", "-n2", "bash", "-c", f"[ $SLURM_PROCID = 1 ] || {send}")
+    said = (cluster.folder / "job.out").read_text()
+    assert "SLURMD_NODENAME=n1 with SLURM_STEP_NODELIST=n[3-4]" in said
 
 
 # the shipped job's lines for a site ask for more than these nodes have
-SMALL = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--gpus-per-node=0")
+SMALL = (
+    "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--gpus-per-node=0", "--partition=main", "--mem=100",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -59,8 +145,8 @@ def project(cluster):
     return project
 
 
-def send_shipped_job(cluster, project: Path, *overrides: str) -> str:
-    script = str(project / "launch/train.sbatch")
+def send_shipped_job(cluster, project: Path, *overrides: str, script: str = "train.sbatch") -> str:
+    script = str(project / "launch" / script)
     return cluster.send(*SMALL, f"--chdir={project}", script, str(cluster.config), "run.dir=run", *overrides)
 
 
@@ -82,3 +168,14 @@ def test_the_shipped_job_when_warned_goes_back_into_the_queue_and_finishes(clust
     assert "srun, 2 process(es)" in said
     assert [step for step, _ in losses(project / "run")] == list(range(1, 401))
     assert json.loads((project / "run/exit.json").read_text())["status"] == 0
+
+
+def test_the_job_for_lumi_trains_with_a_cache_on_each_node(cluster, project):
+    job = send_shipped_job(cluster, project, "train.max_steps=2", script="lumi.sbatch")
+    status, said = cluster.wait_for(job), "".join(path.read_text() for path in project.glob("slurm-*.out"))
+    caches = sorted(Path("/tmp").glob(f"*-miopen-{job}-0-*"))
+    for cache in caches:
+        cache.rmdir()
+    assert status == 0, said
+    assert "srun, 2 process(es) on 2 node(s)" in said
+    assert [cache.name[-4:] for cache in caches] == ["-0-0", "-0-1"]

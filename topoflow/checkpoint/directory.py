@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,11 @@ class CheckpointDirectory:
 
     Args:
         guard: entered around every rename, pointer write and delete, see `topoflow.checkpoint.disk`.
+        on_progress: called while a checkpoint is being written, after each tensor.
     """
 
-    def __init__(self, path: Path, guard: Guard = nullcontext):
-        self.path, self._guard = Path(path), guard
+    def __init__(self, path: Path, guard: Guard = nullcontext, on_progress: Callable[[], None] = lambda: None):
+        self.path, self._guard, self._on_progress = Path(path), guard, on_progress
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints, oldest first (whole or not: reading tells)."""
@@ -79,7 +80,7 @@ class CheckpointDirectory:
                 self.path.mkdir()
             flush_folder(self.path.parent)
         folder = self.folder(state["progress"]["step"])
-        write_checkpoint(folder, state, self._guard)
+        write_checkpoint(folder, state, self._guard, self._on_progress)
         for name in ("best", "last") if is_best else ("last",):
             self._point(name, folder)
         return folder

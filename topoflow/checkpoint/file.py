@@ -5,7 +5,7 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,11 +30,16 @@ def named_tensors(tree: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor
             yield from named_tensors(value, f"{path}/{key}" if path else str(key))
 
 
-def write_checkpoint(folder: Path, state: dict[str, Any], guard: Guard = nullcontext) -> None:
+def write_checkpoint(
+    folder: Path, state: dict[str, Any], guard: Guard = nullcontext, on_progress: Callable[[], None] = lambda: None
+) -> None:
     """Write `state` as the checkpoint `folder`, whose parent exists; it is there once it is whole and on the disk.
 
     The write goes to a temporary folder beside it, every file and folder is flushed, then renamed. A checkpoint of the
     same name is replaced.
+
+    Args:
+        on_progress: called after each tensor.
 
     Raises:
         OSError: the file system refused; the temporary folder is removed and what was there before is whole.
@@ -43,7 +48,8 @@ def write_checkpoint(folder: Path, state: dict[str, Any], guard: Guard = nullcon
     temporary = hidden_beside(folder, "writing")
     try:
         temporary.mkdir()
-        manifest = {"format": list(FORMAT), "step": state["progress"]["step"], **_write_state(temporary / STATE, state)}
+        written = _write_state(temporary / STATE, state, on_progress)
+        manifest = {"format": list(FORMAT), "step": state["progress"]["step"], **written}
         with open(temporary / MANIFEST, "w", encoding="ascii") as file:
             file.write(manifest_text(manifest))
             flush(file)
@@ -84,10 +90,10 @@ def read_checkpoint(folder: Path, parts: Sequence[str] = ("model", "progress")) 
     return state
 
 
-def _write_state(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+def _write_state(path: Path, state: dict[str, Any], on_progress: Callable[[], None]) -> dict[str, Any]:
     """Write state.pt and flush it; returns the manifest's entries `files` and `tensors`."""
     with ThreadPoolExecutor(1) as pool, open(path, "wb") as raw:
-        file = HashedFile(raw, pool)
+        file = HashedFile(raw, pool, on_progress)
         try:
             torch.save(state, file)
         except RuntimeError:

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
@@ -24,8 +24,8 @@ class HashedFile:
     torch.save writes each storage at once, straight from its memory, so the hash of a piece is that of a tensor too.
     """
 
-    def __init__(self, file: BinaryIO, pool: ThreadPoolExecutor):
-        self._file, self._pool = file, pool
+    def __init__(self, file: BinaryIO, pool: ThreadPoolExecutor, on_progress: Callable[[], None]):
+        self._file, self._pool, self._on_progress = file, pool, on_progress
         self._pieces: list[Piece] = []
         self._by_address: dict[int, Piece] = {}
         self._small, self._small_size = hashlib.sha256(), 0
@@ -52,6 +52,7 @@ class HashedFile:
             self._end_small()
             self._pieces.append((len(view), digest))
             self._by_address[np.frombuffer(view, np.uint8).ctypes.data] = self._pieces[-1]
+            self._on_progress()
         return len(view)
 
     def flush(self) -> None:

@@ -11,7 +11,7 @@ from topoflow.checkpoint.fingerprint import seal
 from topoflow.checkpoint.host_copy import HostBuffer
 from topoflow.config import CheckpointConfig
 from topoflow.distributed import Context
-from topoflow.errors import DataError, RunDirectoryError
+from topoflow.errors import DataError, RanksDisagree, RunDirectoryError
 
 log = logging.getLogger(__name__)
 
@@ -123,13 +123,14 @@ class CheckpointSaver:
     def _act_on_failure(self, prefix: str, goes_on: bool) -> None:
         error, self._failure = self._failure, None
         kind, message = self._context.broadcast_object(self._describe(error))
-        if kind == "defect":
+        if kind == "defect" and self._context.is_main:
             raise RuntimeError(message) from error  # with the traceback of the thread
         if kind == "disk" and goes_on:
             if self._context.is_main:
                 log.error("%s; training goes on (checkpoint.on_error=continue)", message)
             return
-        refusal = RunDirectoryError(prefix + message if kind == "disk" else message)
+        kind_of_refusal = RanksDisagree if kind == "defect" else RunDirectoryError
+        refusal = kind_of_refusal(prefix + message if kind == "disk" else message)
         refusal.shared = True
         raise refusal from error
 

@@ -1,6 +1,13 @@
 """Gridded air quality data: reading, splitting, normalizing, sampling."""
 
-from topoflow.data.assembly import ForecastData, open_forecast_data
+from topoflow.data.assembly import (
+    SPLITS,
+    DataIndex,
+    ForecastData,
+    index_forecast_data,
+    open_forecast_data,
+    open_indexed_data,
+)
 from topoflow.data.dataset import ForecastDataset
 from topoflow.data.grid import Grid, load_mask
 from topoflow.data.normalization import Normalization, compute_normalization
@@ -11,8 +18,10 @@ from topoflow.data.variables import POLLUTANTS, VARIABLES, Variable
 
 __all__ = [
     "POLLUTANTS",
+    "SPLITS",
     "VARIABLES",
     "BatchPlan",
+    "DataIndex",
     "ForecastData",
     "ForecastDataset",
     "Grid",
@@ -24,8 +33,10 @@ __all__ = [
     "build_train_loader",
     "check_disjoint",
     "compute_normalization",
+    "index_forecast_data",
     "load_mask",
     "open_forecast_data",
+    "open_indexed_data",
     "open_source",
     "split_starts",
     "split_times",

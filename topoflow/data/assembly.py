@@ -1,7 +1,7 @@
 """From the data section of the config to data sets: the one place that knows which part needs which."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,11 +10,22 @@ from topoflow.config.schema import DataConfig
 from topoflow.data.dataset import ForecastDataset, input_names
 from topoflow.data.grid import Grid, load_mask
 from topoflow.data.normalization import Normalization, compute_normalization, configured_normalization
-from topoflow.data.source import GriddedSource, open_source
+from topoflow.data.source import GriddedSource, SourceIndex, index_source, open_indexed
 from topoflow.data.splits import StartIndex, check_disjoint, split_starts, split_times
 from topoflow.data.variables import check_names
 
 SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class DataIndex:
+    """What the files were found to hold, but for the fields: a value that another process can be sent.
+
+    mask: bool [H, W], the cells that count.
+    """
+
+    source: SourceIndex
+    mask: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -49,13 +60,16 @@ class ForecastData:
         """Hex SHA-256 of which cells count."""
         return hashlib.sha256(np.packbits(self.mask).tobytes()).hexdigest()
 
-    def build_normalization(self) -> Normalization:
-        """From the constants of data.normalization, or computed over the training split (one pass over the data)."""
+    def build_normalization(self, on_progress: Callable[[], None] = lambda: None) -> Normalization:
+        """From the constants of data.normalization, or computed over the training split (one pass over the data).
+
+        on_progress is called now and then.
+        """
         names = tuple(dict.fromkeys((*self.input_names, *self.target_names)))
         if self.config.normalization != "train":
             return configured_normalization(self.config.normalization, names)
         times = split_times(self.source.times, self.config.train, key="data.train")
-        return compute_normalization(self.source, names, times)
+        return compute_normalization(self.source, names, times, on_progress)
 
     def dataset(self, split: str, normalization: Normalization) -> ForecastDataset:
         """The samples of a split that the config gives ranges for."""
@@ -92,18 +106,34 @@ def needed_variables(config: DataConfig, with_wind: bool, with_terrain: bool) ->
 def open_forecast_data(
     config: DataConfig, with_wind: bool, with_terrain: bool, only: Sequence[str] = SPLITS
 ) -> ForecastData:
-    """Open what the config names and check all of it.
+    """`index_forecast_data` and `open_indexed_data` in one process."""
+    return open_indexed_data(config, with_wind, index_forecast_data(config, with_wind, with_terrain), only)
 
-    with_wind, with_terrain: whether the model uses the wind field and the terrain height. only: the splits whose starts
-    are looked for (all must be disjoint all the same). Raises ConfigError, DataError and MissingPath.
+
+def index_forecast_data(config: DataConfig, with_wind: bool, with_terrain: bool) -> DataIndex:
+    """Look at all files that the config names and check them.
+
+    with_wind, with_terrain: whether the model uses the wind field and the terrain height. Raises ConfigError, DataError
+    and MissingPath.
     """
     check_names(config.variables, config.targets)
+    check_disjoint(**{split: getattr(config, split) for split in SPLITS})
+    source = index_source(config.path, needed_variables(config, with_wind, with_terrain))
+    return DataIndex(source, load_mask(config.mask, source.grid))
+
+
+def open_indexed_data(
+    config: DataConfig, with_wind: bool, index: DataIndex, only: Sequence[str] = SPLITS
+) -> ForecastData:
+    """What the config makes of files that this or another process has looked at.
+
+    only: the splits whose starts are looked for. Raises DataError.
+    """
+    source = open_indexed(index.source, config.in_memory)
     ranges = {split: getattr(config, split) for split in SPLITS}
-    check_disjoint(**ranges)
-    source = open_source(config.path, needed_variables(config, with_wind, with_terrain), config.in_memory)
     splits = {
         split: split_starts(source.times, ranges[split], config.lead_times_hours, key=f"data.{split}")
         for split in only
         if ranges[split]
     }
-    return ForecastData(config, source, load_mask(config.mask, source.grid), splits, with_wind)
+    return ForecastData(config, source, index.mask, splits, with_wind)

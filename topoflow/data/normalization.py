@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,16 +74,23 @@ class _Moments:
         return self.mean, float(np.sqrt(self.squares / self.count))
 
 
-def compute_normalization(source: GriddedSource, names: Sequence[str], time_indices: np.ndarray) -> Normalization:
+def compute_normalization(
+    source: GriddedSource,
+    names: Sequence[str],
+    time_indices: np.ndarray,
+    on_progress: Callable[[], None] = lambda: None,
+) -> Normalization:
     """Mean and (population) standard deviation of the variables `names` over all cells that have a value.
 
     Dynamic variables over the hours `time_indices` (positions in source.times, the training split), in one pass over
     the files; static ones and coordinates over the grid. Those that are of order 1 as they are get 0 and 1. In memory
-    or not, the bits are the same. DataError, naming the variable, if it is constant or has no value.
+    or not, the bits are the same. on_progress is called between blocks. DataError, naming the variable, if it is
+    constant or has no value.
     """
     moments = {name: _Moments() for name in names if name not in UNNORMALIZED}
     dynamic = [name for name in moments if VARIABLES[name].kind == "dynamic"]
     for block in source.blocks(time_indices):
+        on_progress()
         for name in dynamic:
             moments[name].add(source.read(name, block))
     for name in moments:

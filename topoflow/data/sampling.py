@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,7 +121,9 @@ class BatchLoader(DataLoader):
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         if self.num_workers > 0:
             self.dataset.source.close()  # each worker opens its own handles
-        return _surface_refusals(super().__iter__())
+        with _deferred_sigterm():  # which would end a worker that has not come to _start_worker yet
+            batches = super().__iter__()
+        return _surface_refusals(batches)
 
 
 class EvaluationLoader:
@@ -167,6 +170,16 @@ def _surface_refusals(batches: Iterator[dict[str, torch.Tensor]]) -> Iterator[di
         if len(lines) == 1:
             raise
         raise type(refusal)(lines[-1].partition(": ")[2]) from None
+
+
+@contextmanager
+def _deferred_sigterm() -> Iterator[None]:
+    """A SIGTERM that comes while the block runs arrives after it; a process forked inside never gets one."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker(parent: int, _: int) -> None:

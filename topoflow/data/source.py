@@ -4,13 +4,13 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 import xarray as xr
 
 from topoflow.data.grid import Grid, same_place
-from topoflow.data.stores import StoreContent, find_stores, inspect_store, open_store, read_times
+from topoflow.data.stores import Store, StoreContent, find_stores, inspect_store, read_times
 from topoflow.data.variables import VARIABLES
 from topoflow.errors import DataError
 
@@ -22,24 +22,35 @@ IN_MEMORY_LIMIT_BYTES = 2 * 2**30
 _BLOCK_BYTES = 32 * 2**20
 
 
-class GriddedSource:
-    """Physical fields by name and hour. Built by `open_source`.
+@dataclass(frozen=True)
+class SourceIndex:
+    """All of a data set but its fields that change in time: a value that another process can be sent.
 
-    times: datetime64[h] [T], strictly increasing over all files. grid: with the static fields that were asked for.
-    dynamic: names of the fields that change in time. fingerprint: hex SHA-256 of what the data are, wherever they lie.
+    stores: in the order of time. grid: with the static fields that were asked for. dynamic: names of the fields that
+    change in time. fingerprint: hex SHA-256 of what the data are, wherever they lie.
+    """
+
+    stores: tuple[Store, ...]
+    grid: Grid
+    dynamic: tuple[str, ...]
+    fingerprint: str
+
+
+class GriddedSource:
+    """Physical fields by name and hour. Built by `open_source` and `open_indexed`.
+
+    times: datetime64[h] [T], strictly increasing over all files. grid, dynamic, fingerprint: those of the index.
     In memory or not, the same values come out. Handles are opened at the first read; `close` before forking, since
     those of HDF5 are not made to be shared.
     """
 
-    def __init__(self, contents: Sequence[StoreContent], grid: Grid, dynamic: tuple[str, ...]):
-        self.times = np.concatenate([content.times for content in contents])
-        self.grid = grid
-        self.dynamic = dynamic
-        self._paths: list[Path] = [content.path for content in contents]
-        self._first = np.cumsum([0] + [len(content.times) for content in contents])
+    def __init__(self, index: SourceIndex):
+        self.times = np.concatenate([store.times for store in index.stores])
+        self.grid, self.dynamic, self.fingerprint = index.grid, index.dynamic, index.fingerprint
+        self._stores = index.stores
+        self._first = np.cumsum([0] + [len(store.times) for store in index.stores])
         self._handles: dict[int, xr.Dataset] = {}
         self._fields: np.ndarray | None = None  # [T, D, H, W] once loaded
-        self.fingerprint = self._compute_fingerprint()
 
     @property
     def in_memory(self) -> bool:
@@ -63,7 +74,7 @@ class GriddedSource:
             wanted, back = np.unique(indices[chosen] - self._first[store], return_inverse=True)
             contiguous = len(wanted) == wanted[-1] - wanted[0] + 1
             selection = slice(int(wanted[0]), int(wanted[-1]) + 1) if contiguous else wanted
-            values[chosen] = read_times(self._open(store), name, selection, self._paths[store])[back]
+            values[chosen] = read_times(self._open(store), name, selection, self._stores[store].path)[back]
         return values
 
     def snapshot(self, names: Sequence[str], index: int) -> np.ndarray:
@@ -71,7 +82,7 @@ class GriddedSource:
         if self._fields is not None:
             return self._fields[index, [self.dynamic.index(name) for name in names]]
         store = int(np.searchsorted(self._first, index, side="right")) - 1
-        dataset, path, position = self._open(store), self._paths[store], int(index - self._first[store])
+        dataset, path, position = self._open(store), self._stores[store].path, int(index - self._first[store])
         values = np.empty((len(names), *self.grid.shape), np.float32)
         for row, name in enumerate(names):
             values[row] = read_times(dataset, name, slice(position, position + 1), path)[0]
@@ -111,11 +122,14 @@ class GriddedSource:
 
     def _open(self, store: int) -> xr.Dataset:
         if store not in self._handles:
-            self._handles[store] = open_store(self._paths[store])
+            self._handles[store] = self._stores[store].open()
         return self._handles[store]
 
-    def _compute_fingerprint(self) -> str:
-        """SHA-256 over names, units, shape, times, coordinates, static fields and three hours of every field."""
+    def compute_fingerprint(self) -> str:
+        """SHA-256 over names, units, shape, times, coordinates, static fields and three hours of every field.
+
+        Those hours are read by this process, whoever made the index.
+        """
         digest = hashlib.sha256()
 
         def add(label: str, values: np.ndarray, dtype: str) -> None:
@@ -140,16 +154,32 @@ class GriddedSource:
 
 
 def open_source(path: str, variables: Sequence[str], in_memory: bool | None = None) -> GriddedSource:
-    """Open the data set at `path` for the dynamic and static `variables` (computed ones need nothing and may be named).
+    """`index_source` and `open_indexed` in one process."""
+    return open_indexed(index_source(path, variables), in_memory)
 
-    `in_memory`: hold the dynamic fields; None: if they take at most 2 GiB. Stores in a folder must agree in grid and
-    static fields and not overlap in time. A units attribute that is absent is logged and taken to be what is expected.
-    Raises MissingPath and DataError, naming the file (see `topoflow.data.stores`).
+
+def open_indexed(index: SourceIndex, in_memory: bool | None = None) -> GriddedSource:
+    """The data set of an index that this or another process made; no metadata are looked at.
+
+    `in_memory`: hold the dynamic fields; None: if they take at most 2 GiB. Raises DataError, naming the file.
+    """
+    source = GriddedSource(index)
+    if in_memory or (in_memory is None and source.size_bytes <= IN_MEMORY_LIMIT_BYTES):
+        source.load()
+    return source
+
+
+def index_source(path: str, variables: Sequence[str]) -> SourceIndex:
+    """Look at the data set at `path` for the dynamic and static `variables` (computed ones may be named).
+
+    Stores in a folder must agree in grid and static fields and not overlap in time. A units attribute that is absent
+    is logged and taken to be what is expected. Raises MissingPath and DataError, naming the file (see
+    `topoflow.data.stores`).
     """
     dynamic = tuple(dict.fromkeys(name for name in variables if VARIABLES[name].kind == "dynamic"))
     static = tuple(dict.fromkeys(name for name in variables if VARIABLES[name].kind == "static"))
     contents = [inspect_store(store, dynamic, static) for store in find_stores(path)]
-    contents.sort(key=lambda content: content.times[0])
+    contents.sort(key=lambda content: content.store.times[0])
     _check_agreement(contents)
     without_units = sorted({name for content in contents for name in content.without_units})
     if without_units:
@@ -163,28 +193,27 @@ def open_source(path: str, variables: Sequence[str], in_memory: bool | None = No
         elevation_m=first.statics.get("elevation"),
         population=first.statics.get("population"),
     )
-    source = GriddedSource(contents, grid, dynamic)
-    if in_memory or (in_memory is None and source.size_bytes <= IN_MEMORY_LIMIT_BYTES):
-        source.load()
-    return source
+    index = SourceIndex(tuple(content.store for content in contents), grid, dynamic, fingerprint="")
+    return replace(index, fingerprint=GriddedSource(index).compute_fingerprint())
 
 
 def _check_agreement(contents: Sequence[StoreContent]) -> None:
     first = contents[0]
     for before, content in itertools.pairwise(contents):
-        if content.times[0] <= before.times[-1]:
+        store, earlier = content.store, before.store
+        if store.times[0] <= earlier.times[-1]:
             raise DataError(
-                f"data.path: {content.path} begins at {content.times[0]}, {before.path} ends at {before.times[-1]}: "
+                f"data.path: {store.path} begins at {store.times[0]}, {earlier.path} ends at {earlier.times[-1]}: "
                 "expected stores that do not overlap in time"
             )
         if not (same_place(content.grid.lat2d, first.grid.lat2d) and same_place(content.grid.lon2d, first.grid.lon2d)):
             raise DataError(
-                f"data.path: {content.path} ({_extent(content.grid)}) and {first.path} ({_extent(first.grid)}) "
+                f"data.path: {store.path} ({_extent(content.grid)}) and {first.store.path} ({_extent(first.grid)}) "
                 "disagree in grid"
             )
         for name, field in content.statics.items():
             if not np.array_equal(field, first.statics[name], equal_nan=True):
-                raise DataError(f"data.path: {content.path} and {first.path} disagree in variable {name!r}")
+                raise DataError(f"data.path: {store.path} and {first.store.path} disagree in variable {name!r}")
 
 
 def _extent(grid: Grid) -> str:

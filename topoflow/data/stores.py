@@ -1,6 +1,7 @@
 """The files of a gridded data set: finding them, opening them, and refusing those that are not what they should be."""
 
 import json
+import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +20,34 @@ _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError)
 
 
 @dataclass(frozen=True)
-class StoreContent:
-    """What one store was found to hold; nothing of it stays open.
+class Store:
+    """One store as it was found: a value that another process can be sent, and opens it from.
 
-    times: datetime64[h] [T], strictly increasing. grid: without static fields. statics: float32 [H, W] by name.
-    without_units: the variables whose units attribute is absent.
+    times: datetime64[h] [T], strictly increasing. handle: what xarray pickles of the opened store. Opened from it, a
+    Zarr store costs no look at its metadata, of which there is a file for each variable; NetCDF is opened again.
     """
 
     path: Path
     times: np.ndarray
+    handle: bytes
+
+    def open(self) -> xr.Dataset:
+        """The store, opened. DataError if it is not here, as on a node that does not see the file system."""
+        # looked for, since the parts of a Zarr array that are not there read as missing values
+        if not self.path.exists():
+            raise DataError(f"data.path: {self.path} does not exist here: expected the store that the run began with")
+        return pickle.loads(self.handle)
+
+
+@dataclass(frozen=True)
+class StoreContent:
+    """What one store was found to hold; nothing of it stays open.
+
+    grid: without static fields. statics: float32 [H, W] by name. without_units: the variables whose units attribute is
+    absent.
+    """
+
+    store: Store
     grid: Grid
     statics: dict[str, np.ndarray]
     without_units: tuple[str, ...]
@@ -92,6 +112,7 @@ def inspect_store(path: Path, dynamic: tuple[str, ...], static: tuple[str, ...])
     times that are not increasing whole hours, and static fields with NaN in elevation or infinite values.
     """
     with open_store(path) as dataset:
+        handle = pickle.dumps(dataset)  # without its fields: none has been read
         for name in (*dynamic, *static):
             if name not in dataset.variables:
                 held = ", ".join(sorted(map(str, dataset.data_vars))) or "none"
@@ -106,7 +127,7 @@ def inspect_store(path: Path, dynamic: tuple[str, ...], static: tuple[str, ...])
         grid = build_grid(*_coordinates(dataset, rows, columns, path), where=f"data.path: {path}")
         statics = {name: _static_field(dataset.variables[name], name, rows, columns, path) for name in static}
         without_units = tuple(name for name in (*dynamic, *static) if "units" not in dataset.variables[name].attrs)
-    return StoreContent(path, times, grid, statics, without_units)
+    return StoreContent(Store(path, times, handle), grid, statics, without_units)
 
 
 def _is_consolidated(path: Path) -> bool:

@@ -2,10 +2,10 @@
 
 import hashlib
 import importlib
-import os
+import secrets
 import socket
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -15,57 +15,88 @@ import torch.distributed as dist
 
 from topoflow import errors
 from topoflow.config import DistributedConfig
+from topoflow.distributed.environment import connect_when_needed
+from topoflow.distributed.hub import Hub, allow_connections
 from topoflow.distributed.launch import Launch
+from topoflow.distributed.roll_call import require_distinct_processes
+from topoflow.distributed.watch import Watch
 from topoflow.errors import ConfigError, RanksDisagree, Refusal
 
 
 class Context:
     """This process among the others. With one process every operation is trivial and no group exists."""
 
-    def __init__(self, launch: Launch, device: torch.device):
+    def __init__(self, launch: Launch, device: torch.device, watch: Watch | None = None):
         self.launch, self.device = launch, device
         self.rank, self.world_size, self.is_main = launch.rank, launch.world_size, launch.is_main
+        self.watch = watch or Watch(launch)
 
     def gather_objects(self, item: Any) -> list[Any]:
         """`item` of every process, in the order of ranks, on every process (pickled, over the host)."""
         if self.world_size == 1:
             return [item]
-        gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, item)
-        return gathered
+        # up a binary tree and down by broadcast: log2 n messages in a row, where gloo's own gather passes a ring of n
+        items, bit = [item], 1
+        box: list[Any] = [None]
+        with self.watch.waiting():
+            while bit < self.world_size:
+                if self.rank & bit:
+                    dist.send_object_list([items], self.rank - bit, device=torch.device("cpu"))
+                    break
+                if self.rank + bit < self.world_size:
+                    dist.recv_object_list(box, self.rank + bit, device=torch.device("cpu"))
+                    items += box[0]
+                bit *= 2
+            box = [items]
+            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
 
     def broadcast_object(self, item: Any) -> Any:
         """Rank 0's `item` on every process (pickled, over the host)."""
         if self.world_size == 1:
             return item
         box = [item]
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        with self.watch.waiting():
+            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
     def broadcast_tensor(self, tensor: torch.Tensor) -> None:
         """Overwrite `tensor` by rank 0's, in place."""
         if self.world_size > 1:
-            dist.broadcast(tensor, src=0)
+            with self.watch.waiting():
+                dist.broadcast(tensor, src=0)
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum `tensor` over all processes, in place; returned for convenience."""
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            with self.watch.waiting():
+                dist.all_reduce(tensor)
         return tensor
 
     def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """[n, ...] of each process -> [world_size * n, ...] in the order of ranks, on every process."""
+        """[n, ...] of each process -> [world_size * n, ...] in the order of ranks, on the host of every process."""
         if self.world_size == 1:
             return rows
-        gathered = rows.new_empty((self.world_size * rows.shape[0], *rows.shape[1:]))
-        dist.all_gather(list(gathered.chunk(self.world_size)), rows.contiguous())
-        return gathered
+        table = torch.empty((self.world_size, *rows.shape), dtype=rows.dtype)
+        table[self.rank] = rows
+        bit = 1
+        with self.watch.waiting():
+            while bit < self.world_size:  # as in gather_objects; a slice that ends past the last rank ends there
+                if self.rank & bit:
+                    dist.send(table[self.rank : self.rank + bit], self.rank - bit)
+                    break
+                if self.rank + bit < self.world_size:
+                    dist.recv(table[self.rank + bit : self.rank + 2 * bit], self.rank + bit)
+                bit *= 2
+            dist.broadcast(table, src=0)
+        return table.flatten(0, 1)
 
     def exchange(self, partner: int, sent: torch.Tensor, received: torch.Tensor) -> None:
         """Send one tensor to the process `partner` while it sends one here, which overwrites `received`."""
         operations = [dist.P2POp(dist.isend, sent, partner), dist.P2POp(dist.irecv, received, partner)]
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
+        with self.watch.waiting():
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
 
     @contextmanager
     def together(self, phase: str) -> Iterator[None]:
@@ -75,6 +106,7 @@ class Context:
             Refusal: of the first process that raised one; if not all said the same, the message names its rank.
         """
         refusal = None
+        self.watch.mark(phase)
         try:
             yield
         except Refusal as error:
@@ -90,16 +122,20 @@ class Context:
         shared.shared = True
         raise shared from refusal
 
+    def are_same(self, values: Mapping[str, str]) -> bool:
+        """Whether `values` {name: what is held} are equal on all processes; only their hash travels."""
+        text = "\n".join(f"{name}={values[name]}" for name in sorted(values))
+        digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.int64)
+        rows = self.gather_rows(digest.unsqueeze(0))
+        return bool((rows == rows[0]).all())
+
     def require_same(self, values: Mapping[str, str], what: str) -> None:
         """Prove that `values` {name: what is held} are equal on all processes; only their hash travels if they are.
 
         Raises:
             RanksDisagree: naming the first name that differs, and the ranks that differ from most others.
         """
-        text = "\n".join(f"{name}={values[name]}" for name in sorted(values))
-        digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.int64)
-        rows = self.gather_rows(digest.unsqueeze(0).to(self.device))
-        if (rows == rows[0]).all():
+        if self.are_same(values):
             return
         gathered = self.gather_objects(dict(values))
         for name in sorted({name for held in gathered for name in held}):
@@ -114,50 +150,54 @@ class Context:
 
 
 @contextmanager
-def distributed_context(launch: Launch, config: DistributedConfig, device: torch.device) -> Iterator[Context]:
+def distributed_context(
+    launch: Launch,
+    config: DistributedConfig,
+    device: torch.device,
+    last_words: Callable[[int, str], None] | None = None,
+) -> Iterator[Context]:
     """Join the process group of the launch (none for one process), leave it at the end.
 
+    While the block runs, the ranks watch each other: where one raises, is lost or does not arrive, all end.
+
+    Args: last_words, see `Watch`.
+
     Raises:
-        RanksDisagree: not all processes arrived within `distributed.setup_timeout_seconds`.
+        RanksDisagree: not all processes arrived within `distributed.setup_timeout_seconds`; in the block, another rank
+            failed first, was lost, or did not arrive.
     """
-    context = Context(launch, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if launch.world_size == 1:
-        yield context
+        yield Context(launch, device)
         return
-    _join(launch, config, device)
+    watch = Watch(launch, config.setup_timeout_seconds, config.timeout_seconds, last_words)
+    hub = None
     try:
-        yield context
+        hub = _join(launch, config, device, watch)
+        yield Context(launch, device, watch)
+    except BaseException as error:
+        if not (isinstance(error, Refusal) and error.shared):
+            verdict = watch.explain(error)
+            if verdict is not None:
+                raise verdict.refusal() from error
+        raise
     finally:
-        dist.destroy_process_group()
+        watch.leave()
+        # NCCL waits here for what it began, which after a failure has no end; the process has one
+        if dist.is_initialized() and (watch.verdict is None or device.type == "cpu"):
+            dist.destroy_process_group()
+        if hub is not None and watch.verdict is None:
+            hub.close()
 
 
-def require_distinct_ranks(store: dist.Store, launch: Launch) -> None:
-    """Prove that no two of the processes that meet at `store` have the same rank: the first to come asks all others.
-
-    Raises:
-        ConfigError: on every process, naming two that have.
-    """
-    number = store.add("arrived", 1) - 1
-    store.set(f"process {number}", f"{launch.rank} process {os.getpid()} on {socket.gethostname()}")
-    if number == 0:
-        processes: dict[str, str] = {}
-        refusal = ""
-        for other in range(launch.world_size):
-            rank, _, who = store.get(f"process {other}").decode().partition(" ")
-            if rank in processes:
-                refusal = f"environment: rank {rank} is that of {processes[rank]} and of {who}: expected one of each"
-            processes[rank] = who
-        store.set("refusal", refusal)
-    refusal = store.get("refusal").decode()
-    if refusal:
-        error = ConfigError(refusal)
-        error.shared = True
-        raise error
-
-
-def _join(launch: Launch, config: DistributedConfig, device: torch.device) -> None:
+def _join(
+    launch: Launch,
+    config: DistributedConfig,
+    device: torch.device,
+    watch: Watch,
+) -> Hub | None:
+    """Meet the other processes: at the store, at the hub (returned on rank 0), and in the process group."""
     # Host tensors and objects go over gloo beside the devices' own backend.
     on_device = {"auto": "nccl" if device.type == "cuda" else "gloo"}.get(config.backend, config.backend)
     backend = "gloo" if device.type == "cpu" else f"cpu:gloo,cuda:{on_device}"
@@ -166,23 +206,49 @@ def _join(launch: Launch, config: DistributedConfig, device: torch.device) -> No
     if device.type == "cuda" and on_device == "gloo" and config.reduction == "canonical":
         raise ConfigError("distributed.backend: 'gloo' sends nothing between GPUs one by one: expected nccl or auto")
     setup = timedelta(seconds=config.setup_timeout_seconds)
-    url = "env://" if launch.launcher == "torchrun" else f"tcp://{launch.address}:{launch.port}"
     # DDP and the optimizers import it sooner or later. Imported for the first time while a group exists, it keeps that
     # group, and with it gloo's threads, to the end of the interpreter, which then may abort (torch 2.13).
     importlib.import_module("torch._dynamo")
+    connect_when_needed()
+    hub = None
+    if launch.is_main:
+        allow_connections(launch.world_size)
     try:
-        store, _, _ = next(dist.rendezvous(url, launch.rank, launch.world_size, timeout=setup))
-        store.set_timeout(setup)
-        require_distinct_ranks(dist.PrefixStore("topoflow", store), launch)
+        store = _meet(launch, setup)
+        require_distinct_processes(dist.PrefixStore("topoflow", store), launch, device)
+        if launch.is_main:
+            hub = Hub(launch.world_size, secrets.token_hex(16), lambda: watch.phase)
+            store.set("watch", f"{hub.port} {hub.token}")
+        port, token = store.get("watch").decode().split()
+        watch.connect("localhost" if launch.is_main else launch.address, int(port), token)
         dist.init_process_group(
             backend,
             store=store,
             rank=launch.rank,
             world_size=launch.world_size,
-            timeout=timedelta(seconds=config.timeout_seconds),
+            # the watch knows sooner, and who; this is for the case that it fails itself
+            timeout=timedelta(seconds=10 * max(config.setup_timeout_seconds, config.timeout_seconds)),
         )
+    except OSError as error:
+        raise RanksDisagree(
+            f"set-up: rank {launch.rank} on {socket.gethostname()}: no connection to rank 0 at {launch.address}: "
+            f"{error.strerror or error}"
+        ) from None
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         raise RanksDisagree(
             f"set-up: rank {launch.rank} of {launch.world_size} on {socket.gethostname()} did not meet the others at "
             f"{launch.address}:{launch.port} within {config.setup_timeout_seconds:g} s: {str(error).splitlines()[0]}"
         ) from None
+    return hub
+
+
+def _meet(launch: Launch, timeout: timedelta) -> dist.Store:
+    """The store that all processes share: torchrun's own, else one that rank 0 opens at the launch's address."""
+    if launch.launcher == "torchrun":
+        store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))
+        store.set_timeout(timeout)
+        return store
+    # not waiting for the others here: torch's wait would count them, and not say who is missing
+    return dist.TCPStore(
+        launch.address, launch.port, launch.world_size, launch.is_main, timeout=timeout, wait_for_workers=False
+    )

@@ -1,0 +1,254 @@
+"""launch/srun.sh and the batch scripts, with a SLURM made of a few shell scripts (tests/slurm has a real one)."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+BATCH = ("train.sbatch", "lumi.sbatch")
+USER = f"tester{os.getpid()}"
+
+# runs what it is told to as the second task of two on a node, and notes its own options and the signals it gets
+SRUN = """#!/usr/bin/env bash
+printf '%s\\n' "$SRUN_CPUS_PER_TASK" >> "$NOTES/cpus"
+while [[ $1 = -* ]]; do echo "$1" >> "$NOTES/options"; shift; done
+for name in USR1 TERM; do trap "echo $name >> $NOTES/signals; kill -s $name \\$task" $name; done
+SLURM_PROCID=1 SLURM_LOCALID=1 SLURM_NODEID=0 SLURM_STEP_NUM_TASKS=2 "$@" &
+task=$!
+status=0
+while wait $task || status=$?; [ $status -gt 128 ] && kill -0 $task 2>/dev/null; do status=0; done
+exit "${SRUN_STATUS:-$status}"
+"""
+# stands for the program: it tells what it was given
+PYTHON = f"""#!/usr/bin/env bash
+case "$*" in
+  *topoflow.config*) echo "$RUN_DIR" ;;
+  -c*) exec {sys.executable} "$@" ;;
+  *train.py*)
+    printf '%s\\n' "$@" > "$NOTES/arguments"
+    env > "$NOTES/environ"
+    [ -z "${{WAIT_FOR_USR1-}}" ] || exec {sys.executable} -c "
+import pathlib, signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+pathlib.Path('$NOTES/waiting').touch()
+signal.sigwait([signal.SIGUSR1])
+raise SystemExit(75)"
+    if [ -n "${{EXIT_JSON-}}" ]; then echo "$EXIT_JSON" > "$RUN_DIR/exit.json"; fi
+    exit "${{TASK_STATUS:-0}}" ;;
+esac
+"""
+NOTE = """#!/usr/bin/env bash
+echo "$*" >> "$NOTES/{name}"
+{answer}
+"""
+
+
+class Machine:
+    """A project's folder with copies of the scripts, and a PATH on which SLURM's commands and Python are stand-ins."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.notes, self.run_dir = folder / "a project", folder / "notes", folder / "run"
+        for made in (self.folder, self.notes, self.run_dir, folder / "bin"):
+            made.mkdir()
+        shutil.copytree(LAUNCH, self.folder / "launch")
+        for name, text in (
+            ("srun", SRUN),
+            ("python3", PYTHON),
+            ("scontrol", NOTE.format(name="scontrol", answer="exit ${SCONTROL_STATUS:-0}")),
+            ("squeue", NOTE.format(name="squeue", answer='cat "$NOTES/state" 2>/dev/null')),
+            # the controller answers from the second question on
+            ("sleep", NOTE.format(name="sleep", answer='echo RUNNING > "$NOTES/state"')),
+        ):
+            (folder / "bin" / name).write_text(text)
+            (folder / "bin" / name).chmod(0o755)
+        self.environ = {
+            "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "NOTES": str(self.notes), "RUN_DIR": str(self.run_dir),
+            "SLURM_JOB_ID": "17", "SLURM_CPUS_PER_TASK": "7", "USER": USER,
+        }  # fmt: skip
+
+    def start(self, script: str, **environ: str) -> subprocess.Popen:
+        command = ["bash", str(self.folder / "launch" / script), "my config.yaml", "train.max_steps=3"]
+        return subprocess.Popen(
+            command, cwd=self.folder, env=self.environ | environ, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def run(self, script: str, **environ: str) -> tuple[int, str]:
+        process = self.start(script, **environ)
+        _, said = process.communicate(timeout=60)
+        return process.returncode, said
+
+    def read(self, name: str) -> list[str]:
+        path = self.notes / name
+        return path.read_text().splitlines() if path.exists() else []
+
+    def read_environ(self) -> dict[str, str]:
+        return dict(line.split("=", 1) for line in self.read("environ") if "=" in line)
+
+
+@pytest.fixture
+def machine(tmp_path):
+    yield Machine(tmp_path)
+    for cache in Path("/tmp").glob(f"{USER}-miopen-*"):
+        cache.rmdir()
+
+
+@pytest.mark.parametrize("name", [path.name for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch")])
+def test_shellcheck_has_nothing_to_say(name):
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    checked = subprocess.run(["shellcheck", "-x", f"launch/{name}"], cwd=LAUNCH.parent, capture_output=True, text=True)
+    assert (checked.returncode, checked.stdout) == (0, "")
+
+
+def directives(name: str) -> list[str]:
+    """The #SBATCH lines that SLURM heeds: those above the first command."""
+    found = []
+    for line in (LAUNCH / name).read_text().splitlines():
+        if line.startswith("#SBATCH "):
+            found.append(line.removeprefix("#SBATCH "))
+        elif line.strip() and not line.startswith("#"):
+            break
+    return found
+
+
+@pytest.mark.parametrize("name", BATCH)
+def test_a_batch_script_asks_slurm_for_what_the_program_relies_on(name):
+    assert {"--requeue", "--open-mode=append", "--signal=USR1@300", "--output=slurm-%j.out"} <= set(directives(name))
+    assert any(option.startswith("--time=") for option in directives(name))
+    assert len(directives(name)) == len(re.findall("^#SBATCH ", (LAUNCH / name).read_text(), re.MULTILINE))
+
+
+def test_lumi_sbatch_asks_for_all_devices_of_a_node_and_a_task_for_each():
+    assert {"--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=7"} <= set(directives("lumi.sbatch"))
+
+
+SITE_BLOCK = re.compile(
+    "^# ---- what differs between sites.*?^# ---- end of what differs.*?$", re.MULTILINE | re.DOTALL
+)
+OF_A_SITE = ("hsn", "lumi", "miopen", "rocr_", "mask_cpu", "partition", "account", "gpus-per-node", "module load")
+NEVER = (
+    "NCCL_NET_GDR_LEVEL",
+    # watchdog, heartbeat, error handling: off-switches of what ends a hanging job
+    "TORCH_NCCL_", "NCCL_ASYNC_ERROR_HANDLING", "NCCL_BLOCKING_WAIT", "TORCH_DISABLE", "NCCL_IB_DISABLE",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["env.sh", "srun.sh", "torchrun.sh", *BATCH])
+def test_nothing_of_a_site_stands_outside_its_block_and_nothing_forced_anywhere(name):
+    text = (LAUNCH / name).read_text()
+    assert not [word for word in NEVER if word in text]
+    outside = re.sub(
+        r"launch/lumi\.sbatch|LUMI-G, from|--account=project_\.\.\. ", "", SITE_BLOCK.sub("", text)
+    ).lower()
+    assert not [word for word in OF_A_SITE if word in outside]
+    assert bool(SITE_BLOCK.search(text)) == (name in BATCH)
+
+
+def test_each_device_of_lumi_has_seven_cores_of_its_own():
+    masks = re.search("^cpu_bind=mask_cpu:(.*)$", (LAUNCH / "lumi.sbatch").read_text(), re.MULTILINE)[1].split(",")
+    cores = [[core for core in range(64) if int(mask, 16) >> core & 1] for mask in masks]
+    # docs.lumi-supercomputer.eu: devices 0-7 are next to these groups of eight cores, of which the first is reserved
+    assert cores == [list(range(8 * group + 1, 8 * group + 8)) for group in (6, 7, 2, 3, 0, 1, 4, 5)]
+
+
+def test_a_task_is_the_program_itself(machine):
+    process = machine.start("srun.sh", TASK_STATUS="4")
+    process.communicate(timeout=60)
+    assert process.returncode == 4
+    assert machine.read("arguments") == [f"{machine.folder}/train.py", "my config.yaml", "train.max_steps=3"]
+    assert machine.read_environ()["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_signal_to_a_starting_task_waits_until_the_program_asks_for_it(machine):
+    """A Python that takes a while to start would die of it."""
+    (machine.folder / "train.py").write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "pathlib.Path(os.environ['NOTES'], 'starting').touch()\n"
+        "time.sleep(0.5)\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))\n"
+        "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])\n"
+        "time.sleep(30)\n"
+    )
+    python = machine.folder.parent / "bin/python3"
+    python.unlink()
+    python.symlink_to(sys.executable)
+    process = machine.start("srun.sh")
+    wait_for(machine.notes / "starting")
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(20) == 75
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not come"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("script", BATCH)
+def test_a_batch_script_runs_the_program_in_each_task_and_gives_its_status(machine, script):
+    assert machine.run(script, TASK_STATUS="3") == (3, "")
+    assert machine.read("arguments") == [f"{machine.folder}/train.py", "my config.yaml", "train.max_steps=3"]
+    assert "--kill-on-bad-exit=1" in machine.read("options")
+    assert machine.read("cpus") == ["7"]
+    assert machine.read("scontrol") == []
+
+
+def test_a_task_on_lumi_has_one_device_and_a_cache_of_its_node_and_start(machine):
+    assert machine.run("lumi.sbatch", SLURM_RESTART_COUNT="2") == (0, "")
+    cache = Path(f"/tmp/{USER}-miopen-17-2-0")
+    assert cache.is_dir()
+    found = machine.read_environ()
+    assert found["ROCR_VISIBLE_DEVICES"] == found["SLURM_LOCALID"] == "1"
+    assert found["MIOPEN_USER_DB_PATH"] == found["MIOPEN_CUSTOM_CACHE_DIR"] == str(cache)
+    assert found["NCCL_SOCKET_IFNAME"] == "hsn0,hsn1,hsn2,hsn3"
+    assert machine.read("options")[1].startswith("--cpu-bind=mask_cpu:0xfe000000000000,")
+
+
+ARRAY = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
+
+
+@pytest.mark.parametrize(
+    ("state", "environ", "status", "requeued"),
+    [
+        ("RUNNING", {"TASK_STATUS": "75"}, 75, ["requeue 17"]),
+        ("RUNNING", {"TASK_STATUS": "75", **ARRAY}, 75, ["requeue 12_3"]),
+        # a task was killed because another had ended; rank 0 says why
+        ("RUNNING", {"SRUN_STATUS": "137", "EXIT_JSON": json.dumps({"status": 75})}, 75, ["requeue 17"]),
+        ("RUNNING", {"SRUN_STATUS": "137", "EXIT_JSON": json.dumps({"status": 5})}, 5, []),
+        ("RUNNING", {"TASK_STATUS": "2"}, 2, []),
+        ("RUNNING", {}, 0, []),
+        # cancelled, or requeued by SLURM: scontrol would bring a cancelled job back to life
+        ("COMPLETING", {"TASK_STATUS": "75"}, 75, []),
+        ("CANCELLED", {"TASK_STATUS": "75"}, 75, []),
+        # the controller does not answer at first
+        ("", {"TASK_STATUS": "75"}, 75, ["requeue 17"]),
+        ("RUNNING", {"TASK_STATUS": "75", "SCONTROL_STATUS": "1"}, 75, ["requeue 17"] * 3),
+    ],
+)  # fmt: skip
+def test_a_job_that_was_stopped_goes_back_into_the_queue(machine, state, environ, status, requeued):
+    (machine.run_dir / "exit.json").write_text(json.dumps({"status": 75}))  # of an earlier start
+    (machine.notes / "state").write_text(state)
+    assert machine.run("train.sbatch", **environ)[0] == status
+    assert machine.read("scontrol") == requeued
+
+
+# --signal=B:USR1@300, and TERM, on which srun would kill its tasks
+@pytest.mark.parametrize("sent", ["USR1", "TERM"])
+def test_a_signal_to_the_batch_script_alone_stops_its_tasks(machine, sent):
+    (machine.notes / "state").write_text("RUNNING")
+    process = machine.start("train.sbatch", WAIT_FOR_USR1="1")
+    wait_for(machine.notes / "waiting")
+    process.send_signal(getattr(signal, f"SIG{sent}"))
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, machine.read("signals"), machine.read("scontrol")) == (75, ["USR1"], ["requeue 17"])
+    assert said == ""

@@ -1,0 +1,71 @@
+"""What can befall one rank: `python misfortunes.py KIND:PHASE:RANK CONFIG ...` is train.py, and that rank meets it.
+
+KIND: raises | killed | exits | sleeps | stopped | other_config. PHASE: data | resume | step | validation | save.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+
+import topoflow.checkpoint.directory
+import train
+from topoflow.data import ForecastData
+from topoflow.trainer import Trainer
+
+STEP = 3
+"""The optimizer step, or the validation or save after it, that is met with."""
+
+
+def befall(kind: str) -> None:
+    """Let this process end, or go no further."""
+    print(f"it befalls at {time.time()!r}", file=sys.stderr, flush=True)
+    if kind == "raises":
+        raise ZeroDivisionError("a misfortune")
+    if kind == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "exits":
+        os._exit(0)
+    if kind == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(1e6)
+
+
+def prepare(kind: str, phase: str, rank: int) -> None:
+    """Arrange for it, where this process is that rank."""
+    if train.read_launch().rank != rank:
+        return
+    if kind == "other_config":
+        load = train.load_config
+        train.load_config = lambda path, overrides: load(path, [*overrides, "optim.learning_rate=0.5"])
+        return
+    owner, name, is_there = {
+        "data": (ForecastData, "summary" if rank == 0 else "dataset", lambda self: True),
+        "resume": (train, "prove", lambda *_: True),
+        "step": (Trainer, "train_step", lambda self: self.state.progress.step + 1 == STEP),
+        "validation": (Trainer, "_to_device", lambda self: self.context.watch.phase.startswith("validation")),
+        "save": (topoflow.checkpoint.directory.CheckpointDirectory, "save", lambda self: True),
+    }[phase]
+    original = getattr(owner, name)
+
+    def meet(*arguments, **options):
+        if is_there(arguments[0]):
+            befall(kind)
+        return original(*arguments, **options)
+
+    setattr(owner, name, meet)
+
+
+def main(words: list[str]) -> int:
+    """Run train.py with the misfortune that the first word names."""
+    kind, phase, rank = words[0].split(":")
+    prepare(kind, phase, int(rank))
+    return train.main(words[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

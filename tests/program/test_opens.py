@@ -1,0 +1,111 @@
+"""Who opens which files when several ranks resume: counted in each process, and by the kernel for all of them."""
+
+import ctypes
+import ctypes.util
+import json
+import os
+import struct
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from benchmarks.phases import WHOLE, record_phases
+from topoflow.data.demo_world import make_demo_data
+from topoflow.data.stores import Store, open_store
+
+IN_CLOSE_NOWRITE, IN_OPEN = 0x10, 0x20
+ON_DISK = ("data.in_memory=false", "data.workers=0", "train.global_batch_size=12")
+
+
+@contextmanager
+def opens_of(file: Path):
+    """A function that gives how often any process has opened `file` since (inotify, Linux).
+
+    The kernel makes one event of two that are alike and follow each other unread, so the closes between are asked for.
+    """
+    libc = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True)
+    descriptor = libc.inotify_init1(os.O_NONBLOCK)
+    watch = libc.inotify_add_watch(descriptor, os.fsencode(file), IN_OPEN | IN_CLOSE_NOWRITE)
+    assert watch >= 0, os.strerror(ctypes.get_errno())
+    count = 0
+
+    def opens():
+        nonlocal count
+        try:
+            while events := os.read(descriptor, 2**16):
+                # of a watched file; no names follow
+                count += sum(mask == IN_OPEN for _, mask, _, _ in struct.iter_unpack("iIII", events))
+        except BlockingIOError:
+            return count
+
+    try:
+        yield opens
+    finally:
+        os.close(descriptor)
+
+
+@pytest.fixture
+def saved_run(forked, program):
+    """A run of three ranks that has saved step 2."""
+    ending = forked.run(program.command("train.max_steps=2", *ON_DISK)[2:], 3)
+    assert ending.done, ending.said
+    return program.folder / "run" / "checkpoints" / "step-00000002"
+
+
+def test_one_rank_opens_checkpoint_and_metadata_once(forked, program, world, saved_run, tmp_path):
+    (store,) = world.glob("*.zarr")
+    with opens_of(saved_run / "state.pt") as of_state, opens_of(store / "pm25" / "zarr.json") as of_metadata:
+        arguments = program.command("train.max_steps=4", *ON_DISK)[2:]
+        ending = forked.run(arguments, 3, prepare=partial(record_phases, tmp_path))
+        in_all = of_state(), of_metadata()
+    assert ending.done, ending.said
+    ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text())[-1] for rank in range(3)]
+    assert all(rank["phase"] == WHOLE for rank in ranks)
+    assert [rank["opens"].get("checkpoint", 0) for rank in ranks] == [1, 0, 0]
+    metadata = [rank["opens"].get("metadata", 0) for rank in ranks]
+    assert metadata[0] > 0
+    assert metadata[1:] == [0, 0]
+    assert in_all == (1, 1)  # none that a library opened past Python
+    assert all(rank["opens"]["chunks"] > 0 for rank in ranks)  # each reads its own samples from the files
+
+
+def see_another_copy(data: Path) -> None:
+    """Rank 1 is the first of another node, where the same path leads to another copy of the data."""
+    if os.environ["RANK"] == "1":
+        os.environ["LOCAL_RANK"] = "0"
+        Store.open = lambda store: open_store(data / store.path.name)
+
+
+@pytest.mark.parametrize("in_memory", ["true", "false"])
+def test_a_node_that_sees_other_data_is_refused(forked, program, tmp_path, in_memory):
+    make_demo_data(tmp_path / "data", days=10, grid=(8, 12), seed=1, progress=False)
+    arguments = program.command(f"data.in_memory={in_memory}")[2:]
+    ending = forked.run(arguments, 2, prepare=partial(see_another_copy, tmp_path / "data"))
+    assert ending.statuses == [5, 5], ending.said
+    assert "ranks disagree with the data open" in ending.said
+    assert "on rank(s) 1" in ending.said
+
+
+def see_nothing() -> None:
+    """Rank 1 is the first of another node, which does not see the file system."""
+    if os.environ["RANK"] == "1":
+        os.environ["LOCAL_RANK"] = "0"
+        exists = Path.exists
+        Path.exists = lambda path, **options: path.suffix != ".zarr" and exists(path, **options)
+
+
+def test_a_node_that_does_not_see_the_data_is_named(forked, program, world):
+    ending = forked.run(program.command(*ON_DISK)[2:], 2, prepare=see_nothing)
+    assert set(ending.statuses) == {2}, ending.said
+    (store,) = world.glob("*.zarr")
+    assert f"rank 1, data: data.path: {store} does not exist here" in ending.said
+
+
+def test_what_rank_0_refuses_is_said_once_and_in_its_own_words(forked, program):
+    ending = forked.run(program.command("data.path=nowhere")[2:], 2)
+    assert ending.statuses == [2, 2], ending.said
+    assert ending.said.count("nowhere") == 1
+    assert "data.path: nowhere does not exist" in ending.said
+    assert "rank 0" not in ending.said

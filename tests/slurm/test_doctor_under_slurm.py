@@ -1,0 +1,42 @@
+"""The doctor on several nodes, some of which are not as they should be."""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+# n2 has a file system of its own where the others share one, n3 a low limit and a variable that fits no interface
+TASK = """#!/bin/bash
+export PYTHONPATH=PROJECT OMP_NUM_THREADS=1
+doctor=(INTERPRETER -m topoflow doctor run.yaml run.dir=runs/run train.global_batch_size=12 --json)
+case $SLURMD_NODENAME in
+  n2) exec unshare --mount bash -c 'mount -t tmpfs tmpfs "$PWD/runs" && exec "$@"' mounted "${doctor[@]}" ;;
+  n3) ulimit -n 100; export GLOO_SOCKET_IFNAME=hsn0; exec "${doctor[@]}" ;;
+  *) exec "${doctor[@]}" ;;
+esac
+"""
+
+
+def test_each_node_is_told_what_is_wrong_with_it(cluster):
+    (cluster.folder / "runs").mkdir()
+    script = cluster.folder / "task.sh"
+    script.write_text(TASK.replace("PROJECT", str(ROOT)).replace("INTERPRETER", sys.executable))
+    script.chmod(0o755)
+    srun = cluster.run("srun", "-N3", "-n3", "--gpus-per-task=1", str(script))
+    assert srun.returncode == 1, srun.stdout + srun.stderr
+    assert srun.stdout, srun.stderr
+    report = json.loads(srun.stdout)
+    assert (report["launcher"], report["processes"]) == ("srun", 3)
+    assert [(item["node"], item["ranks"]) for item in report["nodes"]] == [("n1", [0]), ("n2", [1]), ("n3", [2])]
+    found = {item["check"]: {(one["node"], one["verdict"]) for one in item["findings"]} for item in report["checks"]}
+    assert found["run directory"] == {("n2", "FAIL")}
+    assert found["addresses"] == {("n3", "FAIL")}
+    assert found["limits"] == {("n3", "FAIL")}
+    # the cluster's GPUs are no GPUs
+    assert found["devices"] == {(node, "WARNING") for node in ("n1", "n2", "n3")}
+    assert found["software"] == found["clocks"] == found["data"] == set()
+    figures = {item["node"]: item["figures"] for item in report["nodes"]}
+    assert figures["n2"]["interface"] == "eth0"
+    assert all(figures[node]["network_bytes_per_second"] > 0 for node in figures)
+    assert not list((cluster.folder / "runs").iterdir())
