@@ -88,15 +88,15 @@ def draw_attack(draw: random.Random, world_size: int, saved_step: int | None, se
     return Attack(Kill(name, step, draw.randint(1, point.times)), rank=rank, everyone=everyone)
 
 
-def differences(run: Path, untouched: Path) -> list[str]:
-    """What a finished run has other than one that never stopped, by name."""
+def differences(run: Path, untouched: Path, steps: int = STEPS) -> list[str]:
+    """What a finished run of `steps` steps has other than one that never stopped, by name."""
     found = []
     ours, theirs = losses(run), losses(untouched)
     if ours != theirs:
         first = next((a, b) for a, b in itertools.zip_longest(ours, theirs) if a != b)
         found.append(f"loss {first[0]}: expected {first[1]}")
     ours, theirs = (
-        read_checkpoint(CheckpointDirectory(path / "checkpoints").folder(STEPS)) for path in (run, untouched)
+        read_checkpoint(CheckpointDirectory(path / "checkpoints").folder(steps)) for path in (run, untouched)
     )
     for part in ("model", "optimizer", "scheduler", "progress"):
         found += [f"{part}/{name}" for name in different_leaves(ours[part], theirs[part])]

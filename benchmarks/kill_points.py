@@ -63,16 +63,20 @@ class Fuse:
 
 def arm(kill: Kill, note: Path) -> None:
     """Let this process die at `kill`; `note` will say where it stood. For this process there is no way back."""
-    fuse = Fuse(kill, note)
+    lay(Fuse(kill, note), POINTS[kill.point])
+
+
+def lay(fuse: Fuse, point: "Point") -> None:
+    """Let `fuse` burn at `point`."""
 
     def count_step(self, batches):
         fuse.step = self.state.progress.step + 1
 
-    _wrap(trainer.Trainer, "train_step", before=count_step)
-    POINTS[kill.point].install(fuse)
+    wrap(trainer.Trainer, "train_step", before=count_step)
+    point.install(fuse)
 
 
-def _wrap(
+def wrap(
     owner: Any, name: str, before: Callable[..., None] | None = None, after: Callable[..., None] | None = None
 ) -> None:
     """Let owner.name call `before` first and `after` last, with its own arguments."""
@@ -97,7 +101,7 @@ def _in_forward(fuse: Fuse) -> None:
         if block.training:
             fuse.pass_by()
 
-    _wrap(Block, "forward", before=before)
+    wrap(Block, "forward", before=before)
 
 
 def _in_backward(fuse: Fuse) -> None:
@@ -114,11 +118,11 @@ def _in_backward(fuse: Fuse) -> None:
 
 def _in_optimizer_step(fuse: Fuse) -> None:
     """AdamW on CPU updates one parameter after another, each by addcdiv_."""
-    _wrap(torch.Tensor, "addcdiv_", after=fuse.pass_by)
+    wrap(torch.Tensor, "addcdiv_", after=fuse.pass_by)
 
 
 def _between_steps(fuse: Fuse) -> None:
-    _wrap(MetricsWriter, "train_step", after=fuse.pass_by)
+    wrap(MetricsWriter, "train_step", after=fuse.pass_by)
 
 
 def _at_the_end_of_an_epoch(fuse: Fuse) -> None:
@@ -126,11 +130,11 @@ def _at_the_end_of_an_epoch(fuse: Fuse) -> None:
         if epoch > 0 and first_step == 0:
             fuse.pass_by()
 
-    _wrap(trainer, "build_train_loader", before=before)
+    wrap(trainer, "build_train_loader", before=before)
 
 
 def _after_validation(fuse: Fuse) -> None:
-    _wrap(MetricsWriter, "validation", after=fuse.pass_by)
+    wrap(MetricsWriter, "validation", after=fuse.pass_by)
 
 
 def _in_a_loader_worker(fuse: Fuse) -> None:
@@ -140,7 +144,7 @@ def _in_a_loader_worker(fuse: Fuse) -> None:
         if torch.utils.data.get_worker_info() is not None:
             fuse.pass_by()
 
-    _wrap(ForecastDataset, "__getitem__", before=before)
+    wrap(ForecastDataset, "__getitem__", before=before)
 
 
 # ---- in a save
@@ -178,7 +182,7 @@ def _before_the_manifest(fuse: Fuse) -> None:
         if os.readlink(f"/proc/self/fd/{descriptor}").endswith("/state.pt"):
             fuse.pass_by()
 
-    _wrap(os, "fsync", after=after)
+    wrap(os, "fsync", after=after)
 
 
 def _on_move(fuse: Fuse, function: str, target: str, when: str) -> None:
@@ -188,7 +192,7 @@ def _on_move(fuse: Fuse, function: str, target: str, when: str) -> None:
         if re.fullmatch(target, Path(destination).name):
             fuse.pass_by()
 
-    _wrap(os, function, **{when: pass_by})
+    wrap(os, function, **{when: pass_by})
 
 
 def _while_deleting_an_old_checkpoint(fuse: Fuse) -> None:
@@ -196,14 +200,14 @@ def _while_deleting_an_old_checkpoint(fuse: Fuse) -> None:
         if Path(name).name in ("state.pt", "manifest.json"):
             fuse.pass_by()
 
-    _wrap(os, "unlink", after=after)
+    wrap(os, "unlink", after=after)
 
 
 # ---- in a resume
 
 
 def _after_reading(fuse: Fuse) -> None:
-    _wrap(torch, "load", after=fuse.pass_by)
+    wrap(torch, "load", after=fuse.pass_by)
 
 
 def _within(fuse: Fuse, owner: Any, name: str, passed_owner: Any, passed: str) -> None:
@@ -214,8 +218,8 @@ def _within(fuse: Fuse, owner: Any, name: str, passed_owner: Any, passed: str) -
         if inside:
             fuse.pass_by()
 
-    _wrap(owner, name, before=lambda *_, **__: inside.append(True), after=lambda *_, **__: inside.clear())
-    _wrap(passed_owner, passed, before=before)
+    wrap(owner, name, before=lambda *_, **__: inside.append(True), after=lambda *_, **__: inside.clear())
+    wrap(passed_owner, passed, before=before)
 
 
 @dataclass(frozen=True)

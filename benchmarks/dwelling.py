@@ -1,0 +1,125 @@
+"""The program of a campaign's jobs: train.py, which dwells at a planned place until a disturbance was sent.
+
+A signal that comes from outside, by scancel, cannot be aimed at a few milliseconds. So a plan (a small file that the
+campaign writes before the job starts) names a place, and the process that comes to it leaves a note, and waits there
+until the campaign says that its signal is on its way. Nothing else differs from `python train.py`.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+BEFORE_IMPORTS = "while Python is started"
+LONGEST_SECONDS = 30.0
+AFTERWARDS_SECONDS = 0.3  # from the campaign's word to the signal's arrival through SLURM's daemons
+STARTER = """import sys
+sys.path[0] = {root!r}
+from benchmarks.dwelling import main
+sys.exit(main({plans!r}))
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Where one start of a job dwells. Of its files, <name>.json is the plan.
+
+    point: None for nowhere. rank: that dwells. step, count: see `benchmarks.kill_points.Kill`. step_seconds: how much
+    longer each training step takes.
+    """
+
+    point: str | None = None
+    rank: int = 0
+    step: int = 0
+    count: int = 1
+    step_seconds: float = 0.0
+
+
+class PlanFolder:
+    """The plans of all starts of all jobs, with what the processes note beside them.
+
+    Args: job, the name of the job; restart, how often it was started before.
+    """
+
+    def __init__(self, folder: Path, job: str, restart: int):
+        self._stem = folder / f"{job}-{restart}"
+
+    def _path(self, kind: str) -> Path:
+        return self._stem.with_name(f"{self._stem.name}.{kind}")
+
+    def write(self, plan: Plan) -> None:
+        _write(self._path("json"), dataclasses.asdict(plan))
+
+    def read(self) -> Plan:
+        path = self._path("json")
+        return Plan(**json.loads(path.read_text())) if path.exists() else Plan()
+
+    def note_start(self, rank: int) -> None:
+        _write(self._path(f"rank{rank}"), {"node": os.environ.get("SLURMD_NODENAME", ""), "pid": os.getpid()})
+
+    def started(self, rank: int) -> dict[str, Any] | None:
+        """Node and process of a rank, once it runs."""
+        path = self._path(f"rank{rank}")
+        return json.loads(path.read_text()) if path.exists() else None
+
+    @property
+    def dwells(self) -> bool:
+        """Whether a process has come to the planned place."""
+        return self._path("at").exists()
+
+    def let_go(self) -> None:
+        """Say that the disturbance was sent."""
+        self._path("sent").touch()
+
+    def dwell(self) -> None:
+        """Wait for that; only the first process that comes here does."""
+        try:
+            with self._path("at").open("x") as note:
+                note.write(f"{os.getpid()} on {socket.gethostname()}\n")
+        except FileExistsError:
+            return
+        deadline = time.monotonic() + LONGEST_SECONDS
+        while not self._path("sent").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(AFTERWARDS_SECONDS)
+
+
+def make_project(folder: Path) -> Path:
+    """Below `folder`: a project whose launch scripts are the shipped ones and whose train.py reads plans.
+
+    Returns it. Its jobs need ROOT in PYTHONPATH (the batch script asks topoflow.config for run.dir).
+    """
+    project, plans = folder / "project", folder / "plans"
+    plans.mkdir(parents=True)
+    shutil.copytree(ROOT / "launch", project / "launch")
+    (project / "train.py").write_text(STARTER.format(root=str(ROOT), plans=str(plans)))
+    return project
+
+
+def main(plans: str) -> int:
+    """train.main, as the plan of this start of this job says."""
+    environ = os.environ
+    job, restart = environ["SLURM_JOB_NAME"], int(environ.get("SLURM_RESTART_COUNT", "0"))
+    rank, files = int(environ["SLURM_PROCID"]), PlanFolder(Path(plans), job, restart)
+    plan = files.read()
+    files.note_start(rank)
+    if plan.point == BEFORE_IMPORTS and rank == plan.rank:
+        files.dwell()
+    import train as program  # here and not above: a signal may come before torch is there
+    from benchmarks.dwelling_points import install
+
+    install(plan, files.dwell, dwells_here=rank == plan.rank)
+    return program.main(sys.argv[1:])
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """In one move, for readers on other nodes."""
+    temporary = path.with_name(f".{path.name}-{os.getpid()}-{socket.gethostname()}")
+    temporary.write_text(json.dumps(content))
+    os.replace(temporary, path)

@@ -1,0 +1,75 @@
+"""Places where a run can be met by a signal, by phase: most are those of the kill campaign."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import train as program
+from benchmarks.dwelling import BEFORE_IMPORTS, Plan
+from benchmarks.kill_points import POINTS, Fuse, Kill, Point, lay, wrap
+from topoflow import trainer
+
+
+def _around(when: str, name: str) -> Point:
+    """Before or after a function that train.py calls once."""
+    return Point(lambda fuse: wrap(program, name, **{when: fuse.pass_by}), before_the_first_step=True)
+
+
+SET_UP = {
+    "before the signals are caught": _around("before", "read_launch"),
+    "before the ranks meet": _around("before", "distributed_context"),
+    "while data are opened": _around("before", "build_plan"),
+    "while the model is built": _around("after", "build_state"),
+    "before the first step": _around("after", "build_trainer"),
+}
+OF_KILLS = {
+    "training step": (
+        "in the forward pass",
+        "in the backward pass",
+        "in the optimizer's step",
+        "between two steps",
+        "at the end of an epoch",
+    ),
+    "data loader": ("in a loader worker",),
+    "validation": ("in validation", "after validation, before its save"),
+    "saving": (
+        "in the probe of a save",
+        "while the state is copied",
+        "between state.pt and the manifest",
+        "between manifest and rename",
+        "between rename and pointers",
+        "in the move of a pointer",
+        "while an old checkpoint goes",
+    ),
+    "loading": (
+        "after the file was read",
+        "in the restore",
+        "in the proof of the resume",
+        "while metrics.jsonl is cut",
+    ),
+}
+PLACES: dict[str, dict[str, Point]] = {
+    "set-up": {BEFORE_IMPORTS: Point(lambda fuse: None, before_the_first_step=True), **SET_UP},
+    **{phase: {name: POINTS[name] for name in names} for phase, names in OF_KILLS.items()},
+}
+"""Phase -> name of a place -> how to get there."""
+
+
+class DwellingFuse(Fuse):
+    """At its end the process dwells, and goes on."""
+
+    def __init__(self, kill: Kill, dwell: Callable[[], None]):
+        super().__init__(kill, Path())
+        self._dwell = dwell
+
+    def end(self) -> None:
+        self._dwell()
+
+
+def install(plan: Plan, dwell: Callable[[], None], dwells_here: bool) -> None:
+    """Let this process do what `plan` says; dwells_here: it is the rank that dwells."""
+    if plan.step_seconds:
+        wrap(trainer.Trainer, "train_step", before=lambda *_: time.sleep(plan.step_seconds))
+    if dwells_here and plan.point is not None:
+        [point] = [points[plan.point] for points in PLACES.values() if plan.point in points]
+        lay(DwellingFuse(Kill(plan.point, plan.step, plan.count), dwell), point)

@@ -1,0 +1,183 @@
+"""A model of step, start, resume and file-system load at paper scale, from bytes, operations and link speeds.
+
+Arithmetic, no measurement of a large machine: each assumption is a field below with its source. Printed by
+`python -m benchmarks.scaling --model`; docs/scaling.md says what to make of it.
+"""
+
+import math
+from dataclasses import dataclass
+
+SIZES = (8, 64, 400, 4096)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Devices and links. Peak numbers are the vendors'; what of them is reached is assumed below."""
+
+    name: str
+    devices_per_node: int
+    device_flops: float
+    """Dense bf16, per second."""
+    node_bytes_per_second: float
+    """Of all network interfaces of a node, one direction."""
+
+
+MACHINES = (
+    # AMD Instinct MI250X data sheet: 383 TFLOP/s bf16 in two dies; LUMI-G: four 200 Gbit/s Slingshot-11 links a node
+    Machine("MI250X dies, 8 a node, 4 x 200 Gbit/s", 8, 191.5e12, 100e9),
+    # NVIDIA H100 SXM data sheet: 989 TFLOP/s dense bf16; DGX H100: eight 400 Gbit/s InfiniBand links for compute
+    Machine("H100, 8 a node, 8 x 400 Gbit/s", 8, 989e12, 400e9),
+)
+
+# The workload: the published configuration (DESIGN.md), CAQRA 2013-2018 hourly, one sample a device and step.
+PARAMETERS = 52e6
+TOKENS, WIDTH, DEPTH = 8192, 768, 6
+CELLS, DYNAMIC_INPUTS, TARGETS = 128 * 256, 11, 6
+YEARS, WORKERS = 6, 4
+
+# What of the peak is reached. Assumed; only the ratio of computing to sending hangs on them.
+COMPUTE_EFFICIENCY, LINK_EFFICIENCY = 0.3, 0.6
+
+# Seconds. The first is NCCL's own estimate for a large message over a network (src/graph/tuning.cc, hwLat, Simple);
+# a TCP message between hosts and a request to the store are assumed, about twice what one idle machine takes.
+DEVICE_HOP_SECONDS, HOST_MESSAGE_SECONDS, STORE_REQUEST_SECONDS = 14e-6, 30e-6, 60e-6
+HOST_BYTES_PER_SECOND = 2.5e9
+"""One TCP connection; assumed."""
+DISK_BYTES_PER_SECOND = 1.5e9
+"""Rank 0 reads and verifies one file of a parallel file system; assumed."""
+METADATA_PER_SECOND = 1e5
+"""What a metadata server answers; assumed. All jobs share it."""
+
+# Counted on this program (docs/scaling.md has the commands).
+IMPORTED_NAMES = 7500
+"""Distinct names that a process opens or looks up until it trains: what one node asks for, if it remembers."""
+METADATA_OPENS_PER_STORE = 21
+"""To open one Zarr store that is not consolidated."""
+GATHERS_AT_START = 12
+TABLE_NUMBERS = 13
+"""Doubles that a rank contributes in each step: sums and counts of six targets, and a flag."""
+INDEX_BYTES = 1.9e6
+PROBE_SAMPLES = 10
+"""That each rank reads in the proof of a resume."""
+
+GRADIENT_BYTES = 4 * PARAMETERS
+CHECKPOINT_BYTES = 3 * GRADIENT_BYTES
+READS_PER_SAMPLE = DYNAMIC_INPUTS + TARGETS + 2
+"""Fields: inputs, targets, and the wind once more. With one hour a chunk, each is a file."""
+BUCKET_BYTES, PIECE_BYTES = 25 * 2**20, 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one number of devices costs: seconds, unless the name says otherwise."""
+
+    compute: float
+    gradient: float
+    table: float
+    full_mesh: float
+    roll_call: float
+    index: float
+    gathers: float
+    gathers_in_a_ring: float
+    restore_read: float
+    restore_send: float
+    import_lookups: float
+    probe_opens: float
+    metadata_opens: float
+    metadata_opens_by_all: float
+    opens_per_second: float
+    read_bytes_per_second: float
+    files_of_rank_0: float
+
+    @property
+    def step(self) -> float:
+        """Without any overlap of computing and sending: an upper limit."""
+        return self.compute + self.gradient + self.table
+
+
+def flops_per_sample(tokens: int = TOKENS, width: int = WIDTH, depth: int = DEPTH) -> float:
+    """Forward and backward pass (twice the forward), multiply and add counted as two.
+
+    24 N D^2 for the linear layers of a block, 4 N^2 D for its attention, 7 N D^2 for aggregation and head.
+    """
+    blocks = depth * (24 * tokens * width**2 + 4 * tokens**2 * width)
+    return 3.0 * (blocks + 7 * tokens * width**2)
+
+
+def predict(machine: Machine, devices: int) -> Prediction:
+    """The model."""
+    nodes = math.ceil(devices / machine.devices_per_node)
+    depth, node_depth = math.ceil(math.log2(devices)), math.ceil(math.log2(nodes))
+    link = machine.node_bytes_per_second * LINK_EFFICIENCY
+    compute = flops_per_sample() / (machine.device_flops * COMPUTE_EFFICIENCY)
+    # each byte enters and leaves a node twice, whichever way rings are laid; a tree's latency for each bucket
+    gradient = 2 * (devices - 1) / devices * GRADIENT_BYTES / link
+    gradient += math.ceil(GRADIENT_BYTES / BUCKET_BYTES) * 2 * node_depth * DEVICE_HOP_SECONDS
+    # up a tree, which carries each row once to rank 0, and down by broadcast, which carries all of them at each level
+    table_bytes = 8 * TABLE_NUMBERS * devices
+    table = 2 * depth * HOST_MESSAGE_SECONDS + (1 + depth) * table_bytes / HOST_BYTES_PER_SECOND
+    pieces = math.ceil(CHECKPOINT_BYTES / PIECE_BYTES)
+    step = compute + gradient + table
+    return Prediction(
+        compute=compute,
+        gradient=gradient,
+        table=table,
+        full_mesh=devices**2 * STORE_REQUEST_SECONDS,
+        roll_call=devices * STORE_REQUEST_SECONDS,
+        index=depth * (HOST_MESSAGE_SECONDS + INDEX_BYTES / HOST_BYTES_PER_SECOND),
+        gathers=GATHERS_AT_START * 2 * depth * 2 * HOST_MESSAGE_SECONDS,
+        gathers_in_a_ring=GATHERS_AT_START * 2 * (devices - 1) * HOST_MESSAGE_SECONDS,
+        restore_read=CHECKPOINT_BYTES / DISK_BYTES_PER_SECOND,
+        restore_send=CHECKPOINT_BYTES / link + pieces * (nodes - 1) * DEVICE_HOP_SECONDS,
+        import_lookups=nodes * IMPORTED_NAMES,
+        probe_opens=devices * PROBE_SAMPLES * READS_PER_SAMPLE,
+        metadata_opens=YEARS * METADATA_OPENS_PER_STORE,
+        metadata_opens_by_all=devices * (1 + WORKERS) * YEARS * METADATA_OPENS_PER_STORE,
+        opens_per_second=devices * READS_PER_SAMPLE / step,
+        read_bytes_per_second=devices * READS_PER_SAMPLE * 4 * CELLS / step,
+        files_of_rank_0=2 * devices + 2 * depth + 40,
+    )
+
+
+def print_model() -> None:
+    """A table for each machine, in Markdown."""
+    print(f"{PARAMETERS / 1e6:.0f} M parameters, {flops_per_sample() / 1e12:.1f} TFLOP a sample, one sample a device\n")
+    for machine in MACHINES:
+        found = [predict(machine, devices) for devices in SIZES]
+        print(f"| {machine.name} | {' | '.join(f'{size:,}' for size in SIZES)} |\n|---|{'--:|' * len(SIZES)}")
+        for title, text in _rows(found).items():
+            print(f"| {title} | {' | '.join(text)} |")
+        print()
+
+
+def _rows(found: list[Prediction]) -> dict[str, list[str]]:
+    def show(what: str, scale: float = 1.0) -> list[str]:
+        return [_show(scale * getattr(prediction, what)) for prediction in found]
+
+    lookups = [_show(prediction.import_lookups / METADATA_PER_SECOND) for prediction in found]
+    return {
+        "computing, ms": show("compute", 1e3),
+        "sum of gradients, ms": show("gradient", 1e3),
+        "table of losses, ms": show("table", 1e3),
+        "step without overlap, ms": show("step", 1e3),
+        "computing in a step, %": [_show(100 * prediction.compute / prediction.step) for prediction in found],
+        "roll call at the store, s": show("roll_call"),
+        "index to all ranks, s": show("index"),
+        "gathers until the first step, s": show("gathers"),
+        "(the same in a ring, s)": show("gathers_in_a_ring"),
+        "(gloo's full mesh, s)": show("full_mesh"),
+        "restore: read and verify, s": show("restore_read"),
+        "restore: to all ranks, s": show("restore_send"),
+        "files that rank 0 has open": show("files_of_rank_0"),
+        "names looked up by imports, thousands": show("import_lookups", 1e-3),
+        "the same at the metadata server, s": lookups,
+        "data metadata opened": show("metadata_opens"),
+        "(the same by all ranks and workers, thousands)": show("metadata_opens_by_all", 1e-3),
+        "chunks opened for the proof, thousands": show("probe_opens", 1e-3),
+        "chunks opened a second, thousands": show("opens_per_second", 1e-3),
+        "fields read, GB/s": show("read_bytes_per_second", 1e-9),
+    }
+
+
+def _show(value: float) -> str:
+    return f"{value:.2g}" if value < 10 else f"{value:,.0f}"
