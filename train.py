@@ -92,7 +92,7 @@ def train(config: Config, context: Context, directory: RunDirectory, stop: StopF
     """Data, model, optimizer, restore, fit, evaluate."""
     launch = context.launch
     log.info("%s, on %s (%s)", launch, context.device, launch.reason)
-    checkpoints = CheckpointDirectory(directory.checkpoints, directory.writing, context.watch.tick)
+    checkpoints = CheckpointDirectory(directory.checkpoints, directory.writing, context.watch.breathe)
     start = read_start(config.checkpoint, checkpoints, context)
 
     data = open_data(config, context)

@@ -4,7 +4,7 @@
 # and defines functions. Nothing is exported.
 # shellcheck shell=bash
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=$root/.venv/bin/python
 [ -x "$python" ] || python=python3
 
@@ -114,7 +114,11 @@ run_job() {
   wait_for "$step" || status=$?
   told=$(status_of "$run_dir" "$status")
   status=${told:-$status} # nothing is told where SLURM has begun to kill this job
-  [ "$status" -ne 75 ] || requeue
+  if [ "$status" -eq 75 ] && [ "${SLURM_RESTART_COUNT:-0}" -ge 3 ] && [ ! -e "$run_dir/checkpoints/last" ]; then
+    echo "topoflow: stopped $((SLURM_RESTART_COUNT + 1)) times before a first checkpoint: expected a longer --time" >&2
+  elif [ "$status" -eq 75 ]; then
+    requeue
+  fi
   exit "$status"
 }
 

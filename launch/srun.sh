@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One task of a SLURM step: srun [options] launch/srun.sh CONFIG [section.key=value ...]
+# One task of a SLURM step: srun --kill-on-bad-exit=1 [options] launch/srun.sh CONFIG [section.key=value ...]
 # The program reads rank, size and address from the step's own variables. It takes the place of this shell, so that
 # SLURM's signals reach it and its exit status is the task's.
 trap 'exit 75' INT TERM USR1 # a request to stop before anything was begun

@@ -94,7 +94,7 @@ def test_who_am_i(environ, expected):
         (
             JOB,
             "single process, 1 process(es) (a batch script or shell of SLURM job 17, no task of a step, "
-            "although SLURM_NTASKS=8: srun launch/srun.sh starts as many)",
+            "although the job has 8 tasks: srun launch/srun.sh starts as many)",
         ),
         (PTY, "srun, 1 process(es) (SLURM step 17.0 of 1 task)"),
         (
@@ -200,6 +200,13 @@ def test_ports_of_steps_that_may_run_at_once_differ(first_job):
         (STEP | TORCHRUN, ["RANK=3", "SLURM_PROCID=6"]),
         (STEP | TORCHRUN | {"RANK": "6", "WORLD_SIZE": "4"}, ["WORLD_SIZE=4", "SLURM_STEP_NUM_TASKS=8"]),
         (STEP | {"WORLD_SIZE": "1"}, ["WORLD_SIZE=1", "SLURM_STEP_NUM_TASKS=8"]),
+        # srun called from a worker of torchrun: half of what torchrun gives
+        (STEP | {"TORCHELASTIC_RUN_ID": "none"}, ["TORCHELASTIC_RUN_ID", "RANK", "all of them or none"]),
+        ({"OMPI_COMM_WORLD_SIZE": "8"}, ["OMPI_COMM_WORLD_SIZE=8", "mpirun", "srun launch/srun.sh"]),
+        (
+            STEP | TORCHRUN | {"RANK": "6", "MASTER_ADDR": "127.0.0.1"},
+            ["MASTER_ADDR=127.0.0.1", "4 nodes", "nid005001"],
+        ),
         (STEP | {"MASTER_ADDR": "127.0.0.1"}, ["MASTER_ADDR=127.0.0.1", "4 nodes", "nid005001"]),
         (STEP | {"MASTER_ADDR": "localhost"}, ["MASTER_ADDR=localhost", "4 nodes"]),
         # a step that contradicts itself

@@ -4,9 +4,11 @@ The processes are forked, so that importing torch is paid for once; each writes 
 """
 
 import os
+import re
 import signal
 import socket
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,6 +251,38 @@ def test_a_rank_that_is_slow_and_goes_on_is_waited_for(ranks):
 
     assert [ending.status for ending in ranks.run(body)] == [0] * WORLD
     assert not ranks.said_by_all()
+
+
+def test_a_thread_that_works_beside_a_waiting_rank_puts_no_blame_on_others(ranks):
+    """As rank 0 does while it writes a checkpoint and waits for a rank that stalls."""
+
+    def body(context, ranks):
+        def breathe():
+            while True:
+                context.watch.breathe()
+                time.sleep(0.05)
+
+        if context.rank == 0:
+            threading.Thread(target=breathe, daemon=True).start()
+        train(context, lambda step: sleeps(context, ranks) if (context.rank, step) == (3, 5) else None)
+
+    endings = ranks.run(body)
+    assert {ending.status for ending in endings} == {5}
+    assert "rank 3 on" in endings[0].said
+    assert not re.search(r"rank [12] on", endings[0].said)
+
+
+def test_one_rank_that_is_asked_to_stop_tells_all_others_before_they_meet(ranks):
+    def body(context, ranks):
+        if context.rank == 2:
+            context.watch.ask_to_stop("SIGUSR1")
+        deadline = time.monotonic() + 30
+        while context.watch.stop_asked is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert context.watch.stop_asked == "SIGUSR1"
+        context.gather_rows(torch.ones(1))
+
+    assert [ending.status for ending in ranks.run(body)] == [0] * WORLD, ranks.said_by_all()
 
 
 def test_a_main_thread_that_hangs_in_python_ends_too(ranks):

@@ -130,9 +130,13 @@ class Evaluator:
         Raises:
             StopRequested: this rank has one.
         """
-        self.context.watch.tick()
+        watch = self.context.watch
+        watch.tick()
         if self.stop.signal_name is not None:
-            raise StopRequested(f"stopped by {self.stop.signal_name} during the evaluation: next time it starts anew")
+            watch.ask_to_stop(self.stop.signal_name)
+        name = self.stop.signal_name or watch.stop_asked
+        if name is not None:
+            raise StopRequested(f"stopped by {name} during the evaluation, which starts anew next time")
 
     def fit_baselines(self, training_times: np.ndarray, training_starts: np.ndarray) -> Baselines:
         """The baselines of the targets, which ranks share out among them; arguments as `fit_baselines` has them."""

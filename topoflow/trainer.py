@@ -158,7 +158,7 @@ class Trainer:
         with torch.inference_mode():
             for index, batch in loader:
                 self.context.watch.tick()
-                if self.stop.signal_name is not None:
+                if self._is_asked_to_stop():
                     mine = None
                     break
                 batch = self._to_device(batch)
@@ -176,6 +176,12 @@ class Trainer:
         by_target = (sums / counts).tolist()  # nan where a target has no value
         loss = (sums.sum() / counts.sum()).item()
         return loss, dict(zip(self.data.validation.target_names, by_target, strict=True))
+
+    def _is_asked_to_stop(self) -> bool:
+        """Whether this rank was, or has heard of another: what is broken off should be on all."""
+        if self.stop.signal_name is not None:
+            self.context.watch.ask_to_stop(self.stop.signal_name)
+        return self.context.watch.stop_asked is not None or self.stop.signal_name is not None
 
     def validate_restored(self) -> None:
         """Validate before the first step of a resumed run, and log the loss beside the checkpoint's."""
@@ -201,8 +207,9 @@ class Trainer:
         bar = Progress(first_step, self.total_steps, self.context.is_main)
         # weights and two moments
         self.saver.prepare(3 * sum(tensor.nbytes for tensor in self.state.model.state_dict().values()))
+        owed = progress.validation_owed = progress.validation_owed and self.data.validation is not None
         try:
-            if progress.validation_owed:
+            if owed:
                 self._validate_and_save(is_stopping=False)
             while not self._is_over():
                 before = progress.step
@@ -211,7 +218,7 @@ class Trainer:
                     if self._is_over():
                         break
                 assert progress.step > before, "an epoch without a step never ends"
-            if progress.step > first_step:
+            if progress.step > first_step or owed:
                 self.context.watch.enter(f"save after step {progress.step}")
                 self.saver.require_saved(progress.step, "the end of the run")
             early = progress.step < self.total_steps
@@ -233,6 +240,7 @@ class Trainer:
         loader = build_train_loader(self.data.train, plan, progress.epoch, first, self.data.workers)
         batches: list[Batch] = []
         for batch in loader:
+            self.context.watch.tick()
             batches.append(self._to_device(batch))
             if len(batches) == plan.accumulation:
                 yield batches

@@ -64,14 +64,16 @@ class CheckpointSaver:
         A step that was saved, or is being, is not saved again. A write that is still in flight is waited for.
         """
         self._note_write()
-        if not self._context.is_main or step == self._step:
+        is_saved = step == self._step and (not is_best or step == self._best_step)
+        if not self._context.is_main or is_saved:
             return
         self._step, self._best_step = step, step if is_best else self._best_step
         reserved, self._reserved = self._reserved, None
         if reserved is not None:
             reserved.exception()  # waited for; if it found no memory, the copy asks again
         try:
-            state = self._buffer.copy(self._capture())
+            with self._context.watch.unhurried():  # the probe may compile
+                state = self._buffer.copy(self._capture())
         except (OSError, DataError) as error:  # no memory, or the samples of the certificate could not be read
             self._note_failure(error)
         else:

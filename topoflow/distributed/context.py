@@ -65,12 +65,14 @@ class Context:
         if self.world_size > 1:
             with self.watch.waiting():
                 dist.broadcast(tensor, src=0)
+                self.settle()
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum `tensor` over all processes, in place; returned for convenience."""
         if self.world_size > 1:
             with self.watch.waiting():
                 dist.all_reduce(tensor)
+                self.settle()
         return tensor
 
     def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
@@ -78,9 +80,9 @@ class Context:
         if self.world_size == 1:
             return rows
         table = torch.empty((self.world_size, *rows.shape), dtype=rows.dtype)
-        table[self.rank] = rows
         bit = 1
         with self.watch.waiting():
+            table[self.rank] = rows
             while bit < self.world_size:  # as in gather_objects; a slice that ends past the last rank ends there
                 if self.rank & bit:
                     dist.send(table[self.rank : self.rank + bit], self.rank - bit)
@@ -97,6 +99,12 @@ class Context:
         with self.watch.waiting():
             for work in dist.batch_isend_irecv(operations):
                 work.wait()
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for what was queued on a GPU: NCCL only queues, and the host should wait where the watch sees it."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     @contextmanager
     def together(self, phase: str) -> Iterator[None]:
@@ -189,6 +197,8 @@ def distributed_context(
             dist.destroy_process_group()
         if hub is not None and watch.verdict is None:
             hub.close()
+        elif hub is None:
+            watch.await_goodbye()
 
 
 def _join(

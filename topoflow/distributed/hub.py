@@ -1,6 +1,7 @@
 """Rank 0's end of the watch: hears of ranks that fail, are lost or do not arrive, and tells all others."""
 
 import json
+import os
 import resource
 import selectors
 import socket
@@ -16,6 +17,7 @@ from topoflow.distributed.verdict import Verdict, verdict_on_loss
 POLL_SECONDS = 0.4
 """How often ranks are asked where they are, while one of them waits for long."""
 LOOK_SECONDS = 0.2
+_LONGEST_GREETING = 4096
 
 
 @dataclass
@@ -73,6 +75,7 @@ class Hub:
         self._verdict: Verdict | None = None
         self._polled_since = self._polled = None
         self._closing = threading.Event()
+        os.register_at_fork(after_in_child=self._close_sockets)
         self._thread = threading.Thread(target=self._serve, name="watch hub", daemon=True)
         self._thread.start()
 
@@ -80,6 +83,10 @@ class Hub:
         """Say goodbye to ranks that are still there; they go on unwatched."""
         self._closing.set()
         self._thread.join()
+
+    def _close_sockets(self) -> None:
+        for connection in (self._listener, *(peer.connection for peer in self._peers.values())):
+            connection.close()
 
     def _serve(self) -> None:
         while not self._closing.is_set():
@@ -98,7 +105,8 @@ class Hub:
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
-        except OSError:  # it has gone already
+        except OSError:  # it has gone already, or no file can be opened: not at once again
+            time.sleep(0.05)
             return
         connection.setblocking(False)
         self._selector.register(connection, selectors.EVENT_READ, Peer(connection))
@@ -112,6 +120,8 @@ class Hub:
             content = b""
         peer.received += content
         *lines, peer.received = peer.received.split(b"\n")
+        if peer.rank < 0 and len(peer.received) > _LONGEST_GREETING:
+            content, lines = b"", []  # a stranger
         for line in lines:
             if not self._understand(peer, line):
                 content = b""
@@ -129,7 +139,10 @@ class Hub:
             token, _, line = line.partition(b" ")
             if token != self.token.encode():
                 return False
-        said = json.loads(line)
+        try:
+            said = json.loads(line)
+        except ValueError:  # half a message, of a process that hangs: its connection is closed, and it is lost
+            return False
         if peer.rank < 0:
             peer.rank, peer.host = said["rank"], said["host"]
             self._peers[peer.rank] = peer
@@ -138,6 +151,8 @@ class Hub:
         peer.heard = time.monotonic()
         peer.state = said.get("state", peer.state)
         peer.left = peer.left or "bye" in said
+        if "stop" in said:
+            self._send_all({"stop": said["stop"]})
         if "failed" in said:
             self._declare(Verdict(**said["failed"]))
         return True
@@ -184,7 +199,7 @@ class Hub:
                 continue
             elif now - max(peer.heard, self._polled_since) > silence_of(limit):
                 late.append(f"{peer} (no sign of life for {now - peer.heard:.0f} s)")
-            elif peer.place() < front.place() and peer.idle >= limit:
+            elif peer.place() < front.place() and peer.idle >= max(limit, peer.state.get("limit", limit)):
                 late.append(f"{peer} (alive, in {peer.state['phase']})")
             else:
                 on_their_way |= peer.place() < front.place() or peer.idle < limit

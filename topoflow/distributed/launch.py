@@ -69,6 +69,8 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     if step is not None:
         _refuse_inherited_rank(environ, step)
     refuse_half_set(environ, ("RANK", "WORLD_SIZE", "LOCAL_RANK"), TORCHRUN_VARIABLES)
+    refuse_half_set(environ, ("TORCHELASTIC_RUN_ID",), ("TORCHELASTIC_RUN_ID", *TORCHRUN_VARIABLES))
+    _refuse_mpirun(environ, step)
     if "RANK" in environ:
         launch = _launch_of_torchrun(environ, step)
     elif step is not None:
@@ -91,10 +93,22 @@ def _refuse_inherited_rank(environ: Mapping[str, str], step: SlurmStep) -> None:
             )
 
 
+def _refuse_mpirun(environ: Mapping[str, str], step: SlurmStep | None) -> None:
+    """Each of its processes would take itself for the only one."""
+    size = environ.get("OMPI_COMM_WORLD_SIZE", "1")
+    if size != "1" and "RANK" not in environ and (step is None or str(step.size) != size):
+        raise ConfigError(
+            f"environment: OMPI_COMM_WORLD_SIZE={size}: mpirun is no launcher of this program: "
+            "expected srun launch/srun.sh or launch/torchrun.sh"
+        )
+
+
 def _launch_of_torchrun(environ: Mapping[str, str], step: SlurmStep | None) -> Launch:
     agent = "TORCHELASTIC_RUN_ID, " if "TORCHELASTIC_RUN_ID" in environ else ""
     over = ", which win over SLURM's" if is_in_slurm_step(environ) else ""
     local_rank = read_integer(environ, "LOCAL_RANK")
+    if step is not None:
+        _refuse_loopback(environ, step)
     launch = Launch(
         launcher="torchrun",
         reason=f"{agent}{', '.join(TORCHRUN_VARIABLES[:-1])} and {TORCHRUN_VARIABLES[-1]} are set{over}",
@@ -121,13 +135,18 @@ def _launch_of_torchrun(environ: Mapping[str, str], step: SlurmStep | None) -> L
     return launch
 
 
-def _launch_of_step(environ: Mapping[str, str], step: SlurmStep, restart: int) -> Launch:
+def _refuse_loopback(environ: Mapping[str, str], step: SlurmStep) -> None:
     address = environ.get("MASTER_ADDR", "")
     if len(step.nodes) > 1 and address.startswith(LOOPBACK):
         raise ConfigError(
             f"environment: MASTER_ADDR={address} in a SLURM step on {len(step.nodes)} nodes: expected the name of the "
             f"first, {step.nodes[0]}, or MASTER_ADDR not to be exported to srun"
         )
+
+
+def _launch_of_step(environ: Mapping[str, str], step: SlurmStep, restart: int) -> Launch:
+    address = environ.get("MASTER_ADDR", "")
+    _refuse_loopback(environ, step)
     if not address and step.size > 1 and not step.begins_on_first_node:
         raise ConfigError(
             "environment: a SLURM step with an arbitrary distribution (SLURM_DISTRIBUTION=arbitrary, or rank 0 not on "
@@ -161,7 +180,7 @@ def _launch_alone(environ: Mapping[str, str], job: str | None) -> Launch:
     if job is not None:
         reason = f"a batch script or shell of SLURM job {job}, no task of a step"
     if tasks > 1:
-        reason += f", although SLURM_NTASKS={tasks}: srun launch/srun.sh starts as many"
+        reason += f", although the job has {tasks} tasks: srun launch/srun.sh starts as many"
     nodes = _read_or(environ, "SLURM_JOB_NUM_NODES", 1)
     return Launch("single process", reason, idle_tasks=tasks - 1, job_nodes=nodes)
 
@@ -176,6 +195,9 @@ def port_of_step(job: int, step: int, restart: int = 0) -> int:
 
 
 def _tasks_of_job(environ: Mapping[str, str]) -> int:
+    """Also of a job that was sized by its nodes alone."""
+    if "SLURM_NTASKS" not in environ and environ.get("SLURM_NTASKS_PER_NODE", "").isdecimal():
+        return int(environ["SLURM_NTASKS_PER_NODE"]) * _read_or(environ, "SLURM_JOB_NUM_NODES", 1)
     return _read_or(environ, "SLURM_NTASKS", 1)
 
 

@@ -24,7 +24,7 @@ from topoflow.distributed.verdict import Verdict, verdict_on_error, verdict_on_l
 from topoflow.errors import Refusal
 
 LOOK_SECONDS = 0.2
-LAST_WORDS_SECONDS = 0.5
+LAST_WORDS_SECONDS = 1.0
 ANSWER_SECONDS = 3.0
 """How long a rank that sees an error of its network waits to hear whose fault it was."""
 
@@ -50,14 +50,18 @@ class Watch:
         self.rank, self.host = launch.rank, socket.gethostname()
         self._speaks_without_main = launch.rank == 1 or launch.local_rank == 0
         self.verdict: Verdict | None = None
-        self._limit, self._step_seconds, self._last_words = setup_seconds, step_seconds, last_words
+        self.stop_asked: str | None = None
+        """The signal by which another rank was asked to stop, once it has said so."""
+        self._setup_seconds, self._step_seconds, self._last_words = setup_seconds, step_seconds, last_words
+        self._limit = setup_seconds
         self._stage, self._detail = "set-up", ""
         self._reached = self._ticks = 0
         self._waiting_since: float | None = None
         self._progressed = time.monotonic()
         self._connection: socket.socket | None = None
         self._sending = threading.Lock()
-        self._judged, self._left = threading.Event(), threading.Event()
+        self._judged, self._goodbye = threading.Event(), threading.Event()
+        self._has_left = False
         self._has_failed = False
 
     # ---- what this process is doing
@@ -81,6 +85,19 @@ class Watch:
         """A sign of progress: others may wait for a slow rank as long as it gives these."""
         self._ticks += 1
         self._progressed = time.monotonic()
+
+    def breathe(self) -> None:
+        """Progress of another thread than the main one: the process is at work, but no further for the others."""
+        self._progressed = time.monotonic()
+
+    @contextmanager
+    def unhurried(self) -> Iterator[None]:
+        """Around what may compile, or wait for a disk, on this rank alone: the limit of the set-up holds for it."""
+        before, self._limit = self._limit, max(self._limit, self._setup_seconds)
+        try:
+            yield
+        finally:
+            self._limit = before
 
     def end_setup(self) -> None:
         """The first step is done: from now on the limit of steps holds."""
@@ -109,14 +126,29 @@ class Watch:
         self._connection = socket.create_connection((address, port), timeout=30)
         self._connection.settimeout(LOOK_SECONDS)
         self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # a loader's worker is a fork of this process: it must not keep the connection open when this has died
+        os.register_at_fork(after_in_child=self._connection.close)
         self._send({"rank": self.rank, "host": self.host}, f"{token} ")
         threading.Thread(target=self._listen, name="watch", daemon=True).start()
+
+    def ask_to_stop(self, signal_name: str) -> None:
+        """Let the others know, before they meet this rank, that it was asked to stop."""
+        if self._connection is not None and self.stop_asked is None:
+            self.stop_asked = signal_name
+            self._send({"stop": signal_name})
 
     def leave(self) -> None:
         """This process is done, or refuses what all others refuse alike: nobody need wait for it, or look for it."""
         if self._connection is not None and self.verdict is None:
+            self._has_left = True
             self._send({"bye": True})
-            self._left.set()
+
+    def await_goodbye(self) -> None:
+        """Stay until rank 0 has left: a launcher that sees the first process end may give the others little time."""
+        deadline = time.monotonic() + self._setup_seconds
+        while self._connection is not None and self.verdict is None and time.monotonic() < deadline:
+            if self._goodbye.wait(LOOK_SECONDS):
+                return
 
     def explain(self, error: BaseException) -> Verdict | None:
         """Whose fault an error of this process is: the verdict on another rank, or None for its own, now reported.
@@ -144,7 +176,7 @@ class Watch:
     def _listen(self) -> None:
         received, heard = b"", time.monotonic()
         complained = complaining_since = None
-        while self.verdict is None and not self._left.is_set():
+        while self.verdict is None and not self._goodbye.is_set():
             try:
                 content = self._connection.recv(65536)
                 received, heard = received + content, time.monotonic()
@@ -156,7 +188,9 @@ class Watch:
             *lines, received = received.split(b"\n")
             for line in lines:
                 self._obey(json.loads(line))
-            if is_closed and not self._left.is_set():
+            if is_closed and self._has_left:
+                self._goodbye.set()
+            elif is_closed and not self._goodbye.is_set():
                 self._conclude_alone(verdict_on_loss(f"rank 0 on {self._address}", f"this rank was in {self.phase}"))
             now, since = time.monotonic(), self._waiting_since
             if since is None or now - since < self._limit / 2:
@@ -175,7 +209,9 @@ class Watch:
         if "verdict" in said:
             self._conclude(Verdict(**said["verdict"]))
         elif "bye" in said:
-            self._left.set()
+            self._goodbye.set()
+        elif "stop" in said:
+            self.stop_asked = said["stop"]
         elif "poll" in said:
             self._send({"state": self._state()})
 
@@ -203,14 +239,18 @@ class Watch:
 
     def _end_late(self) -> None:
         time.sleep(self.verdict.grace_seconds)
-        status, is_main = self.verdict.exit_status(self._has_failed), self.rank == 0
-        if not self._has_failed and (is_main or not self.verdict.shared):
-            os.write(2, f"topoflow: {self.verdict.message}\n".encode())
-        if is_main and self._last_words is not None:
-            words = threading.Thread(target=self._last_words, args=(status, self.verdict.message), daemon=True)
-            words.start()
-            words.join(LAST_WORDS_SECONDS)
+        status = self.verdict.exit_status(self._has_failed)
+        # stderr may be a file on the file system that is away
+        words = threading.Thread(target=self._say_last_words, args=(status,), daemon=True)
+        words.start()
+        words.join(LAST_WORDS_SECONDS)
         os._exit(status)
+
+    def _say_last_words(self, status: int) -> None:
+        if not self._has_failed and (self.rank == 0 or not self.verdict.shared):
+            os.write(2, f"topoflow: {self.verdict.message}\n".encode())
+        if self.rank == 0 and self._last_words is not None:
+            self._last_words(status, self.verdict.message)
 
 
 def _is_of_network(error: BaseException) -> bool:

@@ -32,7 +32,8 @@ def check_caches(survey: Survey, compiles: bool) -> Check:
         }
         seen = values(survey.ask_nodes(functools.partial(visible_marks, others)))
     finally:
-        for mark in marks.values():
+        # a question that was left behind hangs in one of these folders: so would this
+        for mark in [] if survey.left_behind else list(marks.values()):
             with suppress(OSError):
                 Path(mark).unlink()
     check = Check("caches", findings=list(survey.failures(answers, whole_node=True)))

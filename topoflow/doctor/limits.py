@@ -23,19 +23,21 @@ _NCCL_BYTES = 64 * 2**20
 def check_limits(survey: Survey, config: Config, grid_shape: tuple[int, int]) -> Check:
     """Open files and shared memory suffice for data.workers, the batch and the number of processes."""
     context, workers = survey.context, config.data.workers
-    files = _OWN_FILES + context.world_size + workers * _FILES_PER_WORKER
+    files = _OWN_FILES + workers * _FILES_PER_WORKER
     on_gpu = context.device.type == "cuda"
     share = workers * 2 * batch_bytes(config, grid_shape) + (_NCCL_BYTES if on_gpu else 0)
     answers = survey.ask_ranks(functools.partial(describe_limits, needs_shared_memory=share > 0))
     said = values(answers)
     check = Check("limits", findings=list(survey.failures(answers)))
     for rank, found in said.items():
-        if found["open_files"] < 2 * files:
+        # rank 0 has two sockets for each process, and raises its soft limit for them
+        kind, needed = ("hard_open_files", files + 2 * context.world_size) if rank == 0 else ("open_files", files)
+        if found[kind] < 2 * needed:
             text = (
-                f"at most {found['open_files']} open files a process, about {files} are needed for {context.world_size}"
-                f" process(es) and data.workers={workers}: raise it (ulimit -n {max(4096, 4 * files)})"
+                f"at most {found[kind]} open files a process, about {needed} are needed for {context.world_size}"
+                f" process(es) and data.workers={workers}: raise it (ulimit -n {max(4096, 4 * needed)})"
             )
-            check.findings.append(survey.finding(FAIL if found["open_files"] < files else WARNING, rank, text))
+            check.findings.append(survey.finding(FAIL if found[kind] < needed else WARNING, rank, text))
     for node, ranks in survey.ranks_of.items():
         if ranks[0] not in said:
             continue
@@ -59,13 +61,15 @@ def check_limits(survey: Survey, config: Config, grid_shape: tuple[int, int]) ->
 
 
 def describe_limits(needs_shared_memory: bool) -> dict:
-    """open_files: the soft limit; shared_memory_bytes: what is free, None where it is not asked for."""
-    open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    """open_files, hard_open_files: the limits; shared_memory_bytes: what is free, None where it is not asked for."""
+    limits = [
+        2**31 if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
+    ]
     free = None
     if needs_shared_memory:
         status = os.statvfs(SHARED_MEMORY)
         free = status.f_bavail * status.f_frsize
-    return {"open_files": 2**31 if open_files == resource.RLIM_INFINITY else open_files, "shared_memory_bytes": free}
+    return {"open_files": limits[0], "hard_open_files": limits[1], "shared_memory_bytes": free}
 
 
 def batch_bytes(config: Config, grid_shape: tuple[int, int]) -> int:
