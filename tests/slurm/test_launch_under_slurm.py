@@ -83,7 +83,9 @@ def test_two_jobs_on_the_same_nodes_do_not_collide(cluster):
 def test_a_shell_or_batch_script_is_one_process_although_its_job_has_tasks_for_more(cluster):
     [shell] = groups_of(cluster, "salloc", "-Q", "-N2", "-n4", *SAY_WHO)
     assert shell["said"] == "single process, 1 process(es)"
-    assert shell["reason"].endswith("no task of a step, although SLURM_NTASKS=4: srun launch/srun.sh starts as many")
+    assert shell["reason"].endswith(
+        "no task of a step, although the job has 4 tasks: srun launch/srun.sh starts as many"
+    )
     # a terminal on a node (srun --pty bash), which is a step of one task in a job for four
     terminal = ("srun", "-n1", "-N1", "bash", "-c", shlex.join(SAY_WHO))
     [in_terminal] = groups_of(cluster, "salloc", "-Q", "-N2", "-n4", *terminal)

@@ -28,7 +28,7 @@ def meet(cluster, misfortune):
     ("misfortune", "words"),
     [
         ("killed:step:1", "lost while rank 0 was in step 3 (forward and backward)"),
-        ("raises:step:1", "step 3 (forward and backward): ZeroDivisionError: a misfortune"),
+        ("raises:step:1", "step 3 (loading data): ZeroDivisionError: a misfortune"),
     ],
 )
 def test_a_task_that_is_lost_or_fails_is_named(cluster, misfortune, words):
