@@ -136,5 +136,6 @@ def two_processes_share_what_is_one_s_own(node, folder):
     open_files, shared_memory_bytes = {"a": (20000, 1000), "b": (200, 10**9), "c": (20000, 10**9)}[node]
     limits.describe_limits = lambda needs_shared_memory: {
         "open_files": open_files,
+        "hard_open_files": open_files,
         "shared_memory_bytes": shared_memory_bytes,
     }
