@@ -264,7 +264,7 @@ def test_of_processes_that_start_together_one_wins(start, tmp_path, locks):
 
 TAKE_TURNS = """
 file = os.open(folder / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-end = time.monotonic() + 30
+end = time.monotonic() + 120
 for restart in range(int(sys.argv[2]), 60, 2):
     lease = Lease(folder, "17", restart)
     try:
@@ -279,10 +279,10 @@ for restart in range(int(sys.argv[2]), 60, 2):
 
 def test_no_byte_is_appended_after_another_took_over(start, tmp_path):
     for process in [start(TAKE_TURNS, first) for first in (0, 1)]:
-        process.communicate(timeout=60)
+        process.communicate(timeout=180)
         assert process.returncode == 0
     writers = list(map(int, (tmp_path / "log").read_text().split()))
-    assert len(set(writers)) > 4  # so many takings, or more on a quiet machine, from a process that was writing
+    assert len(set(writers)) > 20  # so many takings from a process that was writing
     assert writers == sorted(writers)
 
 
