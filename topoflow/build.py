@@ -117,6 +117,7 @@ def build_network(config: Config, data: ForecastData) -> TopoFlow:
         *data.grid.patch_centres_km(config.model.patch_size),
         seed=config.run.seed,
         activation_checkpointing=config.train.activation_checkpointing,
+        flex_attention=config.train.flex_attention,
     )
 
 

@@ -23,11 +23,12 @@ def timm_block():
 def same_blocks(timm_block, drop_rate=0.0, drop_path_rate=0.0):
     torch.manual_seed(0)
     D, heads = 32, 4
-    options = {"proj_drop": drop_rate, "attn_drop": drop_rate, "drop_path": drop_path_rate}
+    options = {"proj_drop": drop_rate, "attn_drop": 0.0, "drop_path": drop_path_rate}
     reference = timm_block(D, heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=nn.LayerNorm, **options)
     for parameter in reference.parameters():
         nn.init.normal_(parameter, std=0.3)
     ours = Block(Attention(D, heads, drop_rate), D, 4.0, drop_rate, drop_path_rate)
+    ours.attn.drop_rate = 0.0
     ours.load_state_dict(reference.state_dict())  # strict: the names and shapes are the same
     return ours, reference
 
@@ -40,7 +41,8 @@ def outputs_and_gradients(block, x, seed):
 
 @pytest.mark.parametrize(("drop_rate", "drop_path_rate"), [(0.0, 0.0), (0.3, 0.0), (0.2, 0.5)])
 def test_block_is_timms_block(timm_block, drop_rate, drop_path_rate):
-    # in training mode with the same random state, so the dropouts stand at the same places and draw in the same order
+    # in training mode with the same random state, so the dropouts stand at the same places and draw in the same order;
+    # that of the attention weights has draws of its own: tests/model/test_tiled_attention.py
     ours, reference = same_blocks(timm_block, drop_rate, drop_path_rate)
     x, seed = torch.randn(6, 10, 32, requires_grad=True), torch.randn(6, 10, 32)
     for modes in (True, False):
@@ -50,15 +52,35 @@ def test_block_is_timms_block(timm_block, drop_rate, drop_path_rate):
             torch.testing.assert_close(ours_value, expected_value, rtol=1e-5, atol=1e-5)
 
 
-def test_bias_is_added_to_the_scores_of_every_sample_and_head():
+def test_dropout_falls_on_attention_weights_in_training_only():
+    torch.manual_seed(0)
+    attention, x = Attention(12, 3, drop_rate=0.5), torch.randn(2, 5, 12)
+    attention.proj_drop.p = 0.0
+    attention.eval()
+    assert torch.equal(attention(x), attention(x))
+    attention.train()
+    assert not torch.equal(attention(x), attention(x))
+
+
+def test_bias_is_added_to_the_scores_of_every_sample():
     torch.manual_seed(0)
     B, N, D, heads = 2, 5, 12, 3
-    attention = Attention(D, heads, drop_rate=0.0)
-    x, bias = torch.randn(B, N, D), torch.randn(N, N)
+    bias = nn.Parameter(torch.randn(heads, N, N))
+    attention = Attention(D, heads, drop_rate=0.0, rel_pos_bias=Constant(bias))
+    x = torch.randn(B, N, D)
     q, k, v = attention.qkv(x).reshape(B, N, 3, heads, D // heads).unbind(2)
     scores = torch.einsum("bihd,bjhd->bhij", q, k) / (D // heads) ** 0.5 + bias
     expected = attention.proj(torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v).reshape(B, N, D))
-    torch.testing.assert_close(attention(x, bias), expected)
+    torch.testing.assert_close(attention(x), expected)
+
+
+class Constant(nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self):
+        return self.value
 
 
 def test_drop_path_drops_whole_samples():

@@ -1,19 +1,22 @@
 import pytest
 import torch
 
-from topoflow.model.terrain import TerrainAttention, patch_heights, terrain_bias
-
-ONE_KM = torch.tensor(1000.0)
-
-
-def test_five_kilometres_up_at_alpha_one_is_minus_five():
-    bias = terrain_bias(torch.tensor([0.0, 5000.0]), torch.tensor([1.0]), ONE_KM)
-    assert bias.tolist() == [[0.0, -5.0], [0.0, 0.0]]  # row = query: climbing costs, descending does not
+from topoflow.model.damping import climb, damping
+from topoflow.model.terrain import TerrainAttention, patch_heights
 
 
-def test_bias_is_clamped_at_minus_ten():
-    bias = terrain_bias(torch.tensor([0.0, 5000.0]), torch.tensor([3.0]), ONE_KM)
-    assert bias.tolist() == [[0.0, -10.0], [0.0, 0.0]]
+def bias(heights, alpha):
+    heights = torch.tensor(heights)
+    return damping(climb(heights, heights), torch.tensor([alpha])).tolist()
+
+
+def test_five_heights_up_at_alpha_one_is_minus_five():
+    assert bias([0.0, 5.0], 1.0) == [[0.0, -5.0], [0.0, 0.0]]  # row = query: climbing costs, descending does not
+
+
+def test_bias_is_clamped_at_minus_ten_and_at_nothing():
+    assert bias([0.0, 5.0], 3.0) == [[0.0, -10.0], [0.0, 0.0]]
+    assert bias([0.0, 5.0], -3.0) == [[0.0, 0.0], [0.0, 0.0]]
 
 
 def test_patch_heights_are_means_in_metres_with_the_sea_at_zero():

@@ -200,6 +200,8 @@ class TrainConfig:
     """Compile the network with torch.compile."""
     activation_checkpointing: bool = False
     """Recompute each block's activations in the backward pass instead of keeping them."""
+    flex_attention: bool = True
+    """On GPUs, damp attention across terrain by FlexAttention, which compiles a kernel; false: in plain torch."""
     early_stopping_patience: int | None = None
     """Stop after this many validations in a row without a new best; null never stops early."""
     validate_every_steps: int | None = None

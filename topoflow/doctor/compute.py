@@ -50,6 +50,7 @@ class ModelTrial:
             *plain_grid(self.grid_shape).patch_centres_km(config.model.patch_size),
             seed=config.run.seed,
             activation_checkpointing=config.train.activation_checkpointing,
+            flex_attention=config.train.flex_attention,
         )
         return sum(parameter.nbytes for parameter in self._model.parameters())
 

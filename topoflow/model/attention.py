@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from topoflow.model.tiled_attention import tiled_attention
+
 
 class Attention(nn.Module):
     """Multi-head self-attention; drop_rate applies to the attention weights and to the projection.
@@ -20,15 +22,28 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(drop_rate)
         self.rel_pos_bias = rel_pos_bias
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [B, N, D], bias [N, N] added to the scores [query, key] of all samples and heads -> [B, N, D]."""
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        """x [B, N, D] -> [B, N, D]; context is what the kind of attention looks at beside the tokens."""
         B, N, D = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each [B, heads, N, D/heads]
-        if self.rel_pos_bias is not None:
-            bias = self.rel_pos_bias() if bias is None else self.rel_pos_bias() + bias
-        dropout = self.drop_rate if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+        x = self._attend(q, k, v, self.drop_rate if self.training else 0.0, *context)
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, N, D)))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, drop_rate: float) -> Tensor:
+        """q, k, v [B, heads, N, D/heads], drop_rate of the weights -> [B, heads, N, D/heads]."""
+        if self.rel_pos_bias is not None:
+            return attend_with_bias(q, k, v, drop_rate, self.rel_pos_bias())
+        if drop_rate and q.device.type == "cpu":  # torch's fused attention has dropout on GPUs alone
+            return tiled_attention(q, k, v, drop_rate=drop_rate)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=drop_rate)
+
+
+def attend_with_bias(q: Tensor, k: Tensor, v: Tensor, drop_rate: float, bias: Tensor) -> Tensor:
+    """q, k, v [B, heads, N, d], bias [heads, N, N] or [N, N] added to the scores [query, key] -> [B, heads, N, d].
+
+    A bias with a gradient takes torch's plain path, in memory of several [B, heads, N, N]: imported weights alone do.
+    """
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), dropout_p=drop_rate)
 
 
 class Mlp(nn.Module):

@@ -2,9 +2,11 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from topoflow.model.attention import Attention
+from topoflow.model.attention import Attention, attend_with_bias
+from topoflow.model.damping import climb, damping
+from topoflow.model.flex_attention import compiled_kernel, flex_attention
+from topoflow.model.tiled_attention import tiled_attention
 
 H_SCALE_M = 1000.0
 """Height difference, in metres, at which the damping is elevation_alpha."""
@@ -21,17 +23,11 @@ def patch_heights(elevation_m: Tensor, patch_size: int) -> Tensor:
     return cells.mean(dim=(1, 3)).flatten()
 
 
-def terrain_bias(heights_m: Tensor, alpha: Tensor, h_scale_m: Tensor) -> Tensor:
-    """What terrain adds to the score of query i and key j: -alpha * relu((z_j - z_i) / h_scale), clamped to [-10, 0].
-
-    heights_m [N], alpha [1], h_scale_m scalar -> [N, N], rows are queries.
-    """
-    climb = F.relu((heights_m.unsqueeze(0) - heights_m.unsqueeze(1)) / h_scale_m)
-    return (-alpha * climb).clamp(-10.0, 0.0)
-
-
 class TerrainAttention(Attention):
-    """Self-attention with the terrain bias, of learned strength elevation_alpha."""
+    """Self-attention damped by `topoflow.model.damping`, with the learned strength elevation_alpha.
+
+    Through FlexAttention on GPUs, where nothing drops out and unless `flex` is False; else through `tiled_attention`.
+    """
 
     def __init__(
         self,
@@ -40,11 +36,19 @@ class TerrainAttention(Attention):
         drop_rate: float,
         alpha_init: float,
         rel_pos_bias: nn.Module | None = None,
+        flex: bool = True,
     ):
         super().__init__(embed_dim, num_heads, drop_rate, rel_pos_bias)
+        self.flex = flex
         self.elevation_alpha = nn.Parameter(torch.full((1,), alpha_init))
         self.register_buffer("H_scale", torch.tensor(H_SCALE_M))
 
-    def forward(self, x: Tensor, heights_m: Tensor) -> Tensor:
-        """x [B, N, D], heights_m [N] -> [B, N, D]."""
-        return super().forward(x, terrain_bias(heights_m, self.elevation_alpha, self.H_scale))
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, drop_rate: float, heights_m: Tensor) -> Tensor:
+        """heights_m [N]; else as `Attention._attend`."""
+        heights, alpha = heights_m / self.H_scale, self.elevation_alpha
+        if self.rel_pos_bias is not None:
+            bias = self.rel_pos_bias() + damping(climb(heights, heights), alpha)
+            return attend_with_bias(q, k, v, drop_rate, bias)
+        if q.device.type == "cpu" or drop_rate or not self.flex:
+            return tiled_attention(q, k, v, heights, alpha, drop_rate)
+        return flex_attention(q, k, v, heights, alpha, compiled_kernel())

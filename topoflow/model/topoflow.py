@@ -27,9 +27,10 @@ class TopoFlow(nn.Module):
 
     input_names and target_names are the channels of the input and of the output; img_size is (rows, columns) of the
     grid; patch_x_km, patch_y_km [N] are the patch centres in raster order, x east and y north, used if config.wind is
-    rank. Weights are whatever torch's layers start with: `build_model` gives the initial ones. Raises ConfigError if
-    the patch size does not divide the grid or the wind scan is not defined on it, ValueError if the patch centres are
-    not N finite numbers.
+    rank. activation_checkpointing: recompute blocks in the backward pass. flex_attention: see `TerrainAttention`.
+    Weights are whatever torch's layers start with: `build_model` gives the initial ones. Raises ConfigError if the
+    patch size does not divide the grid or the wind scan is not defined on it, ValueError if the patch centres are not
+    N finite numbers.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class TopoFlow(nn.Module):
         patch_x_km: Sequence[float],
         patch_y_km: Sequence[float],
         activation_checkpointing: bool = False,
+        flex_attention: bool = True,
     ):
         super().__init__()
         self.config = config
@@ -48,6 +50,7 @@ class TopoFlow(nn.Module):
         self.target_names = tuple(target_names)
         self.img_size = tuple(img_size)
         self.activation_checkpointing = activation_checkpointing
+        self.flex_attention = flex_attention
         D, p = config.embed_dim, config.patch_size
         if any(cells % p for cells in self.img_size):
             raise ConfigError(f"model.patch_size: {p} does not divide the grid of {img_size[0]} x {img_size[1]} cells")
@@ -89,7 +92,8 @@ class TopoFlow(nn.Module):
         drop_rate = config.drop_rate if dropping == "all" or (dropping == "first" and index == 0) else 0.0
         rel_pos_bias = RelativePositionBias(heads, self.grid_size) if index == 0 and config.relative_position else None
         if index == 0 and config.terrain == "endpoint":
-            attn = TerrainAttention(D, heads, drop_rate, config.elevation_alpha_init, rel_pos_bias)
+            alpha = config.elevation_alpha_init
+            attn = TerrainAttention(D, heads, drop_rate, alpha, rel_pos_bias, self.flex_attention)
         else:
             attn = Attention(D, heads, drop_rate, rel_pos_bias)
         drop_path_rate = config.drop_path * index / max(config.depth - 1, 1)
@@ -156,12 +160,22 @@ def build_model(
     patch_y_km: Sequence[float],
     seed: int,
     activation_checkpointing: bool = False,
+    flex_attention: bool = True,
 ) -> TopoFlow:
     """A TopoFlow on CPU with its initial weights, a pure function of the arguments.
 
     The global random state is as before. Arguments and errors as for `TopoFlow`.
     """
     with torch.random.fork_rng(devices=[]):  # torch's layers draw values of their own, all replaced below
-        model = TopoFlow(config, input_names, target_names, img_size, patch_x_km, patch_y_km, activation_checkpointing)
+        model = TopoFlow(
+            config,
+            input_names,
+            target_names,
+            img_size,
+            patch_x_km,
+            patch_y_km,
+            activation_checkpointing,
+            flex_attention,
+        )
     initialize_weights(model, model.grid_size, seed)
     return model
