@@ -49,8 +49,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the groups of `group_parameters`, each at learning_rate x its multiplier.
 
     Every parameter is decayed, biases and norms too, as in the program whose checkpoints we import. Each group keeps
-    `name`, `param_names` and `initial_lr`. The unfused implementation runs (torch's choice: a loop on CPU, foreach on
-    GPUs): every element is updated by itself in a fixed order of operations, so its bits repeat.
+    `name`, `param_names` and `initial_lr`. The fused implementation runs, on CPU and GPUs: one pass over weights,
+    gradients and moments, in which every element is updated by itself, so its bits repeat.
     """
     groups = group_parameters(model)
     for group in groups:
@@ -61,7 +61,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         betas=tuple(config.betas),
         eps=config.eps,
         weight_decay=config.weight_decay,
-        fused=False,
+        fused=True,
     )
 
 

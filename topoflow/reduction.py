@@ -67,7 +67,6 @@ class DdpReduction:
         else:
             with self.context.watch.waiting():  # DDP sums over ranks while the backward pass runs
                 yield
-                self.context.settle()
 
     def finish(self) -> float:
         """DDP has averaged over ranks: the factor that makes .grad their sum."""

@@ -23,15 +23,16 @@ from topoflow.train_state import TrainData, TrainState, verify_ranks
 log = logging.getLogger(__name__)
 
 Batch = dict[str, torch.Tensor]
-STOP, SAVE_FAILED = 1, 2
-"""What a rank may have to say to the others with its sums."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step: the mean loss of the global batch (nan: nothing in it counted) and what was asked for."""
+    """One optimizer step, and what was asked for.
 
-    loss: float
+    loss: the mean over the global batch (nan: nothing in it counted), None where it was not asked for.
+    """
+
+    loss: float | None
     grad_norm: float
     learning_rates: dict[str, float]
     stop: bool
@@ -65,8 +66,11 @@ class Trainer:
 
     # ---- one step
 
-    def train_step(self, batches: Sequence[Batch]) -> StepResult:
+    def train_step(self, batches: Sequence[Batch], with_loss: bool = True) -> StepResult:
         """One optimizer step over this rank's micro-batches.
+
+        The host waits for the device, and for the other ranks, in one place, after all of the step but the update was
+        queued; with_loss, in another.
 
         Raises:
             TrainingDiverged: a loss or the gradient is not finite on any rank; weights are as before the step.
@@ -81,45 +85,54 @@ class Trainer:
             with self.reduction.micro_batch(index):
                 sums, counts = loss_sums(self.reduction.forward, batch, self.data.elevation_m, self.config.precision)
                 sums.sum().backward()
-            asked = STOP * (self.stop.signal_name is not None) + SAVE_FAILED * self.saver.poll()
-            rows.append(torch.cat([sums.detach().double(), counts.double(), sums.new_tensor([asked]).double()]))
-        # every rank sums the same rows in the same order, whoever computed them
-        table = self.context.gather_rows(torch.stack(rows)).cpu()
-        targets = (table.shape[1] - 1) // 2
-        asked = [int(said) for said in table[:, -1]]
-        if any(said & SAVE_FAILED for said in asked):
+            rows.append(torch.stack([sums.detach().double(), counts.double()]))
+        losses = torch.stack(rows)  # [micro-batches, (sum, count), targets]
+        to_sum = self.reduction.finish()
+        gradients = [parameter.grad for parameter in self.parameters]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        count, not_finite, stops, failed_saves, norm = self.context.agree(self._say(losses), norm)
+        if failed_saves:
             self.saver.settle()
-        total, count = table[:, :targets].sum().item(), table[:, targets:-1].sum().item()
-        if not math.isfinite(total):
-            self._refuse_loss(step, batches, table[:, :targets])
-        grad_norm = self._apply_gradient(step, count)
+        if not_finite:
+            self._refuse_loss(step, batches, losses)
+        grad_norm = self._apply_gradient(step, gradients, norm, to_sum / count) if count else 0.0
+        self.state.optimizer.zero_grad()
         rates = {group["name"]: group["lr"] for group in self.state.optimizer.param_groups}
         self.state.scheduler.step()
-        return StepResult(total / count if count else math.nan, grad_norm, rates, any(said & STOP for said in asked))
+        return StepResult(self._mean_loss(losses) if with_loss else None, grad_norm, rates, stops > 0)
 
-    def _apply_gradient(self, step: int, count: float) -> float:
-        """Scale the summed gradient to that of the mean, clip it, and step; returns its norm before clipping.
+    def _say(self, losses: torch.Tensor) -> torch.Tensor:
+        """What is summed over ranks in each step: [values that count, losses not finite, stops asked, saves failed]."""
+        asked = self.stop.signal_name is not None, self.saver.poll()
+        # filled in on the device: a copy from the host would make it wait
+        flags = [losses.new_full((), float(flag)) for flag in asked]
+        return torch.stack([losses[:, 1].sum(), (~losses[:, 0].isfinite()).any().double(), *flags])
+
+    def _mean_loss(self, losses: torch.Tensor) -> float:
+        """Over all ranks, which sum the same rows in the same order, whoever computed them."""
+        table = self.context.gather_rows(losses).cpu()
+        total, count = table[:, 0].sum().item(), table[:, 1].sum().item()
+        return total / count if count else math.nan
+
+    def _apply_gradient(self, step: int, gradients: list[torch.Tensor], norm: float, scale: float) -> float:
+        """Scale the gradient by `scale`, to that of the mean, clip it, and step; returns its norm before clipping.
 
         The gradient of the mean is that of the sum over all that counts, divided by their count; the clip coefficient
-        goes into the same pass. A batch in which nothing counts says nothing about the weights: they, and the moments,
-        stay.
+        goes into the same pass. (A batch in which nothing counts says nothing about the weights: they, and the moments,
+        stay.) norm: of the gradient as it is.
         """
-        norm = 0.0
-        if count:
-            scale = self.reduction.finish() / count
-            gradients = [parameter.grad for parameter in self.parameters]
-            norm = torch.nn.utils.get_total_norm(gradients).item() * scale
-            if not math.isfinite(norm):
-                self._refuse_gradient(step, norm)
-            if self.grad_clip_norm is not None:
-                scale *= min(1.0, self.grad_clip_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
-            torch._foreach_mul_(gradients, scale)
-            self.state.optimizer.step()
-            self.state.progress.updates += 1
-        self.state.optimizer.zero_grad()
+        norm *= scale
+        if not math.isfinite(norm):
+            self._refuse_gradient(step, norm)
+        if self.grad_clip_norm is not None:
+            scale *= min(1.0, self.grad_clip_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+        torch._foreach_mul_(gradients, scale)
+        self.state.optimizer.step()
+        self.state.progress.updates += 1
         return norm
 
-    def _refuse_loss(self, step: int, batches: Sequence[Batch], sums: torch.Tensor) -> None:
+    def _refuse_loss(self, step: int, batches: Sequence[Batch], losses: torch.Tensor) -> None:
+        sums = self.context.gather_rows(losses).cpu()[:, 0]
         bad = [row for row in range(len(sums)) if not torch.isfinite(sums[row]).all()]
         mine = [row - self.context.rank * len(batches) for row in bad if row // len(batches) == self.context.rank]
         names = [self.data.train.sample_identity(int(i)) for row in mine for i in batches[row]["index"]]
@@ -250,7 +263,8 @@ class Trainer:
     def _step_and_after(self, batches: list[Batch], bar: Progress) -> None:
         progress, plan = self.state.progress, self.data.plan
         start = time.monotonic()
-        result = self.train_step(batches)
+        due = (progress.step + 1) % self.config.log_every_steps == 0 or progress.step == 0
+        result = self.train_step(batches, with_loss=due)
         progress.step += 1
         progress.samples_in_epoch += plan.global_batch_size
         self._log_step(result, time.monotonic() - start, bar)
@@ -280,8 +294,7 @@ class Trainer:
 
     def _log_step(self, result: StepResult, seconds: float, bar: Progress) -> None:
         progress, size = self.state.progress, self.data.plan.global_batch_size
-        due = progress.step % self.config.log_every_steps == 0 or progress.step == 1
-        if due:
+        if result.loss is not None:
             self.writer.train_step(
                 step=progress.step,
                 epoch=progress.epoch,
@@ -292,7 +305,7 @@ class Trainer:
                 seconds=seconds,
                 samples_per_second=size / seconds,
             )
-        bar.advance(progress.step, result.loss if due else None)
+        bar.advance(progress.step, result.loss)
 
     def _validation_due(self, epoch_ended: bool) -> bool:
         if self.data.validation is None:

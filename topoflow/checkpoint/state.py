@@ -213,8 +213,8 @@ def _require_alike(name: str, saved: torch.Tensor, current: torch.Tensor) -> Non
 
 
 def _zero_moments(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Moments on the parameter's device, as at step 0; the step count stays on the host, as unfused AdamW has it."""
-    return {"step": torch.zeros((), dtype=torch.float32)} | {
+    """Moments and step count on the parameter's device, as fused AdamW has them at step 0."""
+    return {"step": torch.zeros((), dtype=torch.float32, device=parameter.device)} | {
         key: torch.zeros_like(parameter, requires_grad=False) for key in MOMENTS[1:]
     }
 

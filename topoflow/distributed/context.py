@@ -75,6 +75,16 @@ class Context:
                 self.settle()
         return tensor
 
+    def agree(self, shares: torch.Tensor, *others: torch.Tensor) -> list[float]:
+        """The sum of `shares` [n] over all processes, then the values of `others` (each of one element), on the host.
+
+        The one place where a step waits for what was queued on the device, and for the other processes.
+        """
+        with self.watch.waiting():
+            if self.world_size > 1:
+                dist.all_reduce(shares)
+            return torch.cat([shares, *(other.to(shares.dtype).reshape(1) for other in others)]).tolist()
+
     def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """[n, ...] of each process -> [world_size * n, ...] in the order of ranks, on the host of every process."""
         if self.world_size == 1:
