@@ -75,6 +75,21 @@ def test_activation_checkpointing_has_the_same_bits(program, undisturbed):
     assert program.losses() == {step: losses[step] for step in (1, 2, 3)}
 
 
+def test_a_compiled_run_resumes_with_the_same_bits(program, undisturbed):
+    options = ("train.compile=true", "data.validation=[]", "data.workers=0", "train.micro_batch_size=16")
+    assert program.train(*options, "train.max_steps=3", run="whole").returncode == 0
+    assert program.train(*options, "train.max_steps=2").returncode == 0
+    done = program.train(*options, "train.max_steps=3")
+    assert done.returncode == 0, done.stderr
+    assert "the same bits (bit for bit)" in done.stderr
+    assert program.losses() == program.losses("whole")
+    ours, theirs = (program.state(run, step=3)["model"] for run in ("run", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    # the function that is not compiled, but for what drops
+    losses, _ = undisturbed(1)
+    assert float.fromhex(program.losses()[1]) == pytest.approx(float.fromhex(losses[1]), rel=0.05)
+
+
 def test_bf16_stays_near_fp32_and_its_state_is_fp32(program, undisturbed):
     done = program.train("train.precision=bf16", "train.max_steps=2")
     assert done.returncode == 0, done.stderr
