@@ -74,4 +74,7 @@ def seed_draws(seed: int, purpose: str, *position: int) -> None:
     Dropout and drop path draw from them. In training the position is (step, micro-batch index in the global batch):
     neither the rank nor what was drawn before matters, and there is no random state to restore.
     """
-    torch.manual_seed(derive_seed(seed, purpose, *position))
+    derived = derive_seed(seed, purpose, *position)
+    torch.default_generator.manual_seed(derived)
+    if torch.cuda.is_initialized():  # torch.manual_seed would note a traceback each time where it is not
+        torch.cuda.manual_seed(derived)

@@ -77,7 +77,8 @@ class Trainer:
             RunDirectoryError: an earlier checkpoint could not be written, see `CheckpointSaver.settle`; likewise.
         """
         step = self.state.progress.step + 1
-        self.state.model.train()
+        if not self.state.model.training:  # after a validation, or a probe
+            self.state.model.train()
         rows = []
         for index, batch in enumerate(batches):
             self.context.watch.mark("forward and backward")
