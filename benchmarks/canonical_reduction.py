@@ -82,7 +82,7 @@ def read_settings() -> Settings:
 def run_rank(rank: int, settings: Settings, port: int) -> None:
     """One process of the benchmark, one thread."""
     torch.set_num_threads(1)
-    launch = Launch("a benchmark", "spawned", rank, settings.ranks, rank, settings.ranks, "127.0.0.1", port)
+    launch = Launch("a benchmark", "spawned", rank, settings.ranks, rank, settings.ranks, port=port)
     device = choose_device(settings.device, launch)
     with distributed_context(launch, DistributedConfig(), device) as context:
         model = build_benchmark_model(settings).to(device)

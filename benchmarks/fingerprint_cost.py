@@ -36,7 +36,7 @@ def main() -> None:
 def run_rank(rank: int, settings: Settings, port: int) -> None:
     """One process of the benchmark, one thread."""
     torch.set_num_threads(1)
-    launch = Launch("a benchmark", "spawned", rank, settings.ranks, rank, settings.ranks, "127.0.0.1", port)
+    launch = Launch("a benchmark", "spawned", rank, settings.ranks, rank, settings.ranks, port=port)
     device = choose_device(settings.device, launch)
     with distributed_context(launch, DistributedConfig(), device) as context:
         accumulation = settings.accumulation[0]
