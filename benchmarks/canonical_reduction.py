@@ -20,19 +20,17 @@ import numpy as np
 import torch
 from torch.multiprocessing import spawn
 
+from benchmarks.sizes import Size, build_sized_model, synthetic_batch, synthetic_elevation_m
 from topoflow.checkpoint import CheckpointDirectory, CheckpointSaver
-from topoflow.config import CheckpointConfig, DistributedConfig, ModelConfig, OptimConfig, TrainConfig
+from topoflow.config import CheckpointConfig, DistributedConfig, OptimConfig, TrainConfig
 from topoflow.data import BatchPlan
 from topoflow.distributed import Context, Launch, choose_device, distributed_context
-from topoflow.model import TopoFlow, build_model
+from topoflow.model import TopoFlow
 from topoflow.optim import build_optimizer, build_scheduler
 from topoflow.reduction import build_reduction
 from topoflow.stop import StopFlag
 from topoflow.train_state import TrainData, TrainProgress, TrainState
 from topoflow.trainer import Trainer
-
-INPUTS = ("u", "v", *(f"input {number}" for number in range(13)))
-TARGETS = ("pm25", "pm10", "so2", "no2", "co", "o3")
 
 
 @dataclass(frozen=True)
@@ -96,17 +94,9 @@ def run_rank(rank: int, settings: Settings, port: int) -> None:
 
 def build_benchmark_model(settings: Settings) -> TopoFlow:
     """The network, with terrain and wind and without dropout."""
-    config = ModelConfig(
-        patch_size=settings.patch_size,
-        embed_dim=settings.embed_dim,
-        depth=settings.depth,
-        num_heads=settings.num_heads,
-        drop_rate=0.0,
-        drop_path=0.0,
-    )
-    rows, columns = (cells // settings.patch_size for cells in settings.grid)
-    y_km, x_km = np.meshgrid(np.arange(rows) * 50.0, np.arange(columns) * 50.0, indexing="ij")
-    return build_model(config, INPUTS, TARGETS, settings.grid, x_km.ravel(), y_km.ravel(), seed=0)
+    network = (settings.embed_dim, settings.depth, settings.num_heads)
+    size = Size("settings", settings.grid, *network, settings.micro_batch_size)
+    return build_sized_model(size, patch_size=settings.patch_size)
 
 
 def measure(settings: Settings, model: TopoFlow, accumulation: int, context: Context) -> dict[str, np.ndarray]:
@@ -139,8 +129,7 @@ def build_benchmark_trainer(
     micro_batch_size = settings.micro_batch_size
     global_batch_size = micro_batch_size * accumulation * settings.ranks
     plan = BatchPlan(global_batch_size, 0, global_batch_size, micro_batch_size, context.rank, settings.ranks)
-    generator = torch.Generator().manual_seed(1)
-    elevation_m = torch.rand(settings.grid, generator=generator) * 4000
+    elevation_m = synthetic_elevation_m(settings.grid)
     return Trainer(
         context,
         state,
@@ -162,16 +151,8 @@ def build_benchmark_trainer(
 
 def synthetic_batches(settings: Settings, accumulation: int, context: Context) -> Iterator[dict[str, torch.Tensor]]:
     """This rank's micro-batches of one step, on its device."""
-    B, (H, W) = settings.micro_batch_size, settings.grid
     for index in range(accumulation):
-        generator = torch.Generator().manual_seed(2 + context.rank * accumulation + index)
-        batch = {
-            "x": torch.randn(B, len(INPUTS), H, W, generator=generator),
-            "y": torch.randn(B, len(TARGETS), H, W, generator=generator),
-            "valid": torch.ones(B, len(TARGETS), H, W, dtype=torch.bool),
-            "lead_time_hours": torch.full((B,), 24.0),
-            "wind_ms": torch.randn(B, 2, H, W, generator=generator) * 5,
-        }
+        batch = synthetic_batch(settings.grid, settings.micro_batch_size, 2 + context.rank * accumulation + index)
         yield {name: tensor.to(context.device) for name, tensor in batch.items()}
 
 
