@@ -1,0 +1,110 @@
+"""What the loop costs: a step of `Trainer.fit` beside a bare step of the same network on the same data.
+
+    python -m benchmarks.loop [--size a] [--rounds N] [--pairs N] [--workers N] [--threads N] [--quick]
+
+The program itself runs, by train.py, with TensorBoard, metrics and the progress bar on, on one process. After every
+ten of its optimizer steps its clock stands still, while a second copy of the network takes ten bare steps (forward,
+backward, clip, step, schedule) on batches in memory. So a pair of blocks is seconds apart in one process, and each
+block of `fit` loads ten batches and logs once. Printed: both medians over pairs, and the ratio of medians with the
+quartiles over pairs; each round is a new process. The promise is a ratio of at most 1.03 at (a). Not on Windows.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from benchmarks.sizes import SIZES, Size, add_run_options, chosen_threads
+from benchmarks.tables import print_table, ratio, spread
+from benchmarks.terminal import run_in_terminal
+from benchmarks.trainer_loops import BareStep, Job, Parts, run_ours
+from benchmarks.training_data import LOG_EVERY_STEPS, make_world, run_config
+from topoflow.config import dump_config, load_config
+
+WARM_UP_STEPS = 10
+ROUNDS, PAIRS = 3, 12
+
+
+class AlternatingBlocks:
+    """Called after each optimizer step of `fit`: times blocks of its steps, and runs and times bare ones between."""
+
+    def __init__(self, bare: BareStep, steps: int):
+        self.bare, self.steps = bare, steps
+        self.fit_seconds: list[float] = []
+        self.bare_seconds: list[float] = []
+        self._taken = -WARM_UP_STEPS
+        self._began = 0.0
+        self.hook = register_optimizer_step_post_hook(self._after_step)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if optimizer is self.bare.parts.optimizer:
+            return
+        now = time.perf_counter()
+        self._taken += 1
+        if self._taken < 0 or self._taken % self.steps:
+            return
+        if self._taken:
+            self.fit_seconds.append((now - self._began) / self.steps)
+        began = time.perf_counter()
+        for _ in range(self.steps):
+            self.bare()
+        self._began = time.perf_counter()
+        if self._taken:  # else the bare step warms up
+            self.bare_seconds.append((self._began - began) / self.steps)
+
+
+def run_alternating(config_file: str, result_file: str) -> None:
+    """Train in this process, and write {"fit": seconds of a step in each block, "bare": likewise}."""
+    job = Job(load_config(config_file), Path(config_file), Path(result_file).parent, processes=1)
+    blocks = AlternatingBlocks(BareStep(Parts(job), job.clip_norm), LOG_EVERY_STEPS)
+    run_ours(job)
+    Path(result_file).write_text(json.dumps({"fit": blocks.fit_seconds, "bare": blocks.bare_seconds}))
+
+
+def measure_loop(size: Size, world: Path, pairs: int, threads: int, workers: int) -> dict[str, list[float]]:
+    """What `run_alternating` writes, of a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        steps = WARM_UP_STEPS + pairs * LOG_EVERY_STEPS
+        run_dir, config_file, result_file = (Path(folder) / name for name in ("run", "config.yaml", "seconds.json"))
+        config = run_config(size, world, run_dir, steps=steps, processes=1, threads=threads, workers=workers)
+        config_file.write_text(dump_config(config))
+        code = "import sys; from benchmarks.loop import run_alternating; run_alternating(*sys.argv[1:])"
+        run_in_terminal([sys.executable, "-c", code, str(config_file), str(result_file)], threads)
+        return json.loads(result_file.read_text())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="a", choices=list(SIZES), help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="processes (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=PAIRS, help="pairs of blocks of each (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="loader workers (default: %(default)s)")
+    add_run_options(parser)
+    options = parser.parse_args(arguments)
+    threads = chosen_threads(options)
+    if options.quick:
+        options.size, options.rounds, options.pairs = "tiny", 1, 2
+    size, fit, bare = SIZES[options.size], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        world = make_world(Path(folder), size)
+        for _ in range(options.rounds):
+            measured = measure_loop(size, world, options.pairs, threads, options.workers)
+            fit += measured["fit"]
+            bare += measured["bare"]
+    print(
+        f"{size}; {threads} thread(s), {options.workers} loader worker(s); {options.rounds} round(s) of "
+        f"{options.pairs} pairs of {LOG_EVERY_STEPS} steps\n"
+    )
+    head = ["one training step", "ms (range)", "this / bare (quartiles)"]
+    print_table(head, [["fit", spread(fit, 1e3), ratio(fit, bare, 3)], ["bare loop", spread(bare, 1e3), ""]])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""A demo world at a size's grid, and the config of a run on it: what loops over data are measured on."""
+
+from pathlib import Path
+
+from benchmarks.sizes import Size, model_config
+from topoflow.config import Config, DataConfig, DistributedConfig, OptimConfig, RunConfig, TrainConfig
+from topoflow.data.demo_world import make_demo_data
+
+DAYS = 12
+"""192 hourly starts, whose longest lead of 96 hours lies within, and four leads: 768 samples."""
+LOG_EVERY_STEPS = 10
+
+
+def make_world(folder: Path, size: Size) -> Path:
+    """Write the data set below `folder`; returns where."""
+    path = folder / "world"
+    make_demo_data(path, days=DAYS, grid=size.grid, progress=False)
+    return path
+
+
+def run_config(
+    size: Size, world: Path, run_dir: Path, *, steps: int, processes: int, threads: int, workers: int
+) -> Config:
+    """A run of so many steps with a size's batch in each process; but for dropout all else is as it is by default.
+
+    Raises ValueError for more steps than one epoch has: between epochs loops do more than steps.
+    """
+    samples, global_batch_size = 4 * (24 * DAYS - 96), size.batch_size * processes
+    if steps * global_batch_size > samples:
+        raise ValueError(f"{steps} steps of {global_batch_size} samples: expected at most one epoch of {samples}")
+    return Config(
+        run=RunConfig(dir=str(run_dir), threads=threads, device="cpu"),
+        data=DataConfig(path=str(world), train=(("2018-10-01", f"2018-10-{DAYS}"),), workers=workers),
+        model=model_config(size),
+        optim=OptimConfig(schedule_interval="step"),
+        train=TrainConfig(
+            max_steps=steps,
+            micro_batch_size=size.batch_size,
+            global_batch_size=global_batch_size,
+            log_every_steps=LOG_EVERY_STEPS,
+        ),
+        distributed=DistributedConfig(backend="gloo"),
+    )
