@@ -12,7 +12,7 @@ import torch
 import xarray as xr
 from torch import nn
 
-from topoflow import evaluation
+from topoflow import evaluation, plots
 from topoflow.config import DataConfig, TrainConfig
 from topoflow.data import Normalization, open_forecast_data
 from topoflow.distributed import Context, Launch
@@ -38,7 +38,7 @@ def plots_are_empty_files(request, monkeypatch):
     """Drawing takes a second; the pictures have tests of their own."""
     if "real_plots" not in request.fixturenames:
         for name in ("plot_skill", "plot_case"):
-            monkeypatch.setattr(evaluation, name, lambda _, path: path.touch())
+            monkeypatch.setattr(plots, name, lambda _, path: path.touch())
 
 
 class Damped(nn.Module):

@@ -8,7 +8,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from topoflow import plots
-from topoflow.plots import ForecastCase, plot_case, plot_skill
+from topoflow.forecast_case import ForecastCase
+from topoflow.plots import plot_case, plot_skill
 
 TARGETS = ("pm25", "pm10", "so2", "no2", "co", "o3")
 

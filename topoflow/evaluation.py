@@ -24,8 +24,8 @@ from topoflow.data import (
 )
 from topoflow.distributed import Context
 from topoflow.errors import ConfigError, StopRequested
+from topoflow.forecast_case import ForecastCase
 from topoflow.metrics import ScoreSums
-from topoflow.plots import ForecastCase, plot_case, plot_skill
 from topoflow.scores import Record, format_table, write_scores
 from topoflow.stop import StopFlag
 
@@ -80,6 +80,9 @@ def evaluate_model(
     records = evaluator.score(baselines, observed)
     if context.is_main:
         write_scores(records, output)
+        # here and not above: matplotlib takes 0.4 s and hundreds of files, and only rank 0 draws, when all is scored
+        from topoflow.plots import plot_case, plot_skill
+
         plot_skill(records, output / "skill.png")
         case = evaluator.forecast_case(baselines, observed)
         if case is not None:

@@ -6,7 +6,6 @@ colour-blind.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from topoflow.data.variables import VARIABLES
+from topoflow.forecast_case import ForecastCase
 from topoflow.scores import Record
 
 DPI = 150
@@ -32,26 +32,6 @@ LINES = (
     ("damped persistence", "damped_persistence_rmse", "#D55E00", "--", "s"),
     ("climatology", "climatology_rmse_where_present", "#009E73", ":", "^"),
 )
-
-
-@dataclass(frozen=True)
-class ForecastCase:
-    """One forecast of one target beside what came true, [H, W] each, in display units, NaN where there is no value.
-
-    lat2d, lon2d: degrees. elevation_m: metres, or None. wind_ms: [2, H, W] at the start, m/s, or None. start: hour,
-    datetime64. Rows in any order.
-    """
-
-    lat2d: np.ndarray
-    lon2d: np.ndarray
-    elevation_m: np.ndarray | None
-    truth: np.ndarray
-    forecast: np.ndarray
-    wind_ms: np.ndarray | None
-    name: str
-    unit: str
-    start: np.datetime64
-    lead_hours: int
 
 
 def plot_skill(records: Sequence[Record], path: Path) -> None:
