@@ -1,5 +1,6 @@
 """Parameter groups by name, AdamW over them, and the learning-rate schedule."""
 
+import inspect
 import math
 from typing import Any
 
@@ -45,7 +46,19 @@ def group_parameters(model: nn.Module) -> list[dict[str, Any]]:
     return [group for group in groups.values() if group["params"]]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+class EagerAdamW(torch.optim.AdamW):
+    """torch's AdamW without the marks that it has for torch.compile, which is never given an optimizer here.
+
+    Whoever calls a marked method imports the whole compiler (torch._dynamo, sympy: 1.3 s and 800 modules). What the
+    marks wrap is torch's own code, so the bits are those of torch.optim.AdamW.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> EagerAdamW:
     """AdamW over the groups of `group_parameters`, each at learning_rate x its multiplier.
 
     Every parameter is decayed, biases and norms too, as in the program whose checkpoints we import. Each group keeps
@@ -55,7 +68,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     groups = group_parameters(model)
     for group in groups:
         group["lr"] = group["initial_lr"] = config.learning_rate * config.group_multipliers[group["name"]]
-    return torch.optim.AdamW(
+    return EagerAdamW(
         groups,
         lr=config.learning_rate,
         betas=tuple(config.betas),
