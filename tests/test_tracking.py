@@ -1,4 +1,3 @@
-import itertools
 import json
 import logging
 import os
@@ -15,7 +14,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.summary.writer import event_file_writer
 
 from topoflow.errors import RunDirectoryError
 from topoflow.tracking import MetricsWriter, Progress, close_logging, cut_metrics, format_summary, setup_logging
@@ -30,12 +28,6 @@ def _package_logger_as_before():
         package.removeHandler(handler)
         handler.close()
     package.setLevel(level)
-
-
-@pytest.fixture(autouse=True)
-def _writers_start_seconds_apart(monkeypatch):
-    """TensorBoard reads event files in the order of their names, which begin with the second of their making."""
-    monkeypatch.setattr(event_file_writer, "time", SimpleNamespace(time=itertools.count(1_800_000_000).__next__))
 
 
 def read_events(run_dir: Path) -> list[dict]:
@@ -279,6 +271,29 @@ def test_lines_that_never_could_be_written_are_counted_and_the_torn_one_goes_on_
     full_disk(resource.RLIM_INFINITY)
     MetricsWriter(tmp_path, 1).close()
     assert (tmp_path / "metrics.jsonl").stat().st_size == size
+
+
+def test_a_folder_of_curves_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "tensorboard").touch()
+    with pytest.raises(RunDirectoryError, match=r"tensorboard: cannot be written: File exists"):
+        MetricsWriter(tmp_path, None)
+
+
+def test_curves_end_where_their_disk_is_full(tmp_path, full_disk, capsys):
+    writer = MetricsWriter(tmp_path, None)
+    setup_logging(tmp_path, True)
+    write_step(writer, 1, 0.5)
+    (curves,) = (tmp_path / "tensorboard").iterdir()
+    full_disk(curves.stat().st_size + 10)
+    write_step(writer, 2, 0.5)
+    full_disk(resource.RLIM_INFINITY)
+    write_step(writer, 3, 0.5)
+    writer.close()
+    close_logging()
+    said = capsys.readouterr().err
+    assert said.count("tensorboard: cannot be written: File too large; its curves end here") == 1
+    assert [event["step"] for event in read_events(tmp_path)] == [1, 2, 3]
+    assert read_curve(tmp_path, "loss/train") == [(1, 0.5)]
 
 
 def test_a_log_file_that_cannot_be_opened(tmp_path):

@@ -140,8 +140,8 @@ class MetricsWriter:
         self._unwritten, self._is_failing = b"", False
         if run_dir is None:
             return
-        # here and not above: only rank 0 pays for the import (0.2 s, many small files)
-        from torch.utils.tensorboard import SummaryWriter
+        # here and not above: only rank 0 pays for the import of TensorBoard's messages (many small files)
+        from topoflow.curves import CurveFile
 
         self._guard, self._path, self._curves_path = guard, run_dir / "metrics.jsonl", run_dir / "tensorboard"
         last_step = -1 if resume_step is None else resume_step
@@ -154,7 +154,7 @@ class MetricsWriter:
         if cut:
             logger.info("%s: lines cut because this run goes on from step %d: %d", self._path, max(last_step, 0), cut)
         try:
-            self._curves = SummaryWriter(self._curves_path, purge_step=last_step + 1)
+            self._curves = CurveFile(self._curves_path, first_step=last_step + 1)
         except OSError as error:
             self._refuse(self._curves_path, error)
 
@@ -225,13 +225,10 @@ class MetricsWriter:
         if self._curves is None:
             return
         try:
-            for tag, value in points.items():
-                if math.isfinite(value):
-                    self._curves.add_scalar(tag, value, step)
-            self._curves.flush()
+            self._curves.draw(step, {name: value for name, value in points.items() if math.isfinite(value)})
         except OSError as error:
             logger.error("%s: cannot be written: %s; its curves end here", self._curves_path, _reason(error))
-            self._curves = None  # it would try again when it is closed
+            self._curves = None  # nobody reads on behind a torn record
 
     def _refuse(self, path: Path, error: OSError) -> NoReturn:
         raise RunDirectoryError(f"{path}: cannot be written: {_reason(error)}") from None
