@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from topoflow.config.schema import ModelConfig
-from topoflow.model import build_model
+from topoflow.model import build_model, initialization
 
 NAMES = ("u", "v", "pm25", "o3")
 
@@ -61,6 +61,17 @@ def test_threads_do_not_change_the_bits():
     finally:
         torch.set_num_threads(threads)
     assert_same(*states)
+
+
+def test_draws_that_nothing_cuts_have_the_bits_of_those_that_are_looked_at(monkeypatch):
+    drawn = build(embed_dim=256).state_dict()
+    monkeypatch.setattr(initialization, "LARGEST_DEVIATION", float("inf"))
+    assert_same(drawn, build(embed_dim=256).state_dict())
+
+
+def test_draws_that_may_be_cut_are():
+    far = initialization._truncated_normal(torch.empty(100_000), 0.7, torch.Generator().manual_seed(0))
+    assert 1.9 < far.abs().max() <= 2
 
 
 def sincos_of_mae(embed_dim, positions):
