@@ -24,7 +24,7 @@ from topoflow.checkpoint import (
     read_everywhere,
 )
 from topoflow.config import Config, load_config
-from topoflow.config.help import config_help
+from topoflow.config.help import HelpfulParser, config_help
 from topoflow.data import BatchPlan, ForecastData, Normalization
 from topoflow.distributed import Context, choose_device, distributed_context, read_launch
 from topoflow.errors import Refusal
@@ -56,8 +56,8 @@ log = logging.getLogger("topoflow.train")
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the program; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=config_help(), formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = HelpfulParser(
+        description=__doc__, epilog=config_help, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="what differs from the file")

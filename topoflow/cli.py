@@ -10,13 +10,13 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from topoflow.config.help import config_help
+from topoflow.config.help import HelpfulParser, config_help
 from topoflow.errors import Refusal, ResumeRefused
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="topoflow", description="Forecasts of air pollutants: data and scores.")
+    parser = HelpfulParser(prog="topoflow", description="Forecasts of air pollutants: data and scores.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_make_demo_data(commands)
     _add_grid_stations(commands)
@@ -84,7 +84,7 @@ def _add_evaluate(commands) -> None:
     parser = commands.add_parser(
         "evaluate",
         help="score a checkpoint next to the baselines",
-        epilog=config_help(),
+        epilog=config_help,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", metavar="CHECKPOINT-OR-RUN", type=Path, help="of a run: its best, else its last")
@@ -142,7 +142,7 @@ def _add_import_lightning(commands) -> None:
     parser = commands.add_parser(
         "import-lightning",
         help="make a run that goes on from a checkpoint of the Lightning programs",
-        epilog=config_help(),
+        epilog=config_help,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", metavar="IN.ckpt", type=Path, help="of the published program or its predecessor")
@@ -176,7 +176,7 @@ def _add_doctor(commands) -> None:
     parser = commands.add_parser(
         "doctor",
         help="examine the nodes of a job, before it is sent: under srun, torchrun, or alone",
-        epilog=config_help(),
+        epilog=config_help,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="default: a small model, no data set")

@@ -1,5 +1,6 @@
-"""The text that --help shows of every key: its type, its default and its docstring."""
+"""What --help shows of every key: its type, its default and its docstring."""
 
+import argparse
 import ast
 import dataclasses
 import inspect
@@ -9,6 +10,15 @@ import typing
 
 from topoflow.config import schema
 from topoflow.config.coercion import describe
+
+
+class HelpfulParser(argparse.ArgumentParser):
+    """A parser whose epilog may be a function that makes the text: called when help is asked for, not at each start."""
+
+    def format_help(self) -> str:
+        if callable(self.epilog):
+            self.epilog = self.epilog()
+        return super().format_help()
 
 
 def field_docstrings(kind: type) -> dict[str, str]:
