@@ -274,7 +274,8 @@ class Trainer:
             progress.epoch, progress.samples_in_epoch = progress.epoch + 1, 0
         if self.verify_every_steps and progress.step % self.verify_every_steps == 0:
             verify_ranks(self.context, self.state, self.data, f"after step {progress.step}")
-        self.context.watch.end_setup()
+        if (summary := self.context.watch.end_setup()) is not None:
+            log.info("%s", summary)
         progress.validation_owed = self._validation_due(epoch_ended)
         self._validate_and_save(result.stop)
 

@@ -22,6 +22,7 @@ from topoflow.distributed.hub import POLL_SECONDS, silence_of, stall
 from topoflow.distributed.launch import Launch
 from topoflow.distributed.verdict import Verdict, verdict_on_error, verdict_on_loss
 from topoflow.errors import Refusal
+from topoflow.start_clock import StartClock
 
 LOOK_SECONDS = 0.2
 LAST_WORDS_SECONDS = 1.0
@@ -52,6 +53,8 @@ class Watch:
         self.verdict: Verdict | None = None
         self.stop_asked: str | None = None
         """The signal by which another rank was asked to stop, once it has said so."""
+        self.clock: StartClock | None = None
+        """Where there is one, it is told of each stage and part until the first step is done."""
         self._setup_seconds, self._step_seconds, self._last_words = setup_seconds, step_seconds, last_words
         self._limit = setup_seconds
         self._stage, self._detail = "set-up", ""
@@ -74,11 +77,16 @@ class Watch:
     def enter(self, stage: str, detail: str = "") -> None:
         """Begin a stage of the run, such as `step 12`."""
         self._stage, self._detail = stage, detail
-        self.tick()
+        self._begin()
 
     def mark(self, detail: str) -> None:
         """Begin a part of the stage."""
         self._detail = detail
+        self._begin()
+
+    def _begin(self) -> None:
+        if self.clock is not None:
+            self.clock.begin(self._detail or self._stage)
         self.tick()
 
     def tick(self) -> None:
@@ -99,9 +107,14 @@ class Watch:
         finally:
             self._limit = before
 
-    def end_setup(self) -> None:
-        """The first step is done: from now on the limit of steps holds."""
+    def end_setup(self) -> str | None:
+        """The first step is done: from now on the limit of steps holds.
+
+        Returns, the first time and if there is a clock, what the time until now went to.
+        """
         self._limit = self._step_seconds
+        clock, self.clock = self.clock, None
+        return None if clock is None else clock.summary()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
