@@ -4,9 +4,14 @@
 This file is the table of contents: it builds every part in order and hands each to the next.
 """
 
+import gc
+
+# The collector would look three times through what torch is made of while all this is imported, for 0.15 s together.
+if _is_collecting := gc.isenabled():
+    gc.disable()
+
 import argparse
 import dataclasses
-import gc
 import logging
 import sys
 from contextlib import ExitStack
@@ -52,6 +57,11 @@ from topoflow.stop import StopFlag
 from topoflow.tracking import MetricsWriter, format_summary, setup_logging
 from topoflow.train_state import TrainData, TrainState, verify_ranks
 from topoflow.trainer import Trainer
+
+if _is_collecting:
+    gc.freeze()
+    gc.unfreeze()  # what there is now counts as old, as if it had been looked through
+    gc.enable()
 
 log = logging.getLogger("topoflow.train")
 
@@ -231,5 +241,5 @@ def evaluate_best(
 
 
 if __name__ == "__main__":
-    gc.freeze()  # what was imported stays; a full collection, which comes before the first step, searches it for 0.1 s
+    gc.freeze()  # what was imported stays, and is not looked through again: 0.1 s each time, first before step 1
     sys.exit(main())

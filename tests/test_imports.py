@@ -169,7 +169,7 @@ def test_config_needs_no_torch():
 
 
 IMPORT_ALL = """
-import importlib, json, logging, os, random, signal, sys, threading, warnings
+import gc, importlib, json, logging, os, random, signal, sys, threading, warnings
 
 third_party, ours = json.loads(sys.argv[1])
 for name in third_party:
@@ -192,6 +192,7 @@ def global_state():
         "signal handlers": {str(number): repr(signal.getsignal(number)) for number in signal.valid_signals()},
         "warning filters": repr(warnings.filters),
         "threads": threading.active_count(),
+        "collector": [gc.isenabled(), gc.get_threshold(), gc.get_freeze_count()],
     }
 
 
