@@ -2,8 +2,8 @@
 
 Source: github.com/AmmarKheder/TopoFlow, topoflow/{model,topoflow,wind_embed,training}.py (commit 1ab24d8), without its
 wind scan. It is the same function (a test holds it against another restatement) by the same operations: the same
-tensors are formed and kept for the backward pass, so time and memory of a step are those of the original. Parameters
-have the names of the original's.
+tensors are formed, held as long and kept for the backward pass, so time and memory of a step are those of the original.
+Parameters have the names of the original's.
 """
 
 import math
@@ -41,8 +41,10 @@ class RelativePositionBias(nn.Module):
     def forward(self, places: Tensor) -> Tensor:
         """places [B, N, 2], (column, row) as fractions of the grid -> [B, heads, N, N], made anew in every step."""
         columns, rows = (places * MAX_DISTANCE).long().unbind(-1)
-        entries = NUM_BUCKETS * bucket(columns[:, :, None] - columns[:, None, :])
-        entries = entries + bucket(rows[:, :, None] - rows[:, None, :])  # [B, N, N]
+        # named and so held to the end, as in the original, whose peak of memory they are part of; each [B, N, N]
+        across, down = columns[:, :, None] - columns[:, None, :], rows[:, :, None] - rows[:, None, :]
+        across_bucket, down_bucket = bucket(across), bucket(down)
+        entries = NUM_BUCKETS * across_bucket + down_bucket
         return self.bias_table[entries].permute(0, 3, 1, 2).contiguous()
 
 
@@ -68,8 +70,9 @@ class TerrainAttention(nn.Module):
         climb = F.relu((heights.unsqueeze(1) - heights.unsqueeze(2)) / HEIGHT_SCALE)  # [B, N, N], rows are queries
         damping = torch.clamp(-self.alpha * climb, min=-10.0, max=0.0)
         scores = scores + damping.unsqueeze(1).expand(-1, self.num_heads, -1, -1)
-        weights = self.attn_drop(scores.softmax(dim=-1))
-        return self.proj_drop(self.proj((weights @ v).transpose(1, 2).reshape(B, N, D)))
+        scores = scores.softmax(dim=-1)
+        scores = self.attn_drop(scores)
+        return self.proj_drop(self.proj((scores @ v).transpose(1, 2).reshape(B, N, D)))
 
 
 class TerrainBlock(nn.Module):
