@@ -18,6 +18,7 @@ MACHINE = "benchmarks.machine"
 # name on the command line: title, module, and which of our options it takes
 BENCHMARKS = {
     "model": ("One optimizer step: time, memory, options", "benchmarks.model_step", {"sizes", "rounds"}),
+    "embedding": ("Patch embedding and variable aggregation", "benchmarks.embedding", {"sizes", "rounds"}),
     "terrain": ("Block 0: terrain beside a plain block", "benchmarks.terrain_block", {"sizes", "rounds"}),
     "flops": ("FLOP/s against the machine's peak", "benchmarks.flops", {"sizes", "rounds"}),
     "loop": ("fit beside a bare loop", "benchmarks.loop", {"rounds"}),

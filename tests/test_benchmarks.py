@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import compare_trainers, model_step, run
+from benchmarks.embedding import WAYS, Embedding
 from benchmarks.flops import forward_flops, step_flops
 from benchmarks.fresh import ResidentMemory, alternate, run_fresh
 from benchmarks.loop import WARM_UP_STEPS, AlternatingBlocks
@@ -29,7 +30,7 @@ from tests.lightning.restated import VARIABLES, Network
 
 ROOT = Path(__file__).parents[1]
 SMALL = Size("small", (8, 12), 16, 3, 2, 3)
-MODULES_HERE = ["model", "terrain", "flops", "loop", "trainers"]
+MODULES_HERE = ["model", "embedding", "terrain", "flops", "loop", "trainers"]
 
 
 def build_pair():
@@ -84,6 +85,14 @@ def test_the_published_step_descends_the_error_of_the_targets():
     moved = torch.cat([(old - new.detach()).abs().flatten() for old, new in zip(before, parameters, strict=True)])
     assert moved.max() <= 1.1e-4
     assert (moved > 0.9e-4).float().mean() > 0.5
+
+
+def test_all_ways_from_fields_to_tokens_are_one_function():
+    embedding, x = Embedding(SMALL), synthetic_batch(SMALL.grid, SMALL.batch_size, seed=1)["x"]
+    results = {name: way(embedding, x) for name, way in WAYS.items()}
+    assert results["tokens"].std() > 0.01
+    for name, tokens in results.items():
+        torch.testing.assert_close(tokens, results["tokens"], rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_operations_of_a_step_are_what_torch_counts():
