@@ -44,6 +44,10 @@ def test_grid_stations_writes_cell_means(tmp_path, stations, capsys):
         (["make-demo-data", "STATIONS"], "stations.nc"),
         (["make-demo-data", "OUT", "--days", "0"], "--days 0"),
         (["evaluate", "nowhere"], "nowhere"),
+        (["pack", "nowhere", "-o", "OUT"], "nowhere"),
+        (["pack", "STATIONS", "-o", "STATIONS"], "stations.nc: is no packed data"),
+        (["pack", "STATIONS", "-o", "OUT", "--variables", "ozon"], "--variables: 'ozon'"),
+        (["pack", "--verify", "OUT"], "manifest.json: cannot be read: No such file"),
     ],
 )
 def test_a_command_that_cannot_be_done_is_one_line_and_status_2(tmp_path, stations, capsys, arguments, word):
@@ -55,7 +59,47 @@ def test_a_command_that_cannot_be_done_is_one_line_and_status_2(tmp_path, statio
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("arguments", [[], ["pack"], ["make-demo-data", "x", "--grid", "24"], ["grid-stations", "x"]])
+@pytest.mark.parametrize("option", [(), ("--dtype", "float16")])
+def test_pack_says_what_it_made_and_verify_what_is_damaged(tmp_path, capsys, option):
+    make_demo_data(tmp_path / "world", days=2, grid=(8, 12), progress=False)
+    out = tmp_path / "packed"
+    for written in ("2018", "none: all years are there"):
+        assert cli.main(["pack", str(tmp_path / "world"), "-o", str(out), *option]) == 0
+        said = capsys.readouterr().out
+        assert "11 variables as float" in said
+        assert f"on 8 x 12 cells, 0.00 GB; written now: {written}" in said
+        assert ("psfc" in said) is bool(option)
+    assert cli.main(["pack", "--verify", str(out)]) == 0
+    assert "6 files are what the manifest says" in capsys.readouterr().out
+    with open(out / "fields_2018.npy", "r+b") as file:
+        file.seek(1000)
+        file.write(b"x")
+    assert cli.main(["pack", "--verify", str(out)]) == 2
+    said = capsys.readouterr()
+    assert said.out == f"{out / 'fields_2018.npy'}: 2018-10-01 does not match its hash\n"
+    assert said.err.startswith(f"topoflow: {out}: damaged in 1 place(s)")
+    assert len(said.err.splitlines()) == 1
+
+
+def test_pack_into_a_place_that_cannot_be_written(tmp_path, capsys):
+    make_demo_data(tmp_path / "world", days=2, grid=(8, 12), progress=False)
+    (tmp_path / "file").write_text("")
+    assert cli.main(["pack", str(tmp_path / "world"), "-o", str(tmp_path / "file" / "out")]) == 2
+    assert capsys.readouterr().err == f"topoflow: {tmp_path / 'file' / 'out'}: cannot be written: Not a directory\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["pack"],
+        ["pack", "in"],
+        ["pack", "-o", "out"],
+        ["pack", "in", "--verify", "out"],
+        ["make-demo-data", "x", "--grid", "24"],
+        ["grid-stations", "x"],
+    ],
+)
 def test_bad_usage_is_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)

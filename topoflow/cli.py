@@ -20,6 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_make_demo_data(commands)
     _add_grid_stations(commands)
+    _add_pack(commands)
     _add_evaluate(commands)
     _add_inspect(commands)
     _add_import_lightning(commands)
@@ -77,6 +78,57 @@ def _grid_stations(options: argparse.Namespace) -> int:
     _log_to_terminal()
     shown = sys.stderr.isatty()
     print(grid_stations(options.inputs, options.output, options.degrees, options.box, options.terrain, shown))
+    return 0
+
+
+def _add_pack(commands) -> None:
+    parser = commands.add_parser(
+        "pack",
+        help="lay a data set out for fast reading of samples, or verify one that is",
+        epilog="Interrupted, the same command goes on. Run again with more years in IN, it appends what OUT lacks.",
+    )
+    parser.add_argument("data", nargs="?", metavar="IN", help="a data set, as data.path takes it")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("-o", "--output", metavar="OUT", type=Path, help="folder to make, or to append years to")
+    target.add_argument("--verify", metavar="OUT", type=Path, help="read packed data again and name what is damaged")
+    parser.add_argument("--variables", metavar="A,B,...", help="default: all that IN has")
+    parser.add_argument("--grid", type=_grid_size, metavar="HxW", help="rows and columns (default: those of IN)")
+    parser.add_argument(
+        "--method",
+        choices=("area", "bilinear"),
+        default="area",
+        help="of --grid; area: mean over the new cell by area (population: the sum); bilinear: between the four "
+        "nearest centres, as the published program (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="float32: the values as they are; float16: half the size, at an error that is reported (default: float32)",
+    )
+    parser.add_argument("--mask", metavar="FILE", type=Path, help="cells of IN that count, as data.mask takes it")
+    parser.set_defaults(run=lambda options: _pack(options, parser))
+
+
+def _pack(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from topoflow.data.packed.packing import PackOptions, pack
+    from topoflow.data.packed.verification import verify
+    from topoflow.errors import DataError
+
+    shown = sys.stderr.isatty()
+    if (options.data is None) != (options.output is None):
+        parser.error("expected IN -o OUT, or --verify OUT")
+    if options.verify is not None:
+        manifest, damage = verify(options.verify, shown)
+        if damage:
+            print("\n".join(damage))
+            raise DataError(f"{options.verify}: damaged in {len(damage)} place(s), the first: {damage[0]}")
+        print(f"{options.verify}: {len(manifest.files())} files are what the manifest says")
+        return 0
+    _log_to_terminal()
+    names = options.variables.split(",") if options.variables else None
+    wanted = PackOptions(names, options.grid, options.method, options.dtype, options.mask)
+    print("\n".join(pack(options.data, options.output, wanted, shown).lines()))
     return 0
 
 

@@ -1,10 +1,15 @@
 """From a data section to data sets."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from topoflow.data import open_forecast_data
+from topoflow.data.packed.packing import PackOptions, pack
 from topoflow.errors import ConfigError, DataError
+
+NAMES = ("u", "v", "pm25", "co", "elevation", "population")
 
 
 @pytest.fixture
@@ -81,3 +86,25 @@ def test_constants_of_the_config_must_cover_inputs_and_targets(folder, make_conf
 def test_refusals(folder, make_config, changes, kind, message):
     with pytest.raises(kind, match=message):
         open_forecast_data(make_config(folder, **{**SPLITS, **changes}), with_wind=True, with_terrain=True)
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_what_is_held_of_long_data_is_a_few_bytes_an_hour(make_fields, write_store, make_config, tmp_path, is_packed):
+    def held(hours):
+        path = write_store(make_fields(hours=hours, shape=(2, 2)), tmp_path / f"{hours}.zarr")
+        if is_packed:
+            pack(str(path), tmp_path / f"packed-{hours}", PackOptions(), progress=False)
+            path = tmp_path / f"packed-{hours}"
+        options = {"in_memory": False, "normalization": dict.fromkeys(NAMES, (0.0, 1.0)), "train": (2019,)}
+        config = make_config(path, **options)
+        open_forecast_data(config, True, True)  # what is made once in a process
+        tracemalloc.start()
+        data = open_forecast_data(config, True, True)
+        dataset = data.dataset("train", data.build_normalization())
+        dataset[hours]
+        bytes_held = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        return bytes_held
+
+    # times of the stores and of the source, and the starts: 8 bytes each
+    assert (held(8000) - held(2000)) / 6000 < 40

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from topoflow.data.normalization import Normalization, compute_normalization, configured_normalization
+from topoflow.data.packed.packing import PackOptions, pack
 from topoflow.data.source import open_source
 from topoflow.errors import ConfigError, DataError
 
@@ -27,7 +28,7 @@ def normalization_of(dataset, write_store, path, in_memory=True, names=NAMES):
 
 @pytest.mark.parametrize("hours_of_block", [1, 7, 1000])
 def test_constants_are_those_of_the_training_hours(fields, write_store, tmp_path, monkeypatch, hours_of_block):
-    monkeypatch.setattr("topoflow.data.source._BLOCK_BYTES", hours_of_block * 4 * 24)
+    monkeypatch.setattr("topoflow.data.normalization.BLOCK_BYTES", hours_of_block * 4 * 24)
     found = normalization_of(fields, write_store, tmp_path)
     for name in ("u", "co"):
         values = fields[name].values[TRAIN].astype(np.float64)
@@ -52,6 +53,40 @@ def test_in_memory_or_not_gives_the_same_bits(fields, write_store, tmp_path):
     held = normalization_of(fields, write_store, tmp_path / "held", in_memory=True)
     assert lazy == held
     assert lazy.fingerprint == held.fingerprint
+
+
+def ways_to_hold(dataset, write_store, path):
+    """The same data as Zarr, NetCDF, in memory and packed."""
+    write_store(dataset, path / "zarr" / "data_2019.zarr")
+    write_store(dataset, path / "netcdf" / "data_2019.nc", "netcdf")
+    pack(str(path / "zarr"), path / "packed", PackOptions(), progress=False)
+    return {
+        "zarr": open_source(str(path / "zarr"), NAMES, in_memory=False),
+        "netcdf": open_source(str(path / "netcdf"), NAMES, in_memory=False),
+        "memory": open_source(str(path / "zarr"), NAMES, in_memory=True),
+        "packed": open_source(str(path / "packed"), NAMES, in_memory=False),
+        "packed, in memory": open_source(str(path / "packed"), NAMES, in_memory=True),
+    }
+
+
+@pytest.mark.parametrize("hours", [np.arange(60), TRAIN, np.r_[0:24, 36:48], np.arange(24, 48)])
+def test_however_the_data_are_held_the_bits_are_the_same(fields, write_store, tmp_path, hours):
+    sources = ways_to_hold(fields, write_store, tmp_path)
+    found = {way: compute_normalization(source, NAMES, hours).fingerprint for way, source in sources.items()}
+    assert len(set(found.values())) == 1, found
+
+
+def test_of_packed_data_only_days_that_are_cut_are_read(fields, write_store, tmp_path, monkeypatch):
+    source = ways_to_hold(fields, write_store, tmp_path)["packed"]
+    read = []
+    monkeypatch.setattr(
+        source, "read", lambda name, indices: read.append(list(indices)) or type(source).read(source, name, indices)
+    )
+    compute_normalization(source, NAMES, np.arange(60))
+    assert read == []
+    compute_normalization(source, NAMES, np.r_[0:24, 30:60])
+    assert all(set(range(30, 48)) <= set(hours) and not {*range(24)} & set(hours) for hours in read)
+    assert len(read) == 2
 
 
 def test_variables_that_cannot_be_normalized_are_named(fields, write_store, tmp_path):

@@ -65,13 +65,14 @@ class DataConfig:
     workers: int = 2
     """Loader processes per rank; 0 loads in the training process."""
     mask: str | None = None
-    """File with the cells that count (.npy, or NetCDF/Zarr with a variable `mask`), [lat, lon], nonzero = counts."""
+    """File with the cells that count (.npy, or NetCDF/Zarr with a variable `mask`), [lat, lon], nonzero = counts;
+    absent: all do, or those that packed data were packed with."""
     normalization: Literal["train"] | dict[str, tuple[float, float]] = "train"
     """`train`: mean and standard deviation over the training split; or {variable: [mean, standard deviation]}."""
     availability: bool = False
     """Add the input `available`: the fraction of the dynamic input variables that have a value in the cell."""
     in_memory: bool | None = None
-    """Hold the fields in memory; absent: if they take at most 2 GiB per process."""
+    """Hold the fields in memory; absent: if they take at most 2 GiB per process. Packed data are mapped, not held."""
 
     def __post_init__(self):
         _require(self, "train", len(self.train) > 0, "at least one year or [start, end] range")

@@ -8,9 +8,11 @@ import numpy as np
 
 from topoflow.config.schema import DataConfig
 from topoflow.data.dataset import ForecastDataset, input_names
+from topoflow.data.fields import FieldSource
 from topoflow.data.grid import Grid, load_mask
 from topoflow.data.normalization import Normalization, compute_normalization, configured_normalization
-from topoflow.data.source import GriddedSource, SourceIndex, index_source, open_indexed
+from topoflow.data.packed.reader import PackedIndex
+from topoflow.data.source import SourceIndex, index_source, open_indexed
 from topoflow.data.splits import StartIndex, check_disjoint, split_starts, split_times
 from topoflow.data.variables import check_names
 
@@ -24,7 +26,7 @@ class DataIndex:
     mask: bool [H, W], the cells that count.
     """
 
-    source: SourceIndex
+    source: SourceIndex | PackedIndex
     mask: np.ndarray
 
 
@@ -33,7 +35,7 @@ class ForecastData:
     """An opened data set with its mask and the starts of each configured split. Built by `open_forecast_data`."""
 
     config: DataConfig
-    source: GriddedSource
+    source: FieldSource
     mask: np.ndarray
     """bool [H, W]: the cells that count."""
     splits: dict[str, StartIndex]
@@ -61,9 +63,9 @@ class ForecastData:
         return hashlib.sha256(np.packbits(self.mask).tobytes()).hexdigest()
 
     def build_normalization(self, on_progress: Callable[[], None] = lambda: None) -> Normalization:
-        """From the constants of data.normalization, or computed over the training split (one pass over the data).
+        """From the constants of data.normalization, or computed over the training split.
 
-        on_progress is called now and then.
+        That takes one pass over the data, unless they are packed. on_progress is called now and then.
         """
         names = tuple(dict.fromkeys((*self.input_names, *self.target_names)))
         if self.config.normalization != "train":
@@ -81,10 +83,9 @@ class ForecastData:
         """Lines for the log: extent, grid, splits with the starts that gaps in the data cost."""
         times, (rows, columns) = self.source.times, self.grid.shape
         order = "north" if self.grid.north_first else "south"
-        where = "in memory" if self.source.in_memory else "read from disk at each sample"
         lines = [
             f"data: {self.config.path}, {len(times)} hours from {times[0]} to {times[-1]}, "
-            f"{len(self.source.dynamic)} variables in {self.source.size_bytes / 1e9:.2f} GB, {where}",
+            f"{len(self.source.dynamic)} variables in {self.source.size_bytes / 1e9:.2f} GB, {self.source.where}",
             f"grid: {rows} x {columns} cells, {order} first, {int(self.mask.sum())} of them count",
         ]
         for split, index in self.splits.items():
@@ -119,7 +120,9 @@ def index_forecast_data(config: DataConfig, with_wind: bool, with_terrain: bool)
     check_names(config.variables, config.targets)
     check_disjoint(**{split: getattr(config, split) for split in SPLITS})
     source = index_source(config.path, needed_variables(config, with_wind, with_terrain))
-    return DataIndex(source, load_mask(config.mask, source.grid))
+    packed_mask = source.mask if isinstance(source, PackedIndex) else None
+    use_packed = config.mask is None and packed_mask is not None
+    return DataIndex(source, packed_mask if use_packed else load_mask(config.mask, source.grid))
 
 
 def open_indexed_data(

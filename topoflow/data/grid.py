@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import xarray as xr
 
 from topoflow.errors import ConfigError, DataError, MissingPath
 
@@ -89,40 +88,43 @@ def same_place(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and bool(np.all(np.abs((a - b + 180) % 360 - 180) <= SAME_PLACE_DEGREES))
 
 
-def load_mask(path: str | None, grid: Grid) -> np.ndarray:
+def load_mask(path: str | None, grid: Grid, key: str = "data.mask") -> np.ndarray:
     """bool [H, W]: the cells that count, True everywhere without a path.
 
     A NetCDF or Zarr mask that states its coordinates must agree with the grid. Raises MissingPath, ConfigError for a
-    kind of file that cannot hold a mask, DataError for a mask of another shape or place, with NaN, or without a cell.
+    kind of file that cannot hold a mask, DataError for a mask of another shape or place, with NaN, or without a cell;
+    they begin with `key`.
     """
     if path is None:
         return np.ones(grid.shape, dtype=bool)
-    values = _read_mask(Path(path), grid)
+    values = _read_mask(Path(path), grid, key)
     if values.shape != grid.shape:
-        raise DataError(f"data.mask: {path} has shape {values.shape}: expected that of the grid, {grid.shape}")
+        raise DataError(f"{key}: {path} has shape {values.shape}: expected that of the grid, {grid.shape}")
     if values.dtype.kind not in "biuf" or not np.all(np.isfinite(values)):
-        raise DataError(f"data.mask: {path} holds values that are not finite numbers: expected 0 or 1 in each cell")
+        raise DataError(f"{key}: {path} holds values that are not finite numbers: expected 0 or 1 in each cell")
     if not np.any(values):
-        raise DataError(f"data.mask: {path} is empty: expected at least one cell that counts")
+        raise DataError(f"{key}: {path} is empty: expected at least one cell that counts")
     return values != 0
 
 
-def _read_mask(path: Path, grid: Grid) -> np.ndarray:
+def _read_mask(path: Path, grid: Grid, key: str) -> np.ndarray:
     if not path.exists():
-        raise MissingPath(f"data.mask: {path} does not exist: expected a .npy, .nc or .zarr file with the mask")
+        raise MissingPath(f"{key}: {path} does not exist: expected a .npy, .nc or .zarr file with the mask")
     engine = {".nc": "netcdf4", ".zarr": "zarr"}.get(path.suffix)
     if path.suffix != ".npy" and engine is None:
-        raise ConfigError(f"data.mask: {path} is of no known kind: expected a .npy, .nc or .zarr file")
+        raise ConfigError(f"{key}: {path} is of no known kind: expected a .npy, .nc or .zarr file")
     try:
         if path.suffix == ".npy":
             return np.load(path, allow_pickle=False)
+        import xarray as xr
+
         with xr.open_dataset(path, engine=engine) as dataset:
             dataset.load()
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"data.mask: {path} cannot be read: {error}".splitlines()[0]) from error
+        raise DataError(f"{key}: {path} cannot be read: {error}".splitlines()[0]) from error
     if "mask" not in dataset:
-        raise DataError(f"data.mask: {path} has no variable 'mask': it has {', '.join(dataset.variables) or 'none'}")
+        raise DataError(f"{key}: {path} has no variable 'mask': it has {', '.join(dataset.variables) or 'none'}")
     for name, degrees in (("lat", grid.lat2d[:, 0]), ("lon", grid.lon2d[0])):
         if name in dataset.coords and dataset[name].ndim == 1 and not same_place(dataset[name].values, degrees):
-            raise DataError(f"data.mask: {path} stands elsewhere: its {name} differ from those of the data")
+            raise DataError(f"{key}: {path} stands elsewhere: its {name} differ from those of the data")
     return dataset["mask"].values

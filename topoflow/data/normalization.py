@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from topoflow.data.source import GriddedSource
+from topoflow.data.fields import BLOCK_BYTES, FieldSource
+from topoflow.data.moments import Moments, day_pieces, moments_of
 from topoflow.data.variables import UNNORMALIZED, VARIABLES
 from topoflow.errors import ConfigError, DataError
 
@@ -44,59 +45,63 @@ class Normalization:
         return cls(mean, {name: float(pair[1]) for name, pair in constants.items()})
 
 
-class _Moments:
-    """Count, mean and sum of squared deviations of a stream of float32 values, in float64.
-
-    Blocks are merged by Chan, Golub and LeVeque (1979), which does not lose digits where the mean is large.
-    """
-
-    def __init__(self):
-        self.count, self.mean, self.squares = 0, 0.0, 0.0
-
-    def add(self, values: np.ndarray) -> None:
-        present = values[~np.isnan(values)].astype(np.float64)
-        if present.size == 0:
-            return
-        mean = float(present.mean())
-        step, total = mean - self.mean, self.count + present.size
-        self.squares += float(np.square(present - mean).sum()) + step**2 * self.count * present.size / total
-        self.mean += step * present.size / total
-        self.count = total
-
-    def result(self, name: str) -> tuple[float, float]:
-        if self.count == 0:
-            raise DataError(f"data.train: variable {name!r} has no value in the whole training split")
-        if self.squares == 0:  # exactly so where all are equal: the sum of a block of equal float32 values is exact
-            raise DataError(
-                f"data.train: variable {name!r} is {self.mean:g} throughout the training split: expected values that "
-                "vary, or its constants in data.normalization"
-            )
-        return self.mean, float(np.sqrt(self.squares / self.count))
-
-
 def compute_normalization(
-    source: GriddedSource,
+    source: FieldSource,
     names: Sequence[str],
     time_indices: np.ndarray,
     on_progress: Callable[[], None] = lambda: None,
 ) -> Normalization:
     """Mean and (population) standard deviation of the variables `names` over all cells that have a value.
 
-    Dynamic variables over the hours `time_indices` (positions in source.times, the training split), in one pass over
-    the files; static ones and coordinates over the grid. Those that are of order 1 as they are get 0 and 1. In memory
-    or not, the bits are the same. on_progress is called between blocks. DataError, naming the variable, if it is
-    constant or has no value.
+    Dynamic variables over the hours `time_indices` (positions in source.times, the training split); static ones and
+    coordinates over the grid. Those that are of order 1 as they are get 0 and 1. The moments of each day are merged in
+    the order of time: packed data bring those of whole days along, the rest is read, once. The bits are the same where
+    the values are, packed or not, in memory or not. on_progress is called now and then. DataError, naming the variable,
+    if it is constant or has no value.
     """
-    moments = {name: _Moments() for name in names if name not in UNNORMALIZED}
+    moments = {name: Moments() for name in names if name not in UNNORMALIZED}
     dynamic = [name for name in moments if VARIABLES[name].kind == "dynamic"]
-    for block in source.blocks(time_indices):
+    hours = max(1, BLOCK_BYTES // (4 * source.grid.lat2d.size))
+    for pieces in _consecutive(day_pieces(source.times, time_indices), hours):
         on_progress()
         for name in dynamic:
-            moments[name].add(source.read(name, block))
+            for piece in _moments_of_pieces(source, name, pieces):
+                moments[name] = moments[name].merge(piece)
     for name in moments:
         if name not in dynamic:
-            moments[name].add(source.static(name))
-    return _complete({name: moments[name].result(name) for name in moments}, names)
+            moments[name] = moments_of(source.static(name))
+    return _complete({name: _constants(name, found) for name, found in moments.items()}, names)
+
+
+def _consecutive(pieces: list[np.ndarray], hours: int) -> Iterator[list[np.ndarray]]:
+    """Pieces that follow each other without a gap, put together to about so many hours."""
+    group: list[np.ndarray] = []
+    for piece in pieces:
+        if group and (piece[0] != group[-1][-1] + 1 or piece[-1] - group[0][0] >= hours):
+            yield group
+            group = []
+        group.append(piece)
+    if group:
+        yield group
+
+
+def _moments_of_pieces(source: FieldSource, name: str, pieces: list[np.ndarray]) -> list[Moments]:
+    known = [source.moments_of_day(name, piece) for piece in pieces]
+    if None not in known:
+        return known
+    ends = np.cumsum([len(piece) for piece in pieces])
+    return [moments_of(values) for values in np.split(source.read(name, np.concatenate(pieces)), ends[:-1])]
+
+
+def _constants(name: str, moments: Moments) -> tuple[float, float]:
+    if moments.count == 0:
+        raise DataError(f"data.train: variable {name!r} has no value in the whole training split")
+    if moments.squares == 0:  # exactly so where all are equal: the sum of a day of equal float32 values is exact
+        raise DataError(
+            f"data.train: variable {name!r} is {moments.mean:g} throughout the training split: expected values that "
+            "vary, or its constants in data.normalization"
+        )
+    return moments.mean, moments.std
 
 
 def configured_normalization(constants: dict[str, tuple[float, float]], names: Sequence[str]) -> Normalization:

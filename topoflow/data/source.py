@@ -1,30 +1,30 @@
-"""A gridded data set as one series of hours, whatever files it lies in."""
+"""A gridded data set in stores of NetCDF or Zarr, and what opens a data set of any kind."""
 
-import hashlib
 import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
-import xarray as xr
 
+from topoflow.data.fields import FieldSource
 from topoflow.data.grid import Grid, same_place
-from topoflow.data.stores import Store, StoreContent, find_stores, inspect_store, read_times
+from topoflow.data.packed.manifest import read_manifest
+from topoflow.data.packed.reader import PackedIndex, PackedSource, index_packed, is_packed
+from topoflow.data.stores import OpenStore, Store, StoreContent, find_stores, inspect_store, open_store
 from topoflow.data.variables import VARIABLES
 from topoflow.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 IN_MEMORY_LIMIT_BYTES = 2 * 2**30
-"""Fields are held in memory up to this size unless the config says otherwise."""
-
-_BLOCK_BYTES = 32 * 2**20
+"""Fields in stores are held in memory up to this size unless the config says otherwise."""
 
 
 @dataclass(frozen=True)
 class SourceIndex:
-    """All of a data set but its fields that change in time: a value that another process can be sent.
+    """All of a data set in stores but its fields that change in time: a value that another process can be sent.
 
     stores: in the order of time. grid: with the static fields that were asked for. dynamic: names of the fields that
     change in time. fingerprint: hex SHA-256 of what the data are, wherever they lie.
@@ -36,141 +36,97 @@ class SourceIndex:
     fingerprint: str
 
 
-class GriddedSource:
-    """Physical fields by name and hour. Built by `open_source` and `open_indexed`.
-
-    times: datetime64[h] [T], strictly increasing over all files. grid, dynamic, fingerprint: those of the index.
-    In memory or not, the same values come out. Handles are opened at the first read; `close` before forking, since
-    those of HDF5 are not made to be shared.
-    """
+class GriddedSource(FieldSource):
+    """The fields of stores, read through xarray or, where that is the same, straight from the chunks of Zarr."""
 
     def __init__(self, index: SourceIndex):
-        self.times = np.concatenate([store.times for store in index.stores])
-        self.grid, self.dynamic, self.fingerprint = index.grid, index.dynamic, index.fingerprint
+        times = np.concatenate([store.times for store in index.stores])
+        super().__init__(times, index.grid, index.dynamic, index.fingerprint)
         self._stores = index.stores
         self._first = np.cumsum([0] + [len(store.times) for store in index.stores])
-        self._handles: dict[int, xr.Dataset] = {}
-        self._fields: np.ndarray | None = None  # [T, D, H, W] once loaded
+        self._handles: dict[int, OpenStore] = {}
 
     @property
-    def in_memory(self) -> bool:
-        """Whether the fields are held in memory."""
-        return self._fields is not None
+    def where(self) -> str:
+        return "in memory" if self.in_memory else "read from disk at each sample"
 
-    @property
-    def size_bytes(self) -> int:
-        """What all dynamic fields take as float32."""
-        return 4 * len(self.times) * len(self.dynamic) * self.grid.lat2d.size
+    def close(self) -> None:
+        for store in self._handles.values():
+            store.close()
+        self._handles = {}
 
-    def read(self, name: str, indices: np.ndarray | Sequence[int] | slice) -> np.ndarray:
-        """float32 [n, H, W] of dynamic variable `name` at `indices` of `times`, physical units, NaN where missing."""
-        indices = np.arange(len(self.times))[indices]
-        if self._fields is not None:
-            return self._fields[indices, self.dynamic.index(name)]
+    def guard(self) -> list[str]:
+        return [line for store in self._stores for line in store.guard()]
+
+    def file_states(self, first: int, stop: int) -> list[str]:
+        held = zip(self._stores, self._first[:-1], self._first[1:], strict=True)
+        return [state for store, begin, end in held if begin < stop and end > first for state in store.file_states()]
+
+    def _read(self, name: str, indices: np.ndarray) -> np.ndarray:
         values = np.empty((len(indices), *self.grid.shape), np.float32)
         store_of = np.searchsorted(self._first, indices, side="right") - 1
         for store in np.unique(store_of):
             chosen = np.flatnonzero(store_of == store)
             wanted, back = np.unique(indices[chosen] - self._first[store], return_inverse=True)
-            contiguous = len(wanted) == wanted[-1] - wanted[0] + 1
-            selection = slice(int(wanted[0]), int(wanted[-1]) + 1) if contiguous else wanted
-            values[chosen] = read_times(self._open(store), name, selection, self._stores[store].path)[back]
+            values[chosen] = self._open(int(store)).read(name, wanted)[back]
         return values
 
-    def snapshot(self, names: Sequence[str], index: int) -> np.ndarray:
-        """float32 [len(names), H, W]: the dynamic variables `names` at hour `index` of `times`, a copy."""
-        if self._fields is not None:
-            return self._fields[index, [self.dynamic.index(name) for name in names]]
-        store = int(np.searchsorted(self._first, index, side="right")) - 1
-        dataset, path, position = self._open(store), self._stores[store].path, int(index - self._first[store])
+    def _read_hour(self, names: Sequence[str], index: int) -> np.ndarray:
+        number = int(np.searchsorted(self._first, index, side="right")) - 1
         values = np.empty((len(names), *self.grid.shape), np.float32)
-        for row, name in enumerate(names):
-            values[row] = read_times(dataset, name, slice(position, position + 1), path)[0]
+        self._open(number).read_hour(names, index - int(self._first[number]), values)
         return values
 
-    def static(self, name: str) -> np.ndarray:
-        """float32 [H, W]: `elevation` (m), `population`, `lat2d` or `lon2d` (degrees)."""
-        field = {
-            "elevation": self.grid.elevation_m,
-            "population": self.grid.population,
-            "lat2d": self.grid.lat2d,
-            "lon2d": self.grid.lon2d,
-        }[name]
-        assert field is not None, f"the source was opened without {name}"
-        return field.astype(np.float32)
-
-    def blocks(self, indices: np.ndarray) -> list[np.ndarray]:
-        """Increasing `indices` cut into unbroken runs of a bounded number of hours, the same on every machine."""
-        hours = max(1, _BLOCK_BYTES // (4 * self.grid.lat2d.size))
-        runs = np.split(indices, np.flatnonzero(np.diff(indices) != 1) + 1)
-        return [run[start : start + hours] for run in runs for start in range(0, len(run), hours)]
-
-    def load(self) -> None:
-        """Read all dynamic fields into memory."""
-        fields = np.empty((len(self.times), len(self.dynamic), *self.grid.shape), np.float32)
-        for block in self.blocks(np.arange(len(self.times))):
-            for column, name in enumerate(self.dynamic):
-                fields[block[0] : block[-1] + 1, column] = self.read(name, block)
-        self._fields = fields
-        self.close()
-
-    def close(self) -> None:
-        """Close what this process has open; the next read opens it again."""
-        for dataset in self._handles.values():
-            dataset.close()
-        self._handles = {}
-
-    def _open(self, store: int) -> xr.Dataset:
+    def _open(self, store: int) -> OpenStore:
         if store not in self._handles:
             self._handles[store] = self._stores[store].open()
         return self._handles[store]
 
-    def compute_fingerprint(self) -> str:
-        """SHA-256 over names, units, shape, times, coordinates, static fields and three hours of every field.
 
-        Those hours are read by this process, whoever made the index.
-        """
-        digest = hashlib.sha256()
-
-        def add(label: str, values: np.ndarray, dtype: str) -> None:
-            # one NaN for all: files may hold any of the many bit patterns
-            values = np.where(np.isnan(values), np.nan, values) if dtype == "<f4" else values
-            digest.update(f"{label} {values.shape} {dtype};".encode())
-            digest.update(np.ascontiguousarray(values, dtype).tobytes())
-
-        add("times", self.times.astype(np.int64), "<i8")
-        # rounded to the float32 grid of about 1e-5 degrees in which many files store their coordinates
-        add("lat2d", self.grid.lat2d, "<f4")
-        add("lon2d", self.grid.lon2d, "<f4")
-        if self.grid.elevation_m is not None:
-            add("elevation m", self.grid.elevation_m, "<f4")
-        if self.grid.population is not None:
-            add("population 1", self.grid.population, "<f4")
-        hours = [0, len(self.times) // 2, len(self.times) - 1]
-        for name in sorted(self.dynamic):
-            add(f"{name} {VARIABLES[name].unit}", self.read(name, hours), "<f4")
-        self.close()
-        return digest.hexdigest()
-
-
-def open_source(path: str, variables: Sequence[str], in_memory: bool | None = None) -> GriddedSource:
+def open_source(path: str, variables: Sequence[str], in_memory: bool | None = None) -> FieldSource:
     """`index_source` and `open_indexed` in one process."""
     return open_indexed(index_source(path, variables), in_memory)
 
 
-def open_indexed(index: SourceIndex, in_memory: bool | None = None) -> GriddedSource:
+def open_indexed(index: SourceIndex | PackedIndex, in_memory: bool | None = None) -> FieldSource:
     """The data set of an index that this or another process made; no metadata are looked at.
 
-    `in_memory`: hold the dynamic fields; None: if they take at most 2 GiB. Raises DataError, naming the file.
+    `in_memory`: hold the dynamic fields; None: if they lie in stores and take at most 2 GiB. Packed data are mapped:
+    the processes of a node share what the operating system keeps of them. Raises DataError, naming the file.
     """
-    source = GriddedSource(index)
-    if in_memory or (in_memory is None and source.size_bytes <= IN_MEMORY_LIMIT_BYTES):
+    if isinstance(index, PackedIndex):
+        source: FieldSource = PackedSource(index)
+        fits = False
+    else:
+        source = GriddedSource(index)
+        fits = source.size_bytes <= IN_MEMORY_LIMIT_BYTES
+    if in_memory or (in_memory is None and fits):
         source.load()
     return source
 
 
-def index_source(path: str, variables: Sequence[str]) -> SourceIndex:
-    """Look at the data set at `path` for the dynamic and static `variables` (computed ones may be named).
+def index_source(path: str, variables: Sequence[str]) -> SourceIndex | PackedIndex:
+    """Look at the data set at `path`, packed or in stores, for `variables` (see `index_stores`, `index_packed`)."""
+    if is_packed(Path(path)):
+        index = index_packed(Path(path), variables)
+        return replace(index, fingerprint=PackedSource(index).compute_fingerprint())
+    return index_stores(path, variables)
+
+
+def held_variables(path: str) -> tuple[str, ...]:
+    """Names of the dynamic and static variables that the data set at `path` has; of stores, the first. As
+    `index_source` raises."""
+    if is_packed(Path(path)):
+        manifest = read_manifest(Path(path))
+        held = {*manifest.statics, *(variable.name for variable in manifest.variables)}
+    else:
+        with open_store(find_stores(path)[0]) as dataset:
+            held = set(map(str, dataset.variables))
+    return tuple(name for name, variable in VARIABLES.items() if name in held and variable.kind != "computed")
+
+
+def index_stores(path: str, variables: Sequence[str]) -> SourceIndex:
+    """Look at the stores of `path` for the dynamic and static `variables` (computed ones may be named).
 
     Stores in a folder must agree in grid and static fields and not overlap in time. A units attribute that is absent
     is logged and taken to be what is expected. Raises MissingPath and DataError, naming the file (see

@@ -1,20 +1,28 @@
 """The files of a gridded data set: finding them, opening them, and refusing those that are not what they should be."""
 
 import json
+import os
 import pickle
 import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import xarray as xr
 
 from topoflow.data.grid import Grid, build_grid, same_place
 from topoflow.data.variables import VARIABLES, same_unit
+from topoflow.data.zarr_chunks import ChunkedArray, chunked_array
 from topoflow.errors import DataError, MissingPath
 
+if TYPE_CHECKING:  # it takes half a second to import, and where data are packed nothing needs it
+    import xarray as xr
+    import zarr
+
 _YEARLY_STORE = re.compile(r"data_\d{4}.*\.zarr")
-_ZARR_METADATA = ("zarr.json", ".zgroup", ".zmetadata")
+_ZARR_METADATA = ("zarr.json", ".zgroup", ".zmetadata", ".zarray", ".zattrs")
 _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError)
 """What xarray and the libraries under it raise for a file that is broken or of another kind."""
 
@@ -25,18 +33,95 @@ class Store:
 
     times: datetime64[h] [T], strictly increasing. handle: what xarray pickles of the opened store. Opened from it, a
     Zarr store costs no look at its metadata, of which there is a file for each variable; NetCDF is opened again.
+    arrays: by name, the variables whose chunks hold the values as they are, so that nothing but their files is needed.
     """
 
     path: Path
     times: np.ndarray
     handle: bytes
+    arrays: dict[str, ChunkedArray]
 
-    def open(self) -> xr.Dataset:
+    def open(self) -> "OpenStore":
         """The store, opened. DataError if it is not here, as on a node that does not see the file system."""
         # looked for, since the parts of a Zarr array that are not there read as missing values
         if not self.path.exists():
             raise DataError(f"data.path: {self.path} does not exist here: expected the store that the run began with")
-        return pickle.loads(self.handle)
+        return OpenStore(self)
+
+    def guard(self) -> list[str]:
+        """Sizes and times of change of a NetCDF file, or of a Zarr store's metadata and the folders of its chunks."""
+        if self.path.is_file():
+            return [_file_state(self.path)]
+        folders = [self.path, *sorted(entry for entry in self.path.iterdir() if entry.is_dir())]
+        entries = (folder / name for folder in folders for name in ("", *_ZARR_METADATA, "c"))
+        return [_file_state(entry) for entry in entries if entry.exists()]
+
+    def file_states(self) -> list[str]:
+        """Sizes and times of change of every file of the store."""
+        if self.path.is_file():
+            return [_file_state(self.path)]
+        inside = (Path(folder, name) for folder, _, names in os.walk(self.path) for name in names)
+        return sorted(map(_file_state, inside))
+
+
+class OpenStore:
+    """A store that fields are read from; xarray opens it when the first of them needs decoding."""
+
+    def __init__(self, store: Store):
+        self._store = store
+        self._dataset: xr.Dataset | None = None
+
+    def read(self, name: str, indices: np.ndarray) -> np.ndarray:
+        """float32 [n, H, W] of dynamic variable `name` at increasing positions `indices` [n], NaN where missing."""
+        array = self._store.arrays.get(name)
+        with self._refusals(name):
+            values = self._read_decoded(name, indices) if array is None else array.read(indices)
+        values = values.astype(np.float32, copy=False)
+        self._refuse_infinite((name,), values[None])
+        return values
+
+    def read_hour(self, names: Sequence[str], position: int, out: np.ndarray) -> None:
+        """Put the dynamic variables `names` at `position` into `out`, float32 [len(names), H, W]."""
+        for name, field in zip(names, out, strict=True):
+            array = self._store.arrays.get(name)
+            with self._refusals(name):
+                if array is None:
+                    field[:] = self._read_decoded(name, np.array([position]))[0]
+                else:
+                    array.read_hour(position, field)
+        self._refuse_infinite(names, out)
+
+    def _refuse_infinite(self, names: Sequence[str], fields: np.ndarray) -> None:
+        """fields: [len(names), ...]."""
+        if np.isinf(fields).any():
+            name = next(name for name, field in zip(names, fields, strict=True) if np.isinf(field).any())
+            raise DataError(
+                f"data.path: {self._store.path}: variable {name!r} holds infinite values: expected numbers, or NaN for "
+                "none"
+            )
+
+    @contextmanager
+    def _refusals(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except _UNREADABLE as error:
+            reason = f"data.path: {self._store.path}: variable {name!r} cannot be read: {error}"
+            raise DataError(reason.splitlines()[0]) from error
+
+    def close(self) -> None:
+        """Close what is open."""
+        if self._dataset is not None:
+            self._dataset.close()
+        self._dataset = None
+
+    def _read_decoded(self, name: str, indices: np.ndarray) -> np.ndarray:
+        if self._dataset is None:
+            self._dataset = pickle.loads(self._store.handle)
+        variable = self._dataset.variables[name]
+        _, rows, columns = _spatial_dims(variable, name, self._store.path)
+        contiguous = len(indices) == indices[-1] - indices[0] + 1
+        selection = slice(int(indices[0]), int(indices[-1]) + 1) if contiguous else indices
+        return variable.isel(time=selection).transpose("time", rows, columns).values
 
 
 @dataclass(frozen=True)
@@ -76,33 +161,25 @@ def find_stores(path: str) -> list[Path]:
     return zarr or netcdf
 
 
-def open_store(path: Path) -> xr.Dataset:
+def open_store(path: Path) -> "xr.Dataset":
     """The store at `path`, opened through xarray without reading its fields. DataError if it cannot be opened."""
+    return _open(path)[0]
+
+
+def _open(path: Path) -> tuple["xr.Dataset", Mapping[str, "zarr.Array"]]:
+    """The opened store and, of Zarr, the arrays under it, whose metadata are read once for both."""
+    import xarray as xr
+
     try:
-        if path.is_dir():
-            return xr.open_zarr(path, chunks=None, consolidated=_is_consolidated(path))
-        return xr.open_dataset(path, engine="netcdf4", chunks=None)
+        if not path.is_dir():
+            return xr.open_dataset(path, engine="netcdf4", chunks=None), {}
+        store = xr.backends.ZarrStore.open_group(path, mode="r", consolidated=_is_consolidated(path))
+        return xr.open_dataset(store, engine="store", chunks=None), store.members
     except _UNREADABLE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"data.path: {path} cannot be opened as {'Zarr' if path.is_dir() else 'NetCDF'}: {reason}"
         ) from error
-
-
-def read_times(dataset: xr.Dataset, name: str, indices: slice | np.ndarray, path: Path) -> np.ndarray:
-    """float32 [n, H, W] of dynamic variable `name` at positions `indices` of this store, NaN where missing."""
-    variable = dataset.variables[name]
-    _, rows, columns = _spatial_dims(variable, name, path)
-    try:
-        values = variable.isel(time=indices).transpose("time", rows, columns).values
-    except _UNREADABLE as error:
-        raise DataError(f"data.path: {path}: variable {name!r} cannot be read: {error}".splitlines()[0]) from error
-    values = values.astype(np.float32, copy=False)
-    if np.isinf(values).any():
-        raise DataError(
-            f"data.path: {path}: variable {name!r} holds infinite values: expected numbers, or NaN for none"
-        )
-    return values
 
 
 def inspect_store(path: Path, dynamic: tuple[str, ...], static: tuple[str, ...]) -> StoreContent:
@@ -111,7 +188,8 @@ def inspect_store(path: Path, dynamic: tuple[str, ...], static: tuple[str, ...])
     Raises DataError, naming `path`, for a missing variable or coordinate, dimensions or units other than expected,
     times that are not increasing whole hours, and static fields with NaN in elevation or infinite values.
     """
-    with open_store(path) as dataset:
+    dataset, members = _open(path)
+    with dataset:
         handle = pickle.dumps(dataset)  # without its fields: none has been read
         for name in (*dynamic, *static):
             if name not in dataset.variables:
@@ -127,7 +205,10 @@ def inspect_store(path: Path, dynamic: tuple[str, ...], static: tuple[str, ...])
         grid = build_grid(*_coordinates(dataset, rows, columns, path), where=f"data.path: {path}")
         statics = {name: _static_field(dataset.variables[name], name, rows, columns, path) for name in static}
         without_units = tuple(name for name in (*dynamic, *static) if "units" not in dataset.variables[name].attrs)
-    return StoreContent(Store(path, times, handle), grid, statics, without_units)
+        plain = (name for name in dynamic if _is_undecoded(dataset.variables[name], layouts[name]))
+        found = {name: chunked_array(members[name], path / name) for name in plain if name in members}
+        arrays = {name: array for name, array in found.items() if array is not None}
+    return StoreContent(Store(path, times, handle, arrays), grid, statics, without_units)
 
 
 def _is_consolidated(path: Path) -> bool:
@@ -136,7 +217,22 @@ def _is_consolidated(path: Path) -> bool:
     return (path / ".zmetadata").exists()
 
 
-def _spatial_dims(variable: xr.Variable, name: str, path: Path) -> tuple[str, ...]:
+def _is_undecoded(variable: "xr.Variable", dims: tuple[str, ...]) -> bool:
+    """Whether xarray gives the variable as the files have it: in our order `dims`, unscaled, of the same type, with no
+    mark of missing values but NaN."""
+    coding = variable.encoding
+    marks = [coding[key] for key in ("_FillValue", "missing_value") if key in coding]
+    is_scaled = not coding.keys().isdisjoint(("scale_factor", "add_offset", "_Unsigned"))
+    is_kept = variable.dims == dims and variable.dtype == coding.get("dtype")
+    return is_kept and not is_scaled and bool(np.isnan(np.array(marks, float)).all())
+
+
+def _file_state(path: Path) -> str:
+    state = os.stat(path)
+    return f"{path.parent.name}/{path.name} {0 if path.is_dir() else state.st_size} {state.st_mtime_ns}"
+
+
+def _spatial_dims(variable: "xr.Variable", name: str, path: Path) -> tuple[str, ...]:
     """The variable's dimensions in our order: ("time", rows, columns), or (rows, columns) of a static one."""
     leading = ("time",) if VARIABLES[name].kind == "dynamic" else ()
     for rows, columns in (("lat", "lon"), ("y", "x")):
@@ -146,7 +242,7 @@ def _spatial_dims(variable: xr.Variable, name: str, path: Path) -> tuple[str, ..
     raise DataError(f"data.path: {path}: variable {name!r} has dimensions {variable.dims}: expected ({wanted})")
 
 
-def _check_units(variable: xr.Variable, name: str, path: Path) -> None:
+def _check_units(variable: "xr.Variable", name: str, path: Path) -> None:
     if variable.dtype.kind not in "iuf":
         raise DataError(f"data.path: {path}: variable {name!r} is of type {variable.dtype}: expected numbers")
     found, expected = variable.attrs.get("units"), VARIABLES[name].unit
@@ -157,7 +253,7 @@ def _check_units(variable: xr.Variable, name: str, path: Path) -> None:
         )
 
 
-def _times(dataset: xr.Dataset, path: Path) -> np.ndarray:
+def _times(dataset: "xr.Dataset", path: Path) -> np.ndarray:
     if "time" not in dataset.variables:
         raise DataError(f"data.path: {path} has no coordinate 'time'")
     values = dataset.variables["time"].values
@@ -177,7 +273,7 @@ def _times(dataset: xr.Dataset, path: Path) -> np.ndarray:
     return hours
 
 
-def _coordinates(dataset: xr.Dataset, rows: str, columns: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _coordinates(dataset: "xr.Dataset", rows: str, columns: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
     """(lat2d, lon2d), float64 [H, W] degrees, from lat2d and lon2d if the store has them, else from lat and lon."""
     one_dimensional = [
         dataset.variables[name].values.astype(np.float64)
@@ -205,7 +301,7 @@ def _coordinates(dataset: xr.Dataset, rows: str, columns: str, path: Path) -> tu
     )
 
 
-def _static_field(variable: xr.Variable, name: str, rows: str, columns: str, path: Path) -> np.ndarray:
+def _static_field(variable: "xr.Variable", name: str, rows: str, columns: str, path: Path) -> np.ndarray:
     values = variable.transpose(rows, columns).values.astype(np.float32)
     if np.isinf(values).any():
         raise DataError(f"data.path: {path}: variable {name!r} holds infinite values")

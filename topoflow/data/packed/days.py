@@ -1,0 +1,53 @@
+"""year_YYYY.json: hash, moments and cost in precision of each day of a packed year."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from topoflow.data.moments import Moments
+from topoflow.errors import DataError
+
+
+@dataclass(frozen=True)
+class DayRecord:
+    """One day (UTC) as it stands in the year's array.
+
+    sha256: of its bytes. moments: of the values as they are read back. errors: by name, the largest difference from the
+    values that were packed and the sum of its squares; empty where the array holds those values themselves.
+    """
+
+    day: str
+    hours: int
+    sha256: str
+    moments: dict[str, Moments]
+    errors: dict[str, tuple[float, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; floats come back from JSON to the bit."""
+        moments = {name: [m.count, m.mean, m.squares] for name, m in self.moments.items()}
+        return {"day": self.day, "hours": self.hours, "sha256": self.sha256, "moments": moments, "errors": self.errors}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "DayRecord":
+        """What `to_dict` gave. KeyError, TypeError or ValueError for anything else."""
+        moments = {name: Moments(int(n), float(mean), float(sq)) for name, (n, mean, sq) in content["moments"].items()}
+        errors = {name: (float(largest), float(squares)) for name, (largest, squares) in content["errors"].items()}
+        return cls(str(content["day"]), int(content["hours"]), str(content["sha256"]), moments, errors)
+
+
+def days_text(days: list[DayRecord]) -> str:
+    """The record of a year, a line for each day."""
+    return "[\n" + ",\n".join(json.dumps(day.to_dict()) for day in days) + "\n]\n"
+
+
+def read_days(path: Path, sha256: str) -> list[DayRecord]:
+    """The days of a year. DataError if the file cannot be read or has another SHA-256."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise DataError(f"{path}: is damaged: it does not match its hash in the manifest")
+    return [DayRecord.from_dict(day) for day in json.loads(data)]

@@ -1,0 +1,151 @@
+"""manifest.json: what the files of a packed data set must be, and what their numbers stand for."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from topoflow.data.files import write_text
+from topoflow.errors import DataError
+
+MANIFEST = "manifest.json"
+FORMAT = "topoflow packed data 1"
+_HOUR = np.timedelta64(1, "h")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file of the packed data set: its name, size in bytes and SHA-256 (a year's array has one for each day)."""
+
+    name: str
+    size: int
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class PackedVariable:
+    """A variable that changes in time. A value is what the array holds times `scale` plus `offset`, in `unit`.
+
+    error_max, error_rms: largest and root mean square difference from the values that were packed, over all years.
+    std: standard deviation of the variable over all years, or None where it has no value.
+    """
+
+    name: str
+    unit: str
+    scale: float
+    offset: float
+    error_max: float = 0.0
+    error_rms: float = 0.0
+    std: float | None = None
+
+
+@dataclass(frozen=True)
+class PackedYear:
+    """One year. runs: unbroken hours, [first hour as YYYY-MM-DDTHH, how many]. header: bytes before the numbers.
+
+    array: [time, variable, row, column]. days: the record of its days. source_files: hash of the sizes and times of
+    change of the files that it was packed from, by which a later `pack` knows them.
+    """
+
+    year: int
+    runs: tuple[tuple[str, int], ...]
+    header: int
+    array: FileRecord
+    days: FileRecord
+    source_files: str
+
+    @property
+    def times(self) -> np.ndarray:
+        """datetime64[h] [T]."""
+        starts = [(np.datetime64(first, "h"), count) for first, count in self.runs]
+        return np.concatenate([first + np.arange(count) * _HOUR for first, count in starts])
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All of a packed data set but its numbers. Years are in order; shape is that of the grid.
+
+    settings: what it was asked to be, by the names of the options: years appended later must be asked for alike.
+    """
+
+    settings: dict[str, Any]
+    dtype: str
+    shape: tuple[int, int]
+    variables: tuple[PackedVariable, ...]
+    statics: dict[str, FileRecord]
+    years: tuple[PackedYear, ...]
+
+    def files(self) -> list[FileRecord]:
+        """All files but the manifest."""
+        return [*self.statics.values(), *(file for year in self.years for file in (year.array, year.days))]
+
+    def text(self) -> str:
+        """As JSON, with the hash of all else as its last key."""
+        content = {"format": FORMAT, **asdict(self)}
+        body = json.dumps(content, sort_keys=True)
+        return json.dumps({**content, "manifest_sha256": hashlib.sha256(body.encode()).hexdigest()}, indent=1)
+
+    def with_years(self, years: list[PackedYear], variables: tuple[PackedVariable, ...]) -> "Manifest":
+        """With these years in place of those that it has."""
+        ordered = tuple(sorted(years, key=lambda year: year.year))
+        return replace(self, years=ordered, variables=variables)
+
+    def write(self, folder: Path) -> None:
+        """Replace the manifest in `folder`: after a crash at any instant it is the old one or the new one."""
+        write_text(folder / MANIFEST, self.text())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest in `folder`. DataError if it cannot be read, is damaged or of another format."""
+    path = folder / MANIFEST
+    try:
+        text = path.read_text(encoding="ascii")
+        content = json.loads(text)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError:
+        raise DataError(f"{path}: is damaged: it is not JSON") from None
+    found = content.pop("format", None) if isinstance(content, dict) else None
+    if found != FORMAT:
+        raise DataError(f"{path}: has the format {found!r}: expected {FORMAT!r}")
+    content.pop("manifest_sha256", None)
+    try:
+        manifest = Manifest(
+            settings=content["settings"],
+            dtype=content["dtype"],
+            shape=tuple(content["shape"]),
+            variables=tuple(PackedVariable(**variable) for variable in content["variables"]),
+            statics={name: FileRecord(**file) for name, file in content["statics"].items()},
+            years=tuple(_year(**year) for year in content["years"]),
+        )
+    except (KeyError, TypeError):
+        raise DataError(f"{path}: is damaged: it lacks what the format has") from None
+    # the text itself is compared: a byte that JSON does not mind is found too
+    if manifest.text() != text:
+        raise DataError(f"{path}: is damaged: it does not match its own hash")
+    return manifest
+
+
+def check_sizes(manifest: Manifest, folder: Path) -> None:
+    """DataError, naming it, for the first file that is missing or has another size: a look at each, at no contents."""
+    for file in manifest.files():
+        try:
+            size = (folder / file.name).stat().st_size
+        except OSError as error:
+            raise DataError(f"{folder / file.name}: cannot be found: {error.strerror}") from error
+        if size != file.size:
+            raise DataError(f"{folder / file.name}: has {size} bytes: expected {file.size} (see pack --verify)")
+
+
+def _year(runs: list, array: dict, days: dict, **more: Any) -> PackedYear:
+    unbroken = tuple((first, count) for first, count in runs)
+    return PackedYear(runs=unbroken, array=FileRecord(**array), days=FileRecord(**days), **more)
+
+
+def runs_of(times: np.ndarray) -> tuple[tuple[str, int], ...]:
+    """Increasing hours (datetime64[h] [T]) as unbroken runs."""
+    pieces = np.split(times, np.flatnonzero(np.diff(times) != _HOUR) + 1)
+    return tuple((str(piece[0]), len(piece)) for piece in pieces)
