@@ -54,6 +54,7 @@ def _make_config(path, **changes):
         "targets": ("pm25", "co"),
         "lead_times_hours": (1, 3),
         "workers": 0,
+        "cache": str(path.parent / "cache"),
     }
     return DataConfig(path=str(path), **{**defaults, **changes})
 

@@ -20,9 +20,9 @@ from topoflow.errors import ConfigError, MissingPath
 # (globs). The rest are refused unless checkpoint.allow_changed lists them.
 FREE_ON_RESUME = (
     "run.dir", "run.threads", "run.device", "data.path", "data.mask", "data.test", "data.workers", "data.in_memory",
-    "train.max_epochs", "train.max_steps", "train.compile", "train.activation_checkpointing", "train.flex_attention",
-    "train.early_stopping_patience", "train.validate_every_steps", "train.log_every_steps", "checkpoint.*",
-    "distributed.backend", "distributed.setup_timeout_seconds", "distributed.timeout_seconds",
+    "data.cache", "train.max_epochs", "train.max_steps", "train.compile", "train.activation_checkpointing",
+    "train.flex_attention", "train.early_stopping_patience", "train.validate_every_steps", "train.log_every_steps",
+    "checkpoint.*", "distributed.backend", "distributed.setup_timeout_seconds", "distributed.timeout_seconds",
     "distributed.verify_every_steps",
 )  # fmt: skip
 

@@ -73,6 +73,9 @@ class DataConfig:
     """Add the input `available`: the fraction of the dynamic input variables that have a value in the cell."""
     in_memory: bool | None = None
     """Hold the fields in memory; absent: if they take at most 2 GiB per process. Packed data are mapped, not held."""
+    cache: str | None = None
+    """Folder where the normalization of data that are not packed is kept, so that no later run reads them for it;
+    absent: ~/.cache/topoflow."""
 
     def __post_init__(self):
         _require(self, "train", len(self.train) > 0, "at least one year or [start, end] range")

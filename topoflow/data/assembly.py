@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from topoflow.config.schema import DataConfig
+from topoflow.data.cache import NormalizationCache
 from topoflow.data.dataset import ForecastDataset, input_names
 from topoflow.data.fields import FieldSource
 from topoflow.data.grid import Grid, load_mask
@@ -65,13 +66,19 @@ class ForecastData:
     def build_normalization(self, on_progress: Callable[[], None] = lambda: None) -> Normalization:
         """From the constants of data.normalization, or computed over the training split.
 
-        That takes one pass over the data, unless they are packed. on_progress is called now and then.
+        That takes one pass over the data, unless they are packed or the constants lie in the cache. on_progress is
+        called now and then.
         """
         names = tuple(dict.fromkeys((*self.input_names, *self.target_names)))
         if self.config.normalization != "train":
             return configured_normalization(self.config.normalization, names)
         times = split_times(self.source.times, self.config.train, key="data.train")
-        return compute_normalization(self.source, names, times, on_progress)
+        cache = NormalizationCache(self.config.cache, self.source, names, times)
+        if (known := cache.read()) is not None:
+            return known
+        computed = compute_normalization(self.source, names, times, on_progress)
+        cache.write(computed)
+        return computed
 
     def dataset(self, split: str, normalization: Normalization) -> ForecastDataset:
         """The samples of a split that the config gives ranges for."""
