@@ -126,11 +126,12 @@ def _between_steps(fuse: Fuse) -> None:
 
 
 def _at_the_end_of_an_epoch(fuse: Fuse) -> None:
-    def before(dataset, plan, epoch, first_step, *_):
-        if epoch > 0 and first_step == 0:
+    def before(running):
+        progress = running.state.progress
+        if progress.epoch > 0 and progress.samples_in_epoch == 0:
             fuse.pass_by()
 
-    wrap(trainer, "build_train_loader", before=before)
+    wrap(trainer.Trainer, "_steps_of_epoch", before=before)
 
 
 def _after_validation(fuse: Fuse) -> None:
@@ -144,7 +145,7 @@ def _in_a_loader_worker(fuse: Fuse) -> None:
         if torch.utils.data.get_worker_info() is not None:
             fuse.pass_by()
 
-    wrap(ForecastDataset, "__getitem__", before=before)
+    wrap(ForecastDataset, "__getitems__", before=before)
 
 
 # ---- in a save
@@ -251,7 +252,7 @@ POINTS = {
     "in the optimizer's step": Point(_in_optimizer_step, times=48),
     "between two steps": Point(_between_steps),
     "at the end of an epoch": Point(_at_the_end_of_an_epoch),
-    "in a loader worker": Point(_in_a_loader_worker, times=30, before_the_first_step=True),
+    "in a loader worker": Point(_in_a_loader_worker, times=8, before_the_first_step=True),
     "in validation": Point(lambda fuse: _within(fuse, trainer.Trainer, "validate", Block, "forward"), times=8),
     "after validation, before its save": Point(_after_validation),
     "in the probe of a save": _within_save(Block, "forward", times=2),

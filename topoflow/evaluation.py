@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,12 +106,15 @@ class PhysicalSamples(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        sample = self.dataset[i]
-        start, lead_hours = start_and_lead(self.dataset, i)
-        names = self.dataset.target_names
-        sample["present"] = torch.from_numpy(self.source.snapshot(names, int(start)))
-        sample["observed"] = torch.from_numpy(self.source.snapshot(names, int(start + lead_hours)))
-        return sample
+        return {name: values[0] for name, values in self.__getitems__([i]).items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """A batch of samples, stacked."""
+        batch, names = self.dataset.__getitems__(indices), self.dataset.target_names
+        starts, lead_hours = start_and_lead(self.dataset, np.asarray(indices))
+        for name, hours in (("present", starts), ("observed", starts + lead_hours)):
+            batch[name] = torch.from_numpy(np.stack([self.source.hour(names, int(hour)) for hour in hours]))
+        return batch
 
 
 @dataclass(frozen=True)

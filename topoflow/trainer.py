@@ -1,5 +1,6 @@
 """The loop: one optimizer step, the validation, and what happens between steps until the run ends."""
 
+import itertools
 import logging
 import math
 import time
@@ -63,6 +64,7 @@ class Trainer:
         self.save_every_steps, self.verify_every_steps = save_every_steps, verify_every_steps
         self.saver, self.writer, self.stop = saver, writer, stop
         self.parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
+        self._micro_batches: Iterator[Batch] | None = None
 
     # ---- one step
 
@@ -238,6 +240,7 @@ class Trainer:
             early = progress.step < self.total_steps
             self.writer.end(progress.step, "early stopping" if early else "all steps done")
         finally:
+            self._micro_batches = None  # ends the loader's workers
             self.saver.close()
             bar.close()
 
@@ -250,16 +253,17 @@ class Trainer:
         """This rank's micro-batches of each step that is left in the epoch."""
         progress, plan = self.state.progress, self.data.plan
         first = progress.samples_in_epoch // plan.global_batch_size
-        self.context.watch.enter(f"step {progress.step + 1}", "loading data")
-        loader = build_train_loader(self.data.train, plan, progress.epoch, first, self.data.workers)
-        batches: list[Batch] = []
-        for batch in loader:
-            self.context.watch.tick()
-            batches.append(self._to_device(batch))
-            if len(batches) == plan.accumulation:
-                yield batches
-                batches = []
-                self.context.watch.enter(f"step {progress.step + 1}", "loading data")
+        for _ in range(first, plan.steps_per_epoch):
+            self.context.watch.enter(f"step {progress.step + 1}", "loading data")
+            if self._micro_batches is None:  # from here on, epoch after epoch
+                self._micro_batches = iter(
+                    build_train_loader(self.data.train, plan, progress.epoch, first, self.data.workers)
+                )
+            batches: list[Batch] = []
+            for batch in itertools.islice(self._micro_batches, plan.accumulation):
+                self.context.watch.tick()
+                batches.append(self._to_device(batch))
+            yield batches
 
     def _step_and_after(self, batches: list[Batch], bar: Progress) -> None:
         progress, plan = self.state.progress, self.data.plan

@@ -6,6 +6,7 @@ import torch
 
 from topoflow.data.dataset import ForecastDataset
 from topoflow.data.normalization import Normalization
+from topoflow.data.packed.packing import PackOptions, pack
 from topoflow.data.source import open_source
 from topoflow.errors import ConfigError
 
@@ -149,3 +150,87 @@ def test_samples_end_where_the_data_set_ends(build):
     for i in (8, -1):
         with pytest.raises(IndexError):
             build()[i]
+
+
+def as_it_was(dataset, i):
+    """A sample as it was made before samples were made in batches: each field by itself, with plain numpy."""
+    start, lead = STARTS[i // 2], (1, 3)[i % 2]
+    source, mean, std = dataset.source, NORMALIZATION.mean, NORMALIZATION.std
+    x, missing = [], []
+    for name in dataset.input_names:
+        if name in ("u", "v", "co", "pm25"):
+            field = source.snapshot((name,), start)[0]
+            missing.append(np.isnan(field))
+            field = (field - np.float32(mean[name])) / np.float32(std[name])
+            field[missing[-1]] = 0
+        elif name in CLOCK:
+            time = source.times[start].astype(object)
+            turn = time.hour / 24 if name.startswith("hour") else time.timetuple().tm_yday / 365.25
+            value = (np.sin if name.endswith("sin") else np.cos)(2 * np.pi * turn)
+            field = np.full(source.grid.shape, value, np.float32)
+        elif name == "available":
+            field = 1 - np.array(missing).mean(axis=0, dtype=np.float32)
+        else:
+            field = np.nan_to_num(NORMALIZATION.normalize(name, source.static(name)))
+        x.append(field)
+    target = source.snapshot(dataset.target_names, start + lead)
+    valid = ~np.isnan(target) & dataset.mask
+    constants = [np.array([table[name] for name in dataset.target_names], np.float32) for table in (mean, std)]
+    of_mean, of_std = (values[:, None, None] for values in constants)
+    y = np.where(valid, (target - of_mean) / of_std, np.float32(0))
+    wind = source.snapshot(("u", "v"), start)
+    for component in wind:
+        absent = np.isnan(component)
+        if absent.any():
+            component[absent] = component[~absent].mean(dtype=np.float64) if not absent.all() else 0
+    return {"x": np.stack(x).astype(np.float32), "y": y, "valid": valid, "wind_ms": wind}
+
+
+@pytest.mark.parametrize("targets", [("pm25", "co"), ("co", "pm25"), ("u",)])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_the_bits_of_samples_are_those_of_plain_numpy(build, in_memory, masked, targets):
+    mask = np.random.default_rng(3).random((4, 6)) < 0.6 if masked else None
+    dataset = build(mask=mask, with_wind=True, in_memory=in_memory, availability=True, targets=targets)
+    batch = dataset.__getitems__(list(range(8)))
+    for i in range(8):
+        for name, expected in as_it_was(dataset, i).items():
+            assert dataset[i][name].numpy().tobytes() == expected.tobytes(), (i, name)
+            assert batch[name][i].numpy().tobytes() == expected.tobytes(), (i, name)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5, 6, 7], [7, 0, 3, 3, 1, 0, 6, 2], [2, 3], [5]])
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_a_batch_holds_its_samples_in_any_order(build, order, size):
+    dataset, single = build(with_wind=True), build(with_wind=True)
+    for first in range(0, len(order), size):
+        indices = order[first : first + size]
+        batch = dataset.__getitems__(indices)
+        expected = torch.utils.data.default_collate([single[i] for i in indices])
+        assert batch.keys() == expected.keys()
+        for name, values in batch.items():
+            assert values.dtype == expected[name].dtype
+            assert torch.equal(values, expected[name])
+            values.zero_()  # the batch is the caller's: later ones do not look into it
+
+
+def test_inputs_of_one_start_are_read_once_for_all_leads(build, monkeypatch):
+    dataset, read = build(with_wind=True), []
+    hour = dataset.source.hour
+    monkeypatch.setattr(dataset.source, "hour", lambda names, i: read.append((names, i)) or hour(names, i))
+    for indices in ([0, 1, 2], [3, 4, 5], [6, 7]):  # in order, a start's leads fall into two batches
+        dataset.__getitems__(indices)
+    inputs, targets = ([i for names, i in read if ("u" in names) is is_input] for is_input in (True, False))
+    assert inputs == STARTS.tolist()
+    assert len(targets) == 8
+
+
+def test_packed_samples_have_the_same_bits(build, make_config, tmp_path):
+    plain = build(with_wind=True, availability=True, in_memory=False)
+    pack(str(tmp_path / "data_2019.zarr"), tmp_path / "packed", PackOptions(), progress=False)
+    source = open_source(str(tmp_path / "packed"), (*INPUTS, "pm25"), in_memory=False)
+    config = make_config(tmp_path / "packed", variables=INPUTS, availability=True)
+    mapped = ForecastDataset(source, NORMALIZATION, STARTS, config, plain.mask, with_wind=True)
+    for i in range(8):
+        first, second = plain[i], mapped[i]
+        assert all(torch.equal(first[name], second[name]) for name in first)

@@ -1,9 +1,12 @@
 """The order of samples, its division among ranks and workers, and the loaders."""
 
+import itertools
 import multiprocessing
 import os
 import signal
+import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,7 @@ from torch.utils.data import get_worker_info
 from topoflow.data import sampling
 from topoflow.data.dataset import ForecastDataset
 from topoflow.data.normalization import Normalization
-from topoflow.data.sampling import BatchLoader, BatchPlan, build_eval_loader, build_train_loader
+from topoflow.data.sampling import BatchLoader, BatchPlan, TrainBatches, build_eval_loader, build_train_loader
 from topoflow.data.source import open_source
 from topoflow.errors import ConfigError, DataError
 
@@ -78,6 +81,27 @@ def test_an_epoch_continues_at_any_step(world_size):
     assert global_batches(world_size, epoch=2, first_step=6) == []
 
 
+def test_batches_go_on_from_epoch_to_epoch():
+    plan = plan_of(rank=1, world_size=2)
+    batches = itertools.islice(TrainBatches(plan, epoch=3, first_step=4), 2 * 2 + 12 + 12 + 1)
+    expected = [*plan.micro_batches(3, 4), *plan.micro_batches(4), *plan.micro_batches(5), next(plan.micro_batches(6))]
+    assert list(batches) == expected
+
+
+def test_what_is_held_of_the_order_is_a_few_bytes_a_sample():
+    """Not a list of all batches of an epoch, which took about 70."""
+
+    def held(num_samples):
+        tracemalloc.start()
+        batches = iter(TrainBatches(plan_of(num_samples=num_samples), 0, 0))
+        next(batches)
+        bytes_held = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        return bytes_held
+
+    assert (held(400_000) - held(100_000)) / 300_000 <= 8.1
+
+
 def test_world_sizes_that_do_not_divide_are_told_those_that_do():
     with pytest.raises(
         ConfigError, match=r"world size 5 .*global_batch_size = 24.*expected a world size of 1, 2, 3, 4, 6, 12"
@@ -121,8 +145,9 @@ def test_loaded_batches_are_the_samples_of_the_plan(build, kind, in_memory, work
     dataset = build(kind, in_memory)
     dataset[0]  # handles are open in this process when the workers are forked
     plan = plan_of(rank=1, world_size=2)
-    batches = list(build_train_loader(dataset, plan, epoch=1, first_step=2, workers=workers))
-    wanted = list(plan.micro_batches(1, first_step=2))
+    wanted = [*plan.micro_batches(1, first_step=2), *plan.micro_batches(2), *plan.micro_batches(3)]
+    endless = build_train_loader(dataset, plan, epoch=1, first_step=2, workers=workers)
+    batches = list(itertools.islice(endless, len(wanted)))
     assert [batch["index"].tolist() for batch in batches] == wanted
     for batch, indices in zip(batches, wanted, strict=True):
         for row, i in enumerate(indices):
@@ -149,11 +174,24 @@ def test_a_rank_without_evaluation_batches_gets_none(build):
     assert list(build_eval_loader(build(), 50, rank=1, world_size=2)) == []
 
 
+def test_workers_are_started_once_for_all_epochs(monkeypatch, build):
+    started = []
+    start = multiprocessing.get_context("fork").Process.start
+    monkeypatch.setattr(
+        multiprocessing.get_context("fork").Process, "start", lambda process: started.append(1) or start(process)
+    )
+    plan = plan_of()
+    batches = iter(build_train_loader(build(), plan, epoch=0, workers=2))
+    for _ in range(3 * plan.steps_per_epoch * plan.accumulation):
+        next(batches)
+    assert len(started) == 2
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loading_leaves_the_global_random_state_alone(build, workers):
     dataset = build()
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    list(build_train_loader(dataset, plan_of(), epoch=0, workers=workers))
+    list(itertools.islice(build_train_loader(dataset, plan_of(), epoch=0, workers=workers), 24))
     list(build_eval_loader(dataset, 7, workers=workers))
     assert torch.equal(torch.get_rng_state(), before)
     np.testing.assert_array_equal(np.random.get_state()[1], numpy_before)
@@ -223,6 +261,25 @@ def test_leaving_an_epoch_early_ends_the_workers():
     pid = int(next(batches)[0, 0])
     del batches
     assert ends_within_seconds(pid, 10)
+
+
+def test_neither_thread_nor_worker_is_left(build):
+    def alive():
+        return {*threading.enumerate(), *multiprocessing.active_children()}
+
+    before = alive()
+    batches = iter(build_train_loader(build(), plan_of(), epoch=0, workers=1))
+    next(batches)
+    started = alive() - before
+    assert sum(isinstance(one, threading.Thread) for one in started) >= 1
+    assert sum(isinstance(one, multiprocessing.process.BaseProcess) for one in started) == 1
+    del batches
+    assert not started & alive()
+
+
+def test_tensors_from_workers_begin_where_torch_would_let_them(build):
+    batch = next(iter(build_train_loader(build(), plan_of(), epoch=0, workers=1)))
+    assert all(tensor.data_ptr() % 64 == 0 and tensor.is_contiguous() for tensor in batch.values())
 
 
 def test_a_worker_whose_parent_is_killed_while_it_starts_ends(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -112,7 +113,9 @@ def make_program(world):
 
     def make(folder):
         config = folder / "run.yaml"
-        config.write_text(yaml.safe_dump({**CONFIG, "data": {**CONFIG["data"], "path": str(world)}}))
+        config.write_text(
+            yaml.safe_dump({**CONFIG, "data": {**CONFIG["data"], "path": str(world), "cache": str(folder / "cache")}})
+        )
         return Program(folder, config)
 
     return make
@@ -126,17 +129,18 @@ def program(tmp_path, make_program):
 @pytest.fixture
 def without_targets_in_step(monkeypatch):
     """Take the targets from the samples of one step of the first epoch, in runs in this process without workers."""
-    whole = ForecastDataset.__getitem__
+    whole = ForecastDataset.__getitems__
     batch, micro = CONFIG["train"]["global_batch_size"], CONFIG["train"]["micro_batch_size"]
 
     def take_away(step):
-        def item(self, i):
+        def items(self, indices):
             plan = BatchPlan(len(self), CONFIG["run"]["seed"], batch, micro, rank=0, world_size=1)
-            is_in_step = i in plan.order(0)[(step - 1) * batch : step * batch]
-            sample = whole(self, i)
-            return {**sample, "valid": torch.zeros_like(sample["valid"])} if is_in_step else sample
+            in_step = np.isin(indices, plan.order(0)[(step - 1) * batch : step * batch])
+            samples = whole(self, indices)
+            samples["valid"][torch.from_numpy(in_step)] = False
+            return samples
 
-        monkeypatch.setattr(ForecastDataset, "__getitem__", item)
+        monkeypatch.setattr(ForecastDataset, "__getitems__", items)
 
     return take_away
 

@@ -17,7 +17,7 @@ IN_STEPS = [
     ("in a loader worker", 0, "worker.py:_worker_loop"),
     ("in validation", 8, "trainer.py:validate"),
     ("after validation, before its save", 8, "trainer.py:_compare"),
-    ("at the end of an epoch", 16, "trainer.py:_steps_of_epoch"),
+    ("at the end of an epoch", 16, "trainer.py:fit"),
 ]
 IN_SAVES_AND_RESUMES = [
     ("in the probe of a save", 1, "certificate.py:probe"),

@@ -1,15 +1,22 @@
 """Forecast samples: the state at one hour, and the targets some hours later."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from topoflow.config.schema import DataConfig
+from topoflow.data.fields import FieldSource
 from topoflow.data.normalization import Normalization
-from topoflow.data.source import GriddedSource
 from topoflow.data.variables import VARIABLES
 from topoflow.errors import ConfigError
 
 _HOUR = np.timedelta64(1, "h")
+_PIECE_BYTES = 256 * 2**10
+"""What is normalized at once, so that the second look at it finds it in the processor's cache."""
+
+_Run = tuple[slice, slice]
+"""Consecutive rows of a sample, and the consecutive fields that they are made of."""
 
 
 def input_names(config: DataConfig) -> tuple[str, ...]:
@@ -27,7 +34,7 @@ class ForecastDataset(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        source: GriddedSource,
+        source: FieldSource,
         normalization: Normalization,
         starts: np.ndarray,
         config: DataConfig,
@@ -42,14 +49,25 @@ class ForecastDataset(torch.utils.data.Dataset):
         self.lead_times_hours = tuple(config.lead_times_hours)
         self.input_names = input_names(config)
         self.target_names = tuple(config.targets)
-        self._dynamic = [name for name in self.input_names if VARIABLES[name].kind == "dynamic"]
-        if config.availability and not self._dynamic:
+        dynamic = [name for name in self.input_names if VARIABLES[name].kind == "dynamic"]
+        if config.availability and not dynamic:
             raise ConfigError("data.availability: true: expected data.variables with one that changes in time")
-        self._rows = [self.input_names.index(name) for name in self._dynamic]
+        self._n_dynamic = len(dynamic)
         self._clock = [(row, name) for row, name in enumerate(self.input_names) if name.startswith(("hour_", "day_"))]
-        self._input_mean, self._input_std = self._constants(self._dynamic)
+        self._static = [row for row, name in enumerate(self.input_names) if _is_static(name)]
+        self._input_mean, self._input_std = self._constants(self.input_names)
         self._target_mean, self._target_std = self._constants(self.target_names)
+        # in the order in which they lie, so that a source may give a view of them
+        wind = ("u", "v") if with_wind else ()
+        self._start_names = tuple(name for name in source.dynamic if name in (*dynamic, *wind))
+        self._lead_names = tuple(name for name in source.dynamic if name in self.target_names)
+        self._input_runs = self._runs(self.input_names, self._start_names)
+        self._target_runs = self._runs(self.target_names, self._lead_names)
+        self._wind_fields = [self._start_names.index(name) for name in wind]
         self._template = self._static_channels()
+        # all bits of a number where the mask counts the cell, none elsewhere: so zeros are made fastest
+        self._mask_bits = None if mask.all() else np.where(mask, np.int32(-1), np.int32(0))
+        self._recent: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.starts) * len(self.lead_times_hours)
@@ -62,22 +80,37 @@ class ForecastDataset(torch.utils.data.Dataset):
         wind_ms: float32 [2, H, W], m/s, if asked for, a missing value being the mean of those present (0 without any);
         index: int64 [], which is i.
         """
-        if not 0 <= i < len(self):
-            raise IndexError(f"sample {i} of {len(self)}")
-        start, lead = self._start_and_lead(i)
-        target = self.source.snapshot(self.target_names, start + lead)
-        valid = ~np.isnan(target) & self.mask
-        y = np.where(valid, (target - self._target_mean) / self._target_std, np.float32(0))
-        sample = {
-            "x": torch.from_numpy(self._inputs(start)),
-            "y": torch.from_numpy(y),
-            "valid": torch.from_numpy(valid),
-            "lead_time_hours": torch.tensor(float(lead), dtype=torch.float32),
-            "index": torch.tensor(i, dtype=torch.int64),
-        }
+        return {name: values[0] for name, values in self.__getitems__([i]).items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """A batch of the samples `indices`, stacked along a new first dimension: made in one piece, nothing is copied.
+
+        Inputs of one start are made once for all its leads; in sequential order, across batches too.
+        """
+        count, (height, width) = len(indices), self.source.grid.shape
+        x = np.empty((count, *self._template.shape), np.float32)
+        y = np.empty((count, len(self.target_names), height, width), np.float32)
+        valid = np.empty(y.shape, bool)
+        wind = np.empty((count, len(self._wind_fields), height, width), np.float32)
+        leads, made = np.empty(count, np.float32), {}
+        if self._recent is not None:
+            made[self._recent[0]] = self._recent[1:]
+        for row, i in enumerate(indices):
+            start, leads[row] = self._start_and_lead(i)
+            if start in made:
+                x[row], wind[row] = made[start]
+            else:
+                self._fill_inputs(start, x[row], wind[row])
+                made[start] = x[row], wind[row]
+            self._fill_targets(start + int(leads[row]), y[row], valid[row])
+        # the batch is the caller's, so what may be wanted again is copied: only where it will be
+        goes_on = count > 1 and list(indices) == list(range(indices[0], indices[0] + count))
+        unfinished = (indices[-1] + 1) % len(self.lead_times_hours) != 0
+        self._recent = (start, x[-1].copy(), wind[-1].copy()) if goes_on and unfinished else None
+        batch = {"x": x, "y": y, "valid": valid, "lead_time_hours": leads, "index": np.array(indices, np.int64)}
         if self.with_wind:
-            sample["wind_ms"] = torch.from_numpy(self._wind(start))
-        return sample
+            batch["wind_ms"] = wind
+        return {name: torch.from_numpy(values) for name, values in batch.items()}
 
     def sample_identity(self, i: int) -> str:
         """Which sample that is, whatever the split it is taken from: "2019-01-01T05+12h"."""
@@ -85,10 +118,12 @@ class ForecastDataset(torch.utils.data.Dataset):
         return f"{self.source.times[start]}+{lead}h"
 
     def _start_and_lead(self, i: int) -> tuple[int, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
         start, lead = divmod(int(i), len(self.lead_times_hours))
         return int(self.starts[start]), self.lead_times_hours[lead]
 
-    def _constants(self, names: list[str] | tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    def _constants(self, names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
         """(mean, std), each float32 [len(names), 1, 1]."""
         pairs = [(self.normalization.mean[name], self.normalization.std[name]) for name in names]
         mean, std = np.array(pairs, np.float32).reshape(-1, 2).T[..., None, None]
@@ -98,31 +133,70 @@ class ForecastDataset(torch.utils.data.Dataset):
         """float32 [V, H, W]: the channels that are the same in every sample, 0 in the others."""
         template = np.zeros((len(self.input_names), *self.source.grid.shape), np.float32)
         for row, name in enumerate(self.input_names):
-            if VARIABLES[name].kind == "static" or name in ("lat2d", "lon2d"):
+            if _is_static(name):
                 template[row] = np.nan_to_num(self.normalization.normalize(name, self.source.static(name)))
         return template
 
-    def _inputs(self, start: int) -> np.ndarray:
-        x = self._template.copy()
-        fields = self.source.snapshot(self._dynamic, start)
-        missing = np.isnan(fields)
-        fields -= self._input_mean
-        fields /= self._input_std
-        fields[missing] = 0
-        x[self._rows] = fields
-        if self.input_names[-1] == "available":
-            x[-1] = 1 - missing.mean(axis=0, dtype=np.float32)
+    def _runs(self, rows: tuple[str, ...], fields: tuple[str, ...]) -> list[_Run]:
+        """Which rows are which fields, in runs of at most _PIECE_BYTES (or one field)."""
+        most = max(1, _PIECE_BYTES // (4 * self.source.grid.lat2d.size))
+        runs: list[_Run] = []
+        for row, name in enumerate(rows):
+            if name not in fields:
+                continue
+            field = fields.index(name)
+            if runs and (runs[-1][0].stop, runs[-1][1].stop) == (row, field) and field - runs[-1][1].start < most:
+                runs[-1] = slice(runs[-1][0].start, row + 1), slice(runs[-1][1].start, field + 1)
+            else:
+                runs.append((slice(row, row + 1), slice(field, field + 1)))
+        return runs
+
+    def _fill_inputs(self, start: int, x: np.ndarray, wind: np.ndarray) -> None:
+        """x [V, H, W] and wind [2 or 0, H, W] of the sample that starts at hour `start`."""
+        for row in self._static:
+            x[row] = self._template[row]
+        fields = self.source.hour(self._start_names, start)
+        says_available = self.input_names[-1] == "available"
+        absent: np.ndarray | int = 0
+        for rows, of_fields in self._input_runs:
+            values = x[rows]
+            np.subtract(fields[of_fields], self._input_mean[rows], out=values)
+            np.divide(values, self._input_std[rows], out=values)
+            if says_available:
+                absent = absent + np.isnan(values).sum(axis=0, dtype=np.float32)
+            _zero_nan(values)
+        if says_available:
+            x[-1] = 1 - absent / np.float32(self._n_dynamic)
         for row, name in self._clock:
             x[row] = _clock_value(name, self.source.times[start])
-        return x
-
-    def _wind(self, start: int) -> np.ndarray:
-        wind = self.source.snapshot(("u", "v"), start)
-        for component in wind:
+        for component, field in zip(wind, self._wind_fields, strict=True):
+            component[:] = fields[field]
             missing = np.isnan(component)
             if missing.any():
                 component[missing] = component[~missing].mean(dtype=np.float64) if not missing.all() else 0
-        return wind
+
+    def _fill_targets(self, hour: int, y: np.ndarray, valid: np.ndarray) -> None:
+        """y and valid [T, H, W] of the targets at `hour`."""
+        fields = self.source.hour(self._lead_names, hour)
+        for rows, of_fields in self._target_runs:
+            values, counts = y[rows], valid[rows]
+            np.equal(fields[of_fields], fields[of_fields], out=counts)  # a NaN is not
+            np.subtract(fields[of_fields], self._target_mean[rows], out=values)
+            np.divide(values, self._target_std[rows], out=values)
+            _zero_nan(values)
+            if self._mask_bits is not None:
+                np.logical_and(counts, self.mask, out=counts)
+                bits = values.view(np.int32)
+                np.bitwise_and(bits, self._mask_bits, out=bits)
+
+
+def _zero_nan(values: np.ndarray) -> None:
+    """In one look, where numpy takes two, and many times as long where there are any."""
+    torch.nan_to_num_(torch.from_numpy(values), nan=0.0, posinf=np.inf, neginf=-np.inf)
+
+
+def _is_static(name: str) -> bool:
+    return VARIABLES[name].kind == "static" or name in ("lat2d", "lon2d")
 
 
 def _clock_value(name: str, time: np.datetime64) -> float:
