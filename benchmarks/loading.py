@@ -1,0 +1,278 @@
+#!/usr/bin/env python3
+"""How fast samples come: packed, from Zarr, and from the published program's loader, side by side in one run.
+
+    python -m benchmarks.loading [--sizes 32x64,128x256] [--hours 1500,400] [--rounds 7] [--quick]
+
+Prints markdown tables. Data are made in a temporary folder (about 2 GB with the defaults). Contestants take turns in
+each round; a figure is the median over rounds, with the lowest and the highest.
+"""
+
+import argparse
+import functools
+import itertools
+import statistics
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from benchmarks.loading_data import CONSTANTS, DYNAMIC, DataSets, make_data_sets, write_fields
+from benchmarks.packed_layouts import hour_readers
+from benchmarks.published_loader import PublishedSamples
+from topoflow.config.schema import ModelConfig
+from topoflow.data import BatchPlan, ForecastDataset, build_train_loader, index_forecast_data, open_indexed_data
+from topoflow.data.packed.packing import PackOptions, pack
+from topoflow.loss import loss_sums
+from topoflow.model import build_model
+
+BATCH = 4
+SIX_YEARS, CELLS_OF_YEARS = 52_584, (8, 8)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and print; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="32x64,128x256", help="grids (default: %(default)s)")
+    parser.add_argument("--hours", default="1500,400", help="hours of data of each (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
+    parser.add_argument("--quick", action="store_true", help="tiny data, two rounds: to see that it runs")
+    options = parser.parse_args(arguments)
+    sizes = [tuple(map(int, size.split("x"))) for size in options.sizes.split(",")]
+    hours, years, rounds = list(map(int, options.hours.split(","))), (1, 6), options.rounds
+    if options.quick:
+        sizes, hours, years, rounds = [(8, 16)], [200], (1,), 2
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        for shape, length in zip(sizes, hours, strict=True):
+            data = make_data_sets(folder, shape, length)
+            print_samples(data, rounds, options.quick)
+            print_layouts(data, folder, rounds, min(length, 120))
+            print_precision(data)
+        print_waiting(make_data_sets(folder / "a", sizes[0], hours[0]), rounds, 5 if options.quick else 25)
+        print_opening(folder, years, rounds)
+    return 0
+
+
+def print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
+    """A markdown table; the first column is text, the others numbers."""
+    print(f"\n### {title}\n\n| {' | '.join(head)} |\n|---|{'--:|' * (len(head) - 1)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+    sys.stdout.flush()
+
+
+def in_turn(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each gives in each round, after one round to warm up."""
+    results: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(rounds + 1):
+        for name, measure in contestants.items():
+            value = measure()
+            if number:
+                results[name].append(value)
+    return results
+
+
+def spread(values: list[float], form: str = "{:.0f}") -> list[str]:
+    """Median, and lowest to highest."""
+    low, high = (form.format(limit(values)) for limit in (min, max))
+    return [form.format(statistics.median(values)), f"{low} to {high}"]
+
+
+# ---- samples
+
+
+def open_samples(data: DataSets, folder: Path, **more) -> ForecastDataset:
+    """Our data set over one of the folders, with wind."""
+    config = data.config(folder, **more)
+    opened = open_indexed_data(config, True, index_forecast_data(config, True, True))
+    return opened.dataset("train", opened.build_normalization())
+
+
+def our_batches(dataset: ForecastDataset, in_order: bool, workers: int = 0) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of BATCH samples without end, through our loader."""
+    if in_order:
+        return (dataset.__getitems__(list(batch)) for batch in _in_order(len(dataset)))
+    plan = BatchPlan(len(dataset), 0, BATCH, BATCH, 0, 1)
+    return iter(build_train_loader(dataset, plan, epoch=0, workers=workers))
+
+
+def published_batches(data: DataSets, folder: Path, in_order: bool) -> Iterator[list[torch.Tensor]]:
+    """The same through the published program's."""
+    config = data.config(folder)
+    store = next(folder.glob("*.zarr"))
+    samples = PublishedSamples(store, config.variables, config.targets, CONSTANTS, config.lead_times_hours, data.shape)
+    plan = BatchPlan(len(samples), 0, BATCH, BATCH, 0, 1)
+    order = _in_order(len(samples)) if in_order else (b for e in itertools.count() for b in plan.micro_batches(e))
+    return iter(DataLoader(samples, batch_sampler=order))
+
+
+def _in_order(count: int) -> Iterator[range]:
+    while True:
+        yield from (range(first, first + BATCH) for first in range(0, count - BATCH + 1, BATCH))
+
+
+def rate(batches: Iterator, count: int) -> Callable[[], float]:
+    """A function that takes so many batches and gives samples per second."""
+
+    def measure() -> float:
+        start = time.perf_counter()
+        for _ in itertools.islice(batches, count):
+            pass
+        return BATCH * count / (time.perf_counter() - start)
+
+    return measure
+
+
+def print_samples(data: DataSets, rounds: int, quick: bool) -> None:
+    """Samples per second of all loaders; the ratio is to the published one on the same store."""
+    counts = (5, 10) if quick else (10, 100)
+    for in_order in (False, True):
+        contestants = {}
+        for layout, folder in (("chunks of our writer", data.written), ("a chunk an hour", data.hourly)):
+            contestants[f"published, Zarr, {layout}"] = rate(published_batches(data, folder, in_order), counts[0])
+            contestants[f"ours, Zarr, {layout}"] = rate(our_batches(open_samples(data, folder), in_order), counts[1])
+        for name, folder in (("float32", data.packed), ("float16", data.half)):
+            contestants[f"ours, packed, {name}"] = rate(
+                our_batches(open_samples(data, folder), in_order), 4 * counts[1]
+            )
+        found = in_turn(contestants, rounds)
+        rows = []
+        for name, values in found.items():
+            layout = name.partition("Zarr, ")[2] or "a chunk an hour"  # packed: against the faster of the two
+            base = statistics.median(found[f"published, Zarr, {layout}"])
+            rows.append([name, *spread(values), f"{statistics.median(values) / base:.1f}"])
+        order = "in order" if in_order else "in random order"
+        title = f"Samples a second, {order}, {data.shape[0]} x {data.shape[1]}, batches of {BATCH}, one process"
+        print_table(title, ["loader", "median", "lowest to highest", "over the published"], rows)
+
+
+def print_layouts(data: DataSets, folder: Path, rounds: int, hours: int) -> None:
+    """Microseconds to read all fields of one hour, in random order."""
+    readers = hour_readers(data, folder, hours)
+    order = np.random.default_rng(0).permutation(hours).tolist()
+
+    def timed(read: Callable[[int], np.ndarray]) -> Callable[[], float]:
+        def measure() -> float:
+            start = time.perf_counter()
+            for hour in order:
+                read(hour)
+            return 1e6 * (time.perf_counter() - start) / len(order)
+
+        return measure
+
+    found = in_turn({name: timed(read) for name, read in readers.items()}, rounds)
+    base = statistics.median(found["plain array, mapped"])
+    rows = [[name, *spread(values), f"{statistics.median(values) / base:.1f}"] for name, values in found.items()]
+    title = f"Microseconds to read an hour of {len(DYNAMIC)} fields, {data.shape[0]} x {data.shape[1]}"
+    print_table(title, ["layout", "median", "lowest to highest", "over the plain array"], rows)
+
+
+def print_precision(data: DataSets) -> None:
+    """What float16 costs."""
+    rows = [
+        [v.name, v.unit, f"{v.error_max:.3g}", f"{v.error_rms:.3g}", f"{v.error_rms / v.std:.1e}"]
+        for v in data.manifest_of_half.variables
+    ]
+    title = f"What float16 costs, {data.shape[0]} x {data.shape[1]}"
+    print_table(title, ["variable", "unit", "largest error", "RMS error", "RMS over deviation"], rows)
+
+
+# ---- waiting
+
+
+def print_waiting(data: DataSets, rounds: int, steps: int) -> None:
+    """Share of time that a training loop waits for its next batch: width 96, depth 3, 4 heads, batches of BATCH."""
+    contestants = {
+        f"{name}, {workers} worker(s)": waiting(data, folder, workers, steps)
+        for name, folder, numbers in (("packed", data.packed, (0, 1, 2)), ("Zarr", data.hourly, (0, 2)))
+        for workers in numbers
+    }
+    found = in_turn(contestants, max(2, rounds // 2))
+    rows = [[name, *spread([100 * value for value in values], "{:.2f}")] for name, values in found.items()]
+    title = f"Share of time that a training loop waits for data, %, {data.shape[0]} x {data.shape[1]}"
+    print_table(title, ["data", "median", "lowest to highest"], rows)
+
+
+def waiting(data: DataSets, folder: Path, workers: int, steps: int) -> Callable[[], float]:
+    """A function that trains for some steps and gives the share of them that was spent in waiting."""
+    dataset = open_samples(data, folder)
+    config = ModelConfig(patch_size=2, embed_dim=96, depth=3, num_heads=4, drop_rate=0.0, drop_path=0.0)
+    grid = dataset.source.grid
+    model = build_model(
+        config, dataset.input_names, dataset.target_names, grid.shape, *grid.patch_centres_km(2), seed=0
+    )
+    optimizer = torch.optim.AdamW(model.parameters())
+    elevation_m = torch.from_numpy(grid.heights_m())
+
+    def measure() -> float:
+        batches, waited = our_batches(dataset, in_order=False, workers=workers), 0.0
+        next(batches)  # workers start
+        start = time.perf_counter()
+        for _ in range(steps):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            sums, counts = loss_sums(model, batch, elevation_m, "fp32")
+            (sums.sum() / counts.sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return waited / (time.perf_counter() - start)
+
+    return measure
+
+
+# ---- opening
+
+
+def print_opening(folder: Path, years: tuple[int, ...], rounds: int) -> None:
+    """Seconds to open data, and what an opened data set holds in memory, by length."""
+    rows = []
+    for count in years:
+        stores, packed = folder / f"years-{count}", folder / f"packed-years-{count}"
+        start = np.datetime64(f"{2019 - count + 1}-01-01T00", "h")
+        hours = int((np.datetime64("2020-01-01T00", "h") - start).astype(int))
+        write_fields(stores, CELLS_OF_YEARS, hours, start)
+        pack(str(stores), packed, PackOptions(), progress=False)
+        data = DataSets(CELLS_OF_YEARS, stores, stores, packed, packed, None)
+        found = in_turn({"Zarr": opening(data, stores), "packed": opening(data, packed)}, rounds)
+        for (name, values), path in zip(found.items(), (stores, packed), strict=True):
+            held = memory_of(functools.partial(open_samples, data, path))
+            rows.append([f"{name}, {count} year(s)", str(hours), *spread(values, "{:.3f}"), f"{held / 1e6:.2f}"])
+    head = ["data", "hours", "seconds", "lowest to highest", "MB held"]
+    print_table(f"Opening, {CELLS_OF_YEARS[0]} x {CELLS_OF_YEARS[1]}, from the path to the first sample", head, rows)
+
+
+def opening(data: DataSets, folder: Path) -> Callable[[], float]:
+    """A function that opens the data, reads a sample, and gives the seconds it took."""
+
+    def measure() -> float:
+        start = time.perf_counter()
+        dataset = open_samples(data, folder)
+        dataset[len(dataset) // 2]
+        seconds = time.perf_counter() - start
+        dataset.source.close()
+        return seconds
+
+    return measure
+
+
+def memory_of(make: Callable[[], object]) -> int:
+    """Bytes that Python and numpy hold for what `make` makes."""
+    tracemalloc.start()
+    made = make()
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    del made
+    return held
+
+
+if __name__ == "__main__":
+    sys.exit(main())
