@@ -99,7 +99,7 @@ def open_samples(data: DataSets, folder: Path, **more) -> ForecastDataset:
 def our_batches(dataset: ForecastDataset, in_order: bool, workers: int = 0) -> Iterator[dict[str, torch.Tensor]]:
     """Batches of BATCH samples without end, through our loader."""
     if in_order:
-        return (dataset.__getitems__(list(batch)) for batch in _in_order(len(dataset)))
+        return (dataset.batch(list(batch)) for batch in _in_order(len(dataset)))
     plan = BatchPlan(len(dataset), 0, BATCH, BATCH, 0, 1)
     return iter(build_train_loader(dataset, plan, epoch=0, workers=workers))
 

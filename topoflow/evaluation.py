@@ -106,11 +106,11 @@ class PhysicalSamples(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        return {name: values[0] for name, values in self.__getitems__([i]).items()}
+        return {name: values[0] for name, values in self.batch([i]).items()}
 
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+    def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """A batch of samples, stacked."""
-        batch, names = self.dataset.__getitems__(indices), self.dataset.target_names
+        batch, names = self.dataset.batch(indices), self.dataset.target_names
         starts, lead_hours = start_and_lead(self.dataset, np.asarray(indices))
         for name, hours in (("present", starts), ("observed", starts + lead_hours)):
             batch[name] = torch.from_numpy(np.stack([self.source.hour(names, int(hour)) for hour in hours]))

@@ -192,7 +192,7 @@ def as_it_was(dataset, i):
 def test_the_bits_of_samples_are_those_of_plain_numpy(build, in_memory, masked, targets):
     mask = np.random.default_rng(3).random((4, 6)) < 0.6 if masked else None
     dataset = build(mask=mask, with_wind=True, in_memory=in_memory, availability=True, targets=targets)
-    batch = dataset.__getitems__(list(range(8)))
+    batch = dataset.batch(list(range(8)))
     for i in range(8):
         for name, expected in as_it_was(dataset, i).items():
             assert dataset[i][name].numpy().tobytes() == expected.tobytes(), (i, name)
@@ -205,7 +205,7 @@ def test_a_batch_holds_its_samples_in_any_order(build, order, size):
     dataset, single = build(with_wind=True), build(with_wind=True)
     for first in range(0, len(order), size):
         indices = order[first : first + size]
-        batch = dataset.__getitems__(indices)
+        batch = dataset.batch(indices)
         expected = torch.utils.data.default_collate([single[i] for i in indices])
         assert batch.keys() == expected.keys()
         for name, values in batch.items():
@@ -219,7 +219,7 @@ def test_inputs_of_one_start_are_read_once_for_all_leads(build, monkeypatch):
     hour = dataset.source.hour
     monkeypatch.setattr(dataset.source, "hour", lambda names, i: read.append((names, i)) or hour(names, i))
     for indices in ([0, 1, 2], [3, 4, 5], [6, 7]):  # in order, a start's leads fall into two batches
-        dataset.__getitems__(indices)
+        dataset.batch(indices)
     inputs, targets = ([i for names, i in read if ("u" in names) is is_input] for is_input in (True, False))
     assert inputs == STARTS.tolist()
     assert len(targets) == 8
@@ -234,3 +234,11 @@ def test_packed_samples_have_the_same_bits(build, make_config, tmp_path):
     for i in range(8):
         first, second = plain[i], mapped[i]
         assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_torchs_own_loader_takes_it_sample_by_sample(build):
+    dataset = build(with_wind=True)
+    (batch,) = torch.utils.data.DataLoader(dataset, batch_size=8)
+    expected = dataset.batch(list(range(8)))
+    assert batch.keys() == expected.keys()
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)

@@ -1,5 +1,6 @@
 """The order of samples, its division among ranks and workers, and the loaders."""
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -211,8 +212,8 @@ def test_a_refusal_in_a_worker_arrives_as_itself(build, workers):
     assert "\n" not in str(refusal.value)
 
 
-class WorkerProbe(torch.utils.data.Dataset):
-    """Sample i: (worker's pid, its threads), after a signal that the item asks for."""
+class WorkerProbe:
+    """A batch says (worker's pid, its threads), after the signals that were asked for."""
 
     def __init__(self, send=()):
         self.source = self
@@ -223,18 +224,18 @@ class WorkerProbe(torch.utils.data.Dataset):
     def close(self):
         self.closed = True
 
-    def __getitem__(self, i):
+    def batch(self, indices):
         assert get_worker_info() is not None
         assert self.closed  # by the parent, before the fork
         for name in self.send:
             os.kill(os.getpid(), getattr(signal, name))
-        return torch.tensor([os.getpid(), torch.get_num_threads()])
+        return {"who": torch.tensor([os.getpid(), torch.get_num_threads()])}
 
 
 def test_workers_use_one_thread_and_outlive_signals_that_are_not_their_parents():
     threads = torch.get_num_threads()
     probe = WorkerProbe(send=("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"))
-    rows = torch.cat(list(BatchLoader(probe, [[0], [1], [2], [3]], workers=2)))
+    rows = torch.stack([batch["who"] for batch in BatchLoader(probe, [[0], [1], [2], [3]], workers=2)])
     assert len(set(rows[:, 0].tolist())) == 2
     assert rows[:, 1].tolist() == [1, 1, 1, 1]
     assert torch.get_num_threads() == threads
@@ -251,14 +252,14 @@ def ends_within_seconds(pid, seconds):
 
 def test_workers_end_when_the_parent_says_so():
     batches = iter(BatchLoader(WorkerProbe(), [[0]] * 100, workers=1))
-    pid = int(next(batches)[0, 0])
+    pid = int(next(batches)["who"][0])
     os.kill(pid, signal.SIGTERM)
     assert ends_within_seconds(pid, 10)
 
 
 def test_leaving_an_epoch_early_ends_the_workers():
     batches = iter(BatchLoader(WorkerProbe(), [[0]] * 100, workers=1))
-    pid = int(next(batches)[0, 0])
+    pid = int(next(batches)["who"][0])
     del batches
     assert ends_within_seconds(pid, 10)
 
@@ -274,7 +275,28 @@ def test_neither_thread_nor_worker_is_left(build):
     assert sum(isinstance(one, threading.Thread) for one in started) >= 1
     assert sum(isinstance(one, multiprocessing.process.BaseProcess) for one in started) == 1
     del batches
+    deadline = time.monotonic() + 10
+    while started & alive() and time.monotonic() < deadline:  # a thread of a queue ends by itself
+        time.sleep(0.01)
     assert not started & alive()
+
+
+def test_no_worker_is_left_where_one_refused():
+    gc.disable()  # what a cycle of references holds would stay
+    try:
+        with pytest.raises(DataError, match="gone"):
+            list(BatchLoader(Refusing(), [[0]] * 24, workers=1))
+        deadline = time.monotonic() + 10
+        while multiprocessing.active_children() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not multiprocessing.active_children()
+    finally:
+        gc.enable()
+
+
+class Refusing(WorkerProbe):
+    def batch(self, indices):
+        raise DataError("gone")
 
 
 def test_tensors_from_workers_begin_where_torch_would_let_them(build):

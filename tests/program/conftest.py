@@ -129,7 +129,7 @@ def program(tmp_path, make_program):
 @pytest.fixture
 def without_targets_in_step(monkeypatch):
     """Take the targets from the samples of one step of the first epoch, in runs in this process without workers."""
-    whole = ForecastDataset.__getitems__
+    whole = ForecastDataset.batch
     batch, micro = CONFIG["train"]["global_batch_size"], CONFIG["train"]["micro_batch_size"]
 
     def take_away(step):
@@ -140,7 +140,7 @@ def without_targets_in_step(monkeypatch):
             samples["valid"][torch.from_numpy(in_step)] = False
             return samples
 
-        monkeypatch.setattr(ForecastDataset, "__getitems__", items)
+        monkeypatch.setattr(ForecastDataset, "batch", items)
 
     return take_away
 

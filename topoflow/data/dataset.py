@@ -80,9 +80,9 @@ class ForecastDataset(torch.utils.data.Dataset):
         wind_ms: float32 [2, H, W], m/s, if asked for, a missing value being the mean of those present (0 without any);
         index: int64 [], which is i.
         """
-        return {name: values[0] for name, values in self.__getitems__([i]).items()}
+        return {name: values[0] for name, values in self.batch([i]).items()}
 
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+    def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """A batch of the samples `indices`, stacked along a new first dimension: made in one piece, nothing is copied.
 
         Inputs of one start are made once for all its leads; in sequential order, across batches too.

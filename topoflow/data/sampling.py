@@ -6,16 +6,18 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 
 from topoflow.data.dataset import ForecastDataset
+from topoflow.data.fields import FieldSource
 from topoflow.errors import ConfigError, Refusal
 
 _ORDER = 1
@@ -135,19 +137,38 @@ class EvaluationBatches:
             yield list(range(first, min(first + self.batch_size, self.num_samples)))
 
 
+class MakesBatches(Protocol):
+    """A data set that makes whole batches of samples: {name: [B, ...]}. source: what it reads, closed before a fork."""
+
+    source: FieldSource
+
+    def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """The samples `indices`, stacked along a new first dimension."""
+
+
+@dataclass(frozen=True)
+class _Batches(torch.utils.data.Dataset):
+    """What torch's loader indexes, by the samples of a batch."""
+
+    samples: MakesBatches
+
+    def __getitem__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        return self.samples.batch(indices)
+
+
 class BatchLoader(DataLoader):
     """A DataLoader over given batches whose workers leave signals, handles and the random state alone.
 
-    A data set with `__getitems__` makes whole batches; samples of any other are stacked. A refusal raised in a worker
-    arrives as itself, one line.
+    A refusal raised in a worker arrives as itself, one line.
     """
 
-    def __init__(self, dataset: torch.utils.data.Dataset, batches: Iterable[list[int]], workers: int):
+    def __init__(self, dataset: MakesBatches, batches: Iterable[list[int]], workers: int):
         super().__init__(
-            dataset,
-            batch_sampler=batches,
+            _Batches(dataset),
+            sampler=batches,
+            batch_size=None,  # the data set makes whole batches
             num_workers=workers,
-            collate_fn=_Parcel.of if workers > 0 else _stack,
+            collate_fn=_Parcel.of if workers > 0 else _as_it_is,
             # the fields in memory are shared with the workers, copy-on-write
             multiprocessing_context="fork" if workers > 0 else None,
             worker_init_fn=functools.partial(_start_worker, os.getpid()),
@@ -158,7 +179,7 @@ class BatchLoader(DataLoader):
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         if self.num_workers > 0:
-            self.dataset.source.close()  # each worker opens its own handles
+            self.dataset.samples.source.close()  # each worker opens its own handles
         with _deferred_sigterm():  # which would end a worker that has not come to _start_worker yet
             batches = super().__iter__()
         return _surface_refusals(_fetch_ahead(batches) if self.num_workers > 0 else batches)
@@ -214,11 +235,8 @@ class _Parcel:
     layout: tuple[tuple[str, torch.dtype, torch.Size, int], ...]
 
     @classmethod
-    def of(cls, samples: dict[str, torch.Tensor] | list) -> "_Parcel | torch.Tensor":
-        """What a data set gave; samples that are no dict are stacked and left as they are."""
-        batch = _stack(samples)
-        if not isinstance(batch, dict):
-            return batch
+    def of(cls, batch: dict[str, torch.Tensor]) -> "_Parcel":
+        """What a data set made."""
         layout, end = [], 0
         for name, tensor in batch.items():
             layout.append((name, tensor.dtype, tensor.shape, end))
@@ -241,20 +259,23 @@ class _Parcel:
         }
 
 
-def _stack(samples: dict[str, torch.Tensor] | list) -> dict[str, torch.Tensor]:
-    return samples if isinstance(samples, dict) else default_collate(samples)
+def _as_it_is(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return batch
 
 
-def _fetch_ahead(batches: Iterator) -> Iterator:
+def _fetch_ahead(batches: Iterator[_Parcel]) -> Iterator[dict[str, torch.Tensor]]:
     """The batches of workers; while one is used, a thread takes the next one from them.
 
     That takes some milliseconds, most of them for the file descriptor of its shared memory, and the loop would wait.
     """
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, batches, None)
-        while (batch := coming.result()) is not None:
-            coming = pool.submit(next, batches, None)
-            yield batch.opened() if isinstance(batch, _Parcel) else batch
+        try:
+            while (parcel := coming.result()) is not None:
+                coming = pool.submit(next, batches, None)
+                yield parcel.opened()
+        finally:
+            del coming  # an exception that it holds holds this frame, and with it the workers
 
 
 def _surface_refusals(batches: Iterator[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
@@ -265,6 +286,7 @@ def _surface_refusals(batches: Iterator[dict[str, torch.Tensor]]) -> Iterator[di
         lines = str(refusal).rstrip().splitlines()
         if len(lines) == 1:
             raise
+        refusal.__traceback__ = None  # its frames hold it, and the workers, until the collector comes by
         raise type(refusal)(lines[-1].partition(": ")[2]) from None
 
 
