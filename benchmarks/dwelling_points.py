@@ -69,7 +69,7 @@ class DwellingFuse(Fuse):
 def install(plan: Plan, dwell: Callable[[], None], dwells_here: bool) -> None:
     """Let this process do what `plan` says; dwells_here: it is the rank that dwells."""
     if plan.step_seconds:
-        wrap(trainer.Trainer, "train_step", before=lambda *_: time.sleep(plan.step_seconds))
+        wrap(trainer.Trainer, "train_step", before=lambda *_, **__: time.sleep(plan.step_seconds))
     if dwells_here and plan.point is not None:
         [point] = [points[plan.point] for points in PLACES.values() if plan.point in points]
         lay(DwellingFuse(Kill(plan.point, plan.step, plan.count), dwell), point)

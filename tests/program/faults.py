@@ -41,8 +41,8 @@ def after_step(spoil):
     """Call spoil(model, optimizer) on rank 1 after a certain step."""
     train_step = Trainer.train_step
 
-    def step_and_spoil(self, batches):
-        result = train_step(self, batches)
+    def step_and_spoil(self, *arguments, **options):
+        result = train_step(self, *arguments, **options)
         if self.state.progress.step + 1 == STEP_OF_DRIFT and self.context.rank == 1:
             with torch.no_grad():
                 spoil(self.state.model, self.state.optimizer)

@@ -10,11 +10,11 @@ def note_samples(folder):
     """Let this process append [step, indices of its samples in order] to a file of its own in `folder`."""
     train_step = Trainer.train_step
 
-    def note_and_step(self, batches):
+    def note_and_step(self, batches, **options):
         indices = [index for batch in batches for index in batch["index"].tolist()]
         with (folder / f"{self.context.rank}.jsonl").open("a") as file:
             file.write(json.dumps([self.state.progress.step + 1, indices]) + "\n")
-        return train_step(self, batches)
+        return train_step(self, batches, **options)
 
     Trainer.train_step = note_and_step
 

@@ -22,8 +22,8 @@ def test_whole_runs_on_1_2_and_4_ranks(program, forked, assert_same_run, process
 
 
 def test_killed_on_two_ranks_and_resumed_on_one_and_four(program, forked, assert_same_run):
-    ending = forked.run(program.command(CANONICAL)[2:], 2, Attack(Kill("between two steps", 13), everyone=True))
-    assert ending.note["step"] == 13, ending.said
+    ending = forked.run(program.command(CANONICAL)[2:], 2, Attack(Kill("between two steps", 15), everyone=True))
+    assert ending.note["step"] == 15, ending.said
     for processes in (1, 4):
         run = f"resumed{processes}"
         shutil.copytree(program.folder / "run", program.folder / run)

@@ -89,8 +89,8 @@ def test_a_restart_takes_over_from_a_stopped_job_which_changes_nothing_when_it_w
 def test_a_job_that_was_replaced_between_two_steps_writes_nothing_more(program, monkeypatch, log_every_steps):
     successor, before, step = Lease(program.folder / "run", "17", 1), {}, Trainer.train_step
 
-    def step_and_lose(self, batches):
-        result = step(self, batches)
+    def step_and_lose(self, *arguments, **options):
+        result = step(self, *arguments, **options)
         if self.state.progress.step == 2 and not before:
             successor.take()
             before.update(contents(program.folder / "run"))
