@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from topoflow.model import tiled_attention as module
+from topoflow.model import score_tiles
+from topoflow.model import tiled_attention as operators
 from topoflow.model.flex_attention import compiled_kernel, flex_attention, uncompiled_kernel
 from topoflow.model.tiled_attention import tiled_attention
 
@@ -17,10 +18,10 @@ LOW, MIDDLE, HIGH = 0.3, 4.0, 9.0
 def tiles(request, monkeypatch):
     """Also tiles that do not divide N, in groups that do not divide the heads."""
     if request.param == "ragged tiles":
-        monkeypatch.setattr(module, "TILE", 5)
-        monkeypatch.setattr(module, "TILE_ELEMENTS", 4 * 25)
-        monkeypatch.setattr(module, "SLAB", 8)
-        monkeypatch.setattr(module, "ROWS_IN_CACHE", 3)
+        monkeypatch.setattr(score_tiles, "TILE", 5)
+        monkeypatch.setattr(score_tiles, "TILE_ELEMENTS", 4 * 25)
+        monkeypatch.setattr(operators, "SLAB", 8)
+        monkeypatch.setattr(score_tiles, "ROWS_IN_CACHE", 3)
 
 
 def inputs(N=23, dtype=torch.float64, B=2, heads=3, d=6):
@@ -173,7 +174,7 @@ def test_the_operators_keep_torchs_rules():
 @pytest.mark.parametrize("strength", [LOW, MIDDLE, -1.0])
 def test_what_a_gpu_is_asked_for_is_the_same_function(monkeypatch, strength):
     """FlexAttention's score modification, and alpha's gradient beside it; on CPU torch interprets it, for results."""
-    monkeypatch.setattr(module, "TILE", 5)
+    monkeypatch.setattr(score_tiles, "TILE", 5)
     q, k, v, grad, heights = inputs()
     alpha = torch.tensor([strength], dtype=torch.float64, requires_grad=True)
     results = []
