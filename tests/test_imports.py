@@ -20,7 +20,7 @@ FILES = {
 }
 # imports point from a higher number to a lower one, or stay
 LAYERS = [
-    {"errors", "config", "data.variables"},
+    {"errors", "disk", "config", "data.variables"},
     {"data", "model", "loss", "metrics", "distributed", "tracking"},
     {"optim", "checkpoint", "reduction", "lightning_import"},
     {"trainer", "evaluation", "prediction"},

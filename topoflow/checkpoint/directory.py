@@ -10,8 +10,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from topoflow.checkpoint.disk import Guard, discard, flush_folder, replace_text
 from topoflow.checkpoint.file import read_checkpoint, write_checkpoint
+from topoflow.disk import Guard, discard, flush_folder, replace_text
 from topoflow.errors import CheckpointUnreadable, MissingPath, ResumeRefused, RunDirectoryError
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ class CheckpointDirectory:
     name another checkpoint.
 
     Args:
-        guard: entered around every rename, pointer write and delete, see `topoflow.checkpoint.disk`.
+        guard: entered around every rename, pointer write and delete, see `topoflow.disk`.
         on_progress: called while a checkpoint is being written, after each tensor.
     """
 

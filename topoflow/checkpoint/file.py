@@ -13,9 +13,9 @@ from typing import Any, BinaryIO
 
 import torch
 
-from topoflow.checkpoint.disk import Guard, discard, flush, flush_folder, hidden_beside
 from topoflow.checkpoint.hashing import HashedFile, file_digests
 from topoflow.checkpoint.manifest import MANIFEST, STATE, manifest_text, read_manifest, state_record
+from topoflow.disk import Guard, discard, flush, flush_folder, hidden_beside
 from topoflow.errors import CheckpointUnreadable, MissingPath, ResumeRefused
 
 FORMAT = (1, 1)
@@ -43,7 +43,7 @@ def write_checkpoint(
 
     Raises:
         OSError: the file system refused; the temporary folder is removed and what was there before is whole.
-        RunDirectoryError: `guard` refused, see `topoflow.checkpoint.disk`; likewise.
+        RunDirectoryError: `guard` refused, see `topoflow.disk`; likewise.
     """
     temporary = hidden_beside(folder, "writing")
     try:

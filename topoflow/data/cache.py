@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from topoflow.data.fields import FieldSource
-from topoflow.data.files import write_text
 from topoflow.data.normalization import Normalization
+from topoflow.disk import replace_text
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,6 @@ class NormalizationCache:
         content: dict[str, Any] = {"pairs": pairs, "fingerprint": normalization.fingerprint}
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self._path, json.dumps(content))
+            replace_text(self._path, json.dumps(content))
         except OSError as error:
             log.warning("data.cache: %s cannot be written: %s", self._path.parent, error.strerror or error)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from topoflow.data.files import write_text
+from topoflow.disk import replace_text
 from topoflow.errors import DataError
 
 MANIFEST = "manifest.json"
@@ -95,7 +95,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Replace the manifest in `folder`: after a crash at any instant it is the old one or the new one."""
-        write_text(folder / MANIFEST, self.text())
+        replace_text(folder / MANIFEST, self.text())
 
 
 def read_manifest(folder: Path) -> Manifest:

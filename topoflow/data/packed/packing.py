@@ -13,7 +13,6 @@ import numpy as np
 from tqdm import tqdm
 
 from topoflow.data.fields import BLOCK_BYTES, FieldSource
-from topoflow.data.files import discard_unfinished, flush_folder, write_text
 from topoflow.data.grid import load_mask
 from topoflow.data.moments import day_pieces, moments_of
 from topoflow.data.packed.days import DayRecord, days_text, read_days
@@ -26,6 +25,7 @@ from topoflow.data.packed.statics import require_same_statics, save_static, stat
 from topoflow.data.packed.year_writer import YearWriter
 from topoflow.data.source import held_variables, index_source, open_indexed
 from topoflow.data.variables import VARIABLES
+from topoflow.disk import discard_unfinished, flush_folder, replace_text
 from topoflow.errors import ConfigError, DataError, Refusal
 
 PLAN, LOCK = "plan.json", "lock"
@@ -180,7 +180,7 @@ class _Packing:
             return tuple(begun)
         chosen = choose_variables(self.source, self.dtype)
         plain = [vars(variable) for variable in chosen]
-        write_text(plan, json.dumps({"settings": self.settings, "variables": plain}, indent=1))
+        replace_text(plan, json.dumps({"settings": self.settings, "variables": plain}, indent=1))
         return chosen
 
     def _blocks(self, hours: np.ndarray, bar: tqdm, skip: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -223,7 +223,7 @@ class _Packing:
                 writer.write(stored, self._record(str(self.source.times[piece[0]])[:10], variables, values, stored))
             writer.finish()
         text = days_text(writer.days)
-        write_text(self.work / record, text)
+        replace_text(self.work / record, text)
         days = FileRecord(record, len(text), hashlib.sha256(text.encode()).hexdigest())
         return PackedYear(
             year, runs_of(times), writer.header, FileRecord(array, writer.size), days, states

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from topoflow.data.files import flush
 from topoflow.data.grid import Grid, same_place
 from topoflow.data.packed.manifest import FileRecord, Manifest
 from topoflow.data.packed.resampling import Resampling
+from topoflow.disk import flush
 from topoflow.errors import ConfigError, DataError
 
 

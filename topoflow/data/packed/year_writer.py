@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from topoflow.data.files import flush, write_text
 from topoflow.data.packed.days import DayRecord
+from topoflow.disk import flush, replace_text
 
 
 class YearWriter:
@@ -53,7 +53,7 @@ class YearWriter:
             self._file.truncate(written)
             self._file.seek(written)
             known = [self._identity, *(day.to_dict() for day in self.days)]
-            write_text(self._journal_path, "".join(json.dumps(content) + "\n" for content in known))
+            replace_text(self._journal_path, "".join(json.dumps(content) + "\n" for content in known))
             self._journal = open(self._journal_path, "a", encoding="ascii")
         except BaseException:
             self._file.close()

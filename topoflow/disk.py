@@ -5,7 +5,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import IO
 
@@ -35,8 +35,8 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def replace_text(path: Path, text: str, guard: Guard) -> None:
-    """Let a small file hold `text`: after a crash at any instant it holds the old text or the new one."""
+def replace_text(path: Path, text: str, guard: Guard = nullcontext) -> None:
+    """Let a small file hold ASCII `text`: after a crash at any instant it holds the old text or the new one."""
     temporary = hidden_beside(path, "writing")
     try:
         with open(temporary, "w", encoding="ascii") as file:
@@ -48,6 +48,12 @@ def replace_text(path: Path, text: str, guard: Guard) -> None:
         temporary.unlink(missing_ok=True)
         raise
     flush_folder(path.parent)
+
+
+def discard_unfinished(folder: Path) -> None:
+    """Delete what killed processes left of files that `replace_text` was writing; no living one may write there."""
+    for path in folder.glob(".writing-*"):
+        path.unlink()
 
 
 def discard(path: Path, guard: Guard) -> None:
