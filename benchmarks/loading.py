@@ -4,13 +4,12 @@
     python -m benchmarks.loading [--sizes 32x64,128x256] [--hours 1500,400] [--rounds 7] [--quick]
 
 Prints markdown tables. Data are made in a temporary folder (about 2 GB with the defaults). Contestants take turns in
-each round; a figure is the median over rounds, with the lowest and the highest.
+each round; a figure is the median over rounds with its range, a ratio that of medians with the quartiles over rounds.
 """
 
 import argparse
 import functools
 import itertools
-import statistics
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ from torch.utils.data import DataLoader
 from benchmarks.loading_data import CONSTANTS, DYNAMIC, DataSets, make_data_sets, write_fields
 from benchmarks.packed_layouts import hour_readers
 from benchmarks.published_loader import PublishedSamples
+from benchmarks.tables import print_table, ratio, spread
 from topoflow.config.schema import ModelConfig
 from topoflow.data import BatchPlan, ForecastDataset, build_train_loader, index_forecast_data, open_indexed_data
 from topoflow.data.packed.packing import PackOptions, pack
@@ -61,14 +61,6 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
-    """A markdown table; the first column is text, the others numbers."""
-    print(f"\n### {title}\n\n| {' | '.join(head)} |\n|---|{'--:|' * (len(head) - 1)}")
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
-    sys.stdout.flush()
-
-
 def in_turn(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """What each gives in each round, after one round to warm up."""
     results: dict[str, list[float]] = {name: [] for name in contestants}
@@ -78,12 +70,6 @@ def in_turn(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[st
             if number:
                 results[name].append(value)
     return results
-
-
-def spread(values: list[float], form: str = "{:.0f}") -> list[str]:
-    """Median, and lowest to highest."""
-    low, high = (form.format(limit(values)) for limit in (min, max))
-    return [form.format(statistics.median(values)), f"{low} to {high}"]
 
 
 # ---- samples
@@ -147,11 +133,10 @@ def print_samples(data: DataSets, rounds: int, quick: bool) -> None:
         rows = []
         for name, values in found.items():
             layout = name.partition("Zarr, ")[2] or "a chunk an hour"  # packed: against the faster of the two
-            base = statistics.median(found[f"published, Zarr, {layout}"])
-            rows.append([name, *spread(values), f"{statistics.median(values) / base:.1f}"])
+            rows.append([name, spread(values), ratio(values, found[f"published, Zarr, {layout}"], 1)])
         order = "in order" if in_order else "in random order"
-        title = f"Samples a second, {order}, {data.shape[0]} x {data.shape[1]}, batches of {BATCH}, one process"
-        print_table(title, ["loader", "median", "lowest to highest", "over the published"], rows)
+        print(f"Samples a second, {order}, {data.shape[0]} x {data.shape[1]}, batches of {BATCH}, one process\n")
+        print_table(["loader", "samples/s (range)", "this / published (quartiles)"], rows)
 
 
 def print_layouts(data: DataSets, folder: Path, rounds: int, hours: int) -> None:
@@ -169,10 +154,10 @@ def print_layouts(data: DataSets, folder: Path, rounds: int, hours: int) -> None
         return measure
 
     found = in_turn({name: timed(read) for name, read in readers.items()}, rounds)
-    base = statistics.median(found["plain array, mapped"])
-    rows = [[name, *spread(values), f"{statistics.median(values) / base:.1f}"] for name, values in found.items()]
-    title = f"Microseconds to read an hour of {len(DYNAMIC)} fields, {data.shape[0]} x {data.shape[1]}"
-    print_table(title, ["layout", "median", "lowest to highest", "over the plain array"], rows)
+    plain = found["plain array, mapped"]
+    rows = [[name, spread(values), ratio(values, plain, 1)] for name, values in found.items()]
+    print(f"One hour of {len(DYNAMIC)} fields, {data.shape[0]} x {data.shape[1]}, hours in random order\n")
+    print_table(["layout", "us to read (range)", "this / plain array (quartiles)"], rows)
 
 
 def print_precision(data: DataSets) -> None:
@@ -181,8 +166,8 @@ def print_precision(data: DataSets) -> None:
         [v.name, v.unit, f"{v.error_max:.3g}", f"{v.error_rms:.3g}", f"{v.error_rms / v.std:.1e}"]
         for v in data.manifest_of_half.variables
     ]
-    title = f"What float16 costs, {data.shape[0]} x {data.shape[1]}"
-    print_table(title, ["variable", "unit", "largest error", "RMS error", "RMS over deviation"], rows)
+    print(f"What float16 costs, {data.shape[0]} x {data.shape[1]}\n")
+    print_table(["variable", "unit", "largest error", "RMS error", "RMS over deviation"], rows)
 
 
 # ---- waiting
@@ -196,9 +181,9 @@ def print_waiting(data: DataSets, rounds: int, steps: int) -> None:
         for workers in numbers
     }
     found = in_turn(contestants, max(2, rounds // 2))
-    rows = [[name, *spread([100 * value for value in values], "{:.2f}")] for name, values in found.items()]
-    title = f"Share of time that a training loop waits for data, %, {data.shape[0]} x {data.shape[1]}"
-    print_table(title, ["data", "median", "lowest to highest"], rows)
+    rows = [[name, spread(values, 100)] for name, values in found.items()]
+    print(f"Share of its time that a training loop waits for data, {data.shape[0]} x {data.shape[1]}\n")
+    print_table(["data", "% (range)"], rows)
 
 
 def waiting(data: DataSets, folder: Path, workers: int, steps: int) -> Callable[[], float]:
@@ -245,9 +230,9 @@ def print_opening(folder: Path, years: tuple[int, ...], rounds: int) -> None:
         found = in_turn({"Zarr": opening(data, stores), "packed": opening(data, packed)}, rounds)
         for (name, values), path in zip(found.items(), (stores, packed), strict=True):
             held = memory_of(functools.partial(open_samples, data, path))
-            rows.append([f"{name}, {count} year(s)", str(hours), *spread(values, "{:.3f}"), f"{held / 1e6:.2f}"])
-    head = ["data", "hours", "seconds", "lowest to highest", "MB held"]
-    print_table(f"Opening, {CELLS_OF_YEARS[0]} x {CELLS_OF_YEARS[1]}, from the path to the first sample", head, rows)
+            rows.append([f"{name}, {count} year(s)", str(hours), spread(values, 1e3), f"{held / 1e6:.2f}"])
+    print(f"Opening, {CELLS_OF_YEARS[0]} x {CELLS_OF_YEARS[1]}, from the path to the first sample\n")
+    print_table(["data", "hours", "ms (range)", "MB held"], rows)
 
 
 def opening(data: DataSets, folder: Path) -> Callable[[], float]:
