@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """How fast samples come: packed, from Zarr, and from the published program's loader, side by side in one run.
 
     python -m benchmarks.loading [--sizes 32x64,128x256] [--hours 1500,400] [--rounds 7] [--quick]

@@ -1,14 +1,13 @@
-#!/usr/bin/env python3
 """From `python train.py` to the first optimizer step: what the imports take, and what each phase of the set-up takes.
+
+    python -m benchmarks.start [--rounds N] [--quick]
 
 Fresh processes in turn, so that whatever else the machine does meets all alike. The first table has the seconds in
 which a process imports torch, or the program (`import train`: all that a run imports at its start), and the ratio
 within pairs of processes. The second has the phases that a run itself tells after its first step, of runs on a data set
 that no run has read before (cold), and again on the same (warm); the files are in the page cache in both. Both tables
 say how many modules are loaded and files opened by Python: on a parallel file system each is an operation of its
-metadata server.
-
-Options: --rounds N; --quick, a small model on a small data set, to see that the benchmark works.
+metadata server. --quick takes a small model on a small data set, to see that the benchmark works.
 """
 
 import argparse
@@ -28,6 +27,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.tables import print_table, spread
 from topoflow.data.demo_world import make_demo_data
 
 ROOT = Path(__file__).parents[1]
@@ -176,15 +176,16 @@ def import_ratios(measured: dict[str, list[Process]], key: str) -> list[float]:
 
 def print_imports(measured: dict[str, list[Process]]) -> None:
     """The first table."""
-    print("| | seconds: median (range) | CPU seconds | modules | files opened |\n|---|---|---|---|---|")
+    rows = []
     for module, processes in measured.items():
         clock, cpu = ([process[key] for process in processes] for key in ("seconds", "cpu"))
         last = processes[-1]
-        print(f"| `import {module}` | {spread(clock)} | {spread(cpu)} | {len(last['modules'])} | {last['files']} |")
+        rows.append([f"`import {module}`", spread(clock), spread(cpu), str(len(last["modules"])), str(last["files"])])
     clock, cpu = (spread(import_ratios(measured, key)) for key in ("seconds", "cpu"))
     torch, train = (measured[module][-1] for module in ("torch", "train"))
     modules, files = len(train["modules"]) / len(torch["modules"]), train["files"] / torch["files"]
-    print(f"| ratio within pairs | {clock} | {cpu} | {modules:.2f} | {files:.2f} |\n")
+    rows.append(["ratio within pairs", clock, cpu, f"{modules:.2f}", f"{files:.2f}"])
+    print_table(["imports", "seconds (range)", "CPU seconds (range)", "modules", "files opened"], rows)
 
 
 def print_starts(measured: dict[str, list[Process]]) -> None:
@@ -198,16 +199,10 @@ def print_starts(measured: dict[str, list[Process]]) -> None:
     shown = [p for p in phases if any(statistics.median(seconds(kind, [p])) >= SHOWN_SECONDS for kind in spent)]
     rows = {phase: [phase] for phase in shown}
     rows |= {"all others": [phase for phase in phases if phase not in shown], f"**{TOTAL}**": phases}
-    print(f"| phase | {' | '.join(f'{kind}: seconds, median (range)' for kind in spent)} |\n|---|{'---|' * len(spent)}")
-    for name, only in rows.items():
-        print(f"| {name} | {' | '.join(spread(seconds(kind, only)) for kind in spent)} |")
-    print(f"| modules loaded | {' | '.join(str(len(runs[-1]['modules'])) for runs in measured.values())} |")
-    print(f"| files opened | {' | '.join(str(runs[-1]['files']) for runs in measured.values())} |")
-
-
-def spread(values: Sequence[float]) -> str:
-    """`1.20 (1.15-1.31)`."""
-    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+    table = [[name, *(spread(seconds(kind, only)) for kind in spent)] for name, only in rows.items()]
+    table.append(["modules loaded", *(str(len(runs[-1]["modules"])) for runs in measured.values())])
+    table.append(["files opened", *(str(runs[-1]["files"]) for runs in measured.values())])
+    print_table(["phase", *(f"{kind}: seconds (range)" for kind in spent)], table)
 
 
 if __name__ == "__main__":
