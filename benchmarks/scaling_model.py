@@ -7,6 +7,9 @@ Arithmetic, no measurement of a large machine: each assumption is a field below 
 import math
 from dataclasses import dataclass
 
+from benchmarks.flops import step_flops
+from benchmarks.sizes import SIZES as MODEL_SIZES
+
 SIZES = (8, 64, 400, 4096)
 
 
@@ -31,7 +34,7 @@ MACHINES = (
 
 # The workload: the published configuration (DESIGN.md), CAQRA 2013-2018 hourly, one sample a device and step.
 PARAMETERS = 52e6
-TOKENS, WIDTH, DEPTH = 8192, 768, 6
+FLOPS_PER_SAMPLE = step_flops(MODEL_SIZES["c"])
 CELLS, DYNAMIC_INPUTS, TARGETS = 128 * 256, 11, 6
 YEARS, WORKERS = 6, 4
 
@@ -98,21 +101,12 @@ class Prediction:
         return self.compute + self.gradient + self.agreement + self.table / LOG_EVERY_STEPS
 
 
-def flops_per_sample(tokens: int = TOKENS, width: int = WIDTH, depth: int = DEPTH) -> float:
-    """Forward and backward pass (twice the forward), multiply and add counted as two.
-
-    24 N D^2 for the linear layers of a block, 4 N^2 D for its attention, 7 N D^2 for aggregation and head.
-    """
-    blocks = depth * (24 * tokens * width**2 + 4 * tokens**2 * width)
-    return 3.0 * (blocks + 7 * tokens * width**2)
-
-
 def predict(machine: Machine, devices: int) -> Prediction:
     """The model."""
     nodes = math.ceil(devices / machine.devices_per_node)
     depth, node_depth = math.ceil(math.log2(devices)), math.ceil(math.log2(nodes))
     link = machine.node_bytes_per_second * LINK_EFFICIENCY
-    compute = flops_per_sample() / (machine.device_flops * COMPUTE_EFFICIENCY)
+    compute = FLOPS_PER_SAMPLE / (machine.device_flops * COMPUTE_EFFICIENCY)
     # each byte enters and leaves a node twice, whichever way rings are laid; a tree's latency for each bucket
     gradient = 2 * (devices - 1) / devices * GRADIENT_BYTES / link
     gradient += math.ceil(GRADIENT_BYTES / BUCKET_BYTES) * 2 * node_depth * DEVICE_HOP_SECONDS
@@ -146,7 +140,7 @@ def predict(machine: Machine, devices: int) -> Prediction:
 
 def print_model() -> None:
     """A table for each machine, in Markdown."""
-    print(f"{PARAMETERS / 1e6:.0f} M parameters, {flops_per_sample() / 1e12:.1f} TFLOP a sample, one sample a device\n")
+    print(f"{PARAMETERS / 1e6:.0f} M parameters, {FLOPS_PER_SAMPLE / 1e12:.1f} TFLOP a sample, one sample a device\n")
     for machine in MACHINES:
         found = [predict(machine, devices) for devices in SIZES]
         print(f"| {machine.name} | {' | '.join(f'{size:,}' for size in SIZES)} |\n|---|{'--:|' * len(SIZES)}")

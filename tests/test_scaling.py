@@ -2,16 +2,11 @@
 
 import math
 
-import numpy as np
 import pytest
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.phases import PHASES, STEP, WHOLE
 from benchmarks.scaling import fit_growth, measure, print_tables
-from benchmarks.scaling_model import MACHINES, SIZES, flops_per_sample, predict, print_model
-from topoflow.config.schema import DataConfig, ModelConfig
-from topoflow.model import build_model
+from benchmarks.scaling_model import FLOPS_PER_SAMPLE, MACHINES, SIZES, predict, print_model
 
 SIZES_MEASURED = (1, 2, 4, 8, 16, 32)
 
@@ -46,25 +41,10 @@ def test_the_benchmark_measures_each_phase_on_one_and_two_ranks(tmp_path, capsys
 def test_the_model_follows_from_bytes_and_links(capsys):
     machine = MACHINES[0]
     few, many = (predict(machine, size) for size in (SIZES[0], SIZES[-1]))
-    assert few.compute == many.compute == flops_per_sample() / (191.5e12 * 0.3)
+    assert few.compute == many.compute == FLOPS_PER_SAMPLE / (191.5e12 * 0.3)
     # in one node no hop between nodes is waited for: 52 M gradients of 4 bytes cross 60 % of 4 x 200 Gbit/s twice
     assert few.gradient == pytest.approx(2 * 7 / 8 * 4 * 52e6 / (0.6 * 4 * 200e9 / 8))
     assert many.step > few.step
     assert many.metadata_opens == few.metadata_opens
     print_model()
     assert capsys.readouterr().out.count("| step without overlap, ms |") == len(MACHINES)
-
-
-def test_operations_of_a_sample_are_what_torch_counts():
-    rows, columns, width, depth = 16, 32, 256, 6
-    tokens = rows * columns // 4
-    places = np.arange(tokens, dtype=np.float64)
-    config = ModelConfig(patch_size=2, embed_dim=width, depth=depth, num_heads=4)
-    inputs, targets = DataConfig.variables, DataConfig.targets
-    model = build_model(
-        config, inputs, targets, (rows, columns), places, places, seed=0, activation_checkpointing=False
-    )
-    with FlopCounterMode(display=False) as counter:
-        x, wind_ms = torch.zeros(1, len(inputs), rows, columns), torch.zeros(1, 2, rows, columns)
-        model(x, torch.tensor([12.0]), torch.zeros(rows, columns), wind_ms).sum().backward()
-    assert counter.get_total_flops() == pytest.approx(flops_per_sample(tokens, width, depth), rel=0.02)

@@ -144,8 +144,8 @@ def limited(bench):
 
     It is sent before it is needed: the warning comes after 20 to 50 s.
     """
-    bench.plan("limited", 0, SLOW)
-    bench.plan("limited", 1, Plan(step_seconds=3.0))  # 180 s: it still runs when it is cancelled
+    bench.plan("limited", 0, Plan(step_seconds=1.0))  # 60 s: it still runs when it is warned
+    bench.plan("limited", 1, Plan(step_seconds=3.0))  # what is left takes long: it still runs when it is cancelled
     job = bench.send("limited", "--time=1", "--signal=USR1@40")
 
     def wait_for_warning() -> BenchJob:
