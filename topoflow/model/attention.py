@@ -33,7 +33,8 @@ class Attention(nn.Module):
         """q, k, v [B, heads, N, D/heads], drop_rate of the weights -> [B, heads, N, D/heads]."""
         if self.rel_pos_bias is not None:
             return attend_with_bias(q, k, v, drop_rate, self.rel_pos_bias())
-        if drop_rate and q.device.type == "cpu":  # torch's fused attention has dropout on GPUs alone
+        # torch's fused attention has dropout on GPUs alone, and on CPU a slower backward pass in float32
+        if q.device.type == "cpu" and (drop_rate or q.dtype == torch.float32):
             return tiled_attention(q, k, v, drop_rate=drop_rate)
         return F.scaled_dot_product_attention(q, k, v, dropout_p=drop_rate)
 

@@ -15,8 +15,8 @@ from topoflow.model.damping import LARGEST_DAMPING, climb, damping
 TILE = 256
 """Queries and keys along a side of a tile."""
 
-TILE_ELEMENTS = 2**19
-"""Scores of a tile over the heads and samples that are worked on at once: 2 MiB in float32, twice."""
+TILE_ELEMENTS = 2**20
+"""Scores of a tile over the heads and samples that are worked on at once: 4 MiB in float32, twice."""
 
 ROWS_IN_CACHE = 32
 """Rows of a bias that are made at once."""
@@ -91,66 +91,88 @@ def biased_scores(q: Tensor, k_transposed: Tensor, bias: Tensor | None, out: Ten
 class ScoreTiles:
     """The score matrix of all heads and samples G, tile by tile, from q, k, v, grad and out [B, heads, N, d].
 
-    lse [B, heads, N]: log-sum-exp of the scores of each query.
+    lse [B, heads, N]: log-sum-exp of the scores of each query. Scores and the gradient of their weights are made alike,
+    by q and k, by grad and v: the two stand one upon the other, [2 g, ...] for a group of g.
     """
 
     def __init__(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor):
-        work, d = work_dtype(q.dtype), q.shape[-1]
+        work, self._scale = work_dtype(q.dtype), q.shape[-1] ** -0.5
         grad, q, k, v, out, lse = (t.to(work).flatten(0, 1) for t in (grad, q, k, v, out, lse))
         self._chunks, self._groups = chunks(q.shape[1]), groups(len(q))
-        self._q, self._k, self._grad = self._split(q * (LOG2_E * d**-0.5)), self._split(k), self._split(grad)
-        self._k_transposed, self._v_transposed = (self._split(t.transpose(1, 2), dim=2) for t in (k, v))
-        self._lse = self._split(lse.unsqueeze(-1) * LOG2_E)  # [G, n, 1]
-        self._mean = self._split((grad * out).sum(dim=-1, keepdim=True))  # of the gradient of a query's weights
+        mean = (grad * out).sum(dim=-1, keepdim=True)  # of the gradient of a query's weights
+        # by chunk and group, contiguous: else torch.baddbmm takes one product after another
+        self._queries = self._stack(q * (LOG2_E * self._scale), grad)  # [2 g, n, d]
+        self._offsets = self._stack(lse.unsqueeze(-1) * LOG2_E, mean)  # [2 g, n, 1]
+        self._keys = self._stack(k, v, transposed=True)  # [2 g, d, m]
+        self._k = self._stack(k)  # [g, m, d]
 
-    def _split(self, t: Tensor, dim: int = 1) -> list[Tensor]:
-        """Parts for each chunk of queries or keys, contiguous: else torch.baddbmm takes one product after another."""
-        return [part.contiguous() for part in t.split(TILE, dim)]
+    def _stack(self, *tensors: Tensor, transposed: bool = False) -> list[list[Tensor]]:
+        """For each chunk of rows and group, the parts of tensors [G, N, ...] one upon the other."""
 
-    def _visit(self, bias: Bias | None) -> Iterator[tuple[int, int, slice, Tensor, Tensor, Tensor | None]]:
-        """(chunk of queries, chunk of keys, group, weights, gradient of the weights, slope of the bias) of each tile.
+        def part(t: Tensor, rows: slice, group: slice) -> Tensor:
+            return t[group, rows].transpose(1, 2) if transposed else t[group, rows]
 
-        weights and their gradient [group, n, m] before dropout, in memory that the next tile overwrites; slope [n, m].
+        return [[torch.cat([part(t, rows, group) for t in tensors]) for group in self._groups] for rows in self._chunks]
+
+    def _visit(self, bias: Bias | None) -> Iterator[tuple[int, int, int, Tensor, Tensor | None]]:
+        """(chunk of queries, chunk of keys, group, tile [2 g, n, m], slope of the bias [n, m]) of each tile.
+
+        A tile has scores less their log-sum-exp, in units of log2, upon the gradient of the weights before dropout; its
+        memory is that of the next.
         """
-        like, largest = self._q[0], len(self._q[0][self._groups[0]]) * TILE**2
-        scratch = [like.new_empty(largest) for _ in range(2)]
+        first = self._queries[0][0]
+        memory = first.new_empty(len(first) * first.shape[1] ** 2)
         for i, queries in enumerate(self._chunks):
-            for group in self._groups:
+            biases: dict[int, tuple[Tensor, Tensor]] = {}  # made for the first group
+            for g, left in enumerate(self._queries[i]):
+                half = len(left) // 2
                 for j, keys in enumerate(self._chunks):
-                    q, k_transposed = self._q[i][group], self._k_transposed[j][group]
-                    shape = (len(q), q.shape[1], k_transposed.shape[2])
-                    weights, of_weights = (t[: math.prod(shape)].view(shape) for t in scratch)
-                    added, slope = (None, None) if bias is None else bias.tile(queries, keys)
-                    biased_scores(q, k_transposed, added, out=weights).sub_(self._lse[i][group]).exp2_()
-                    torch.bmm(self._grad[i][group], self._v_transposed[j][group], out=of_weights)
-                    yield i, j, group, weights, of_weights, slope
+                    right = self._keys[j][g]
+                    shape = (len(left), left.shape[1], right.shape[2])
+                    tile, slope = memory[: math.prod(shape)].view(shape), None
+                    if bias is None:
+                        torch.bmm(left, right, out=tile)
+                    else:
+                        if j not in biases:
+                            biases[j] = bias.tile(queries, keys)
+                        added, slope = biases[j]
+                        biased_scores(left[:half], right[:half], added, out=tile[:half])
+                        torch.bmm(left[half:], right[half:], out=tile[half:])
+                    yield i, j, g, tile, slope
 
     def gradients(self, bias: Bias | None, dropout: Dropout | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of q, k, v [G, N, d] and alpha [1] (0 without a bias)."""
-        of_q = [torch.zeros_like(part) for part in self._q]
-        of_k, of_v = ([torch.zeros_like(part) for part in self._k_transposed] for _ in range(2))
-        of_alpha = _ScalarSum(self._q[0])
-        for i, j, group, weights, of_weights, slope in self._visit(bias):
-            kept = weights
-            if dropout is not None:
-                kept = dropout.mask(torch.empty_like(weights))
-                of_weights.mul_(kept)
-                kept.mul_(weights)
-            of_v[j][group].baddbmm_(self._grad[i][group].transpose(1, 2), kept)
-            of_scores = of_weights.sub_(self._mean[i][group]).mul_(weights)
+        of_q = [[torch.zeros_like(part) for part in parts] for parts in self._k]
+        of_kv = [[torch.zeros_like(part) for part in parts] for parts in self._keys]
+        of_alpha = _ScalarSum(self._k[0][0])
+        for i, j, g, tile, slope in self._visit(bias):
+            half = len(tile) // 2
+            scores, of_weights = tile[:half], tile[half:]
+            if dropout is None:
+                tile.sub_(self._offsets[i][g])
+                of_scores = of_weights.mul_(scores.exp2_())
+            else:
+                weights, mask = scores.sub_(self._offsets[i][g][:half]).exp2_(), dropout.mask(torch.empty_like(scores))
+                of_scores = of_weights.mul_(mask).sub_(self._offsets[i][g][half:]).mul_(weights)
+                weights.mul_(mask)
             of_alpha.subtract(of_scores, slope)
-            of_q[i][group].baddbmm_(of_scores, self._k[j][group])
-            of_k[j][group].baddbmm_(self._q[i][group].transpose(1, 2), of_scores)
-        d = self._q[0].shape[-1]
-        of_q = torch.cat(of_q, dim=1) * d**-0.5
-        of_k = torch.cat(of_k, dim=2).transpose(1, 2) / LOG2_E
-        return of_q, of_k, torch.cat(of_v, dim=2).transpose(1, 2), of_alpha.result()
+            q, grad = self._queries[i][g][:half], self._queries[i][g][half:]
+            of_q[i][g].baddbmm_(of_scores, self._k[j][g])
+            of_kv[j][g][:half].baddbmm_(q.transpose(1, 2), of_scores)
+            of_kv[j][g][half:].baddbmm_(grad.transpose(1, 2), scores)
+        of_q = torch.cat([torch.cat(parts) for parts in of_q], dim=1)
+        of_k, of_v = (
+            torch.cat([torch.cat([part.chunk(2)[n] for part in parts]) for parts in of_kv], dim=2).transpose(1, 2)
+            for n in (0, 1)
+        )
+        return of_q * self._scale, of_k / LOG2_E, of_v, of_alpha.result()
 
     def gradient_of_alpha(self, bias: Bias) -> Tensor:
         """[1], for a backward pass that gives the other gradients elsewhere."""
-        of_alpha = _ScalarSum(self._q[0])
-        for i, _, group, weights, of_weights, slope in self._visit(bias):
-            of_alpha.subtract(of_weights.sub_(self._mean[i][group]).mul_(weights), slope)
+        of_alpha = _ScalarSum(self._k[0][0])
+        for i, _, g, tile, slope in self._visit(bias):
+            scores, of_weights = tile.sub_(self._offsets[i][g]).chunk(2)
+            of_alpha.subtract(of_weights.mul_(scores.exp2_()), slope)
         return of_alpha.result()
 
 

@@ -75,13 +75,14 @@ def _forward(
 def _forward_fused(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None) -> tuple[Tensor, Tensor]:
     # the operator under F.scaled_dot_product_attention, which keeps the log-sum-exp to itself
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    if bias is None:
+        out, lse = fused(q, k, v)
+        return out.transpose(1, 2).contiguous().transpose(1, 2), lse  # it has the layout of q
     N = q.shape[2]
     out, lse = _empty_results(q)
     for start in range(0, N, SLAB):
         rows = slice(start, min(start + SLAB, N))
-        out[:, :, rows], lse[:, :, rows] = fused(
-            q[:, :, rows], k, v, attn_mask=None if bias is None else bias.rows(rows)
-        )
+        out[:, :, rows], lse[:, :, rows] = fused(q[:, :, rows], k, v, attn_mask=bias.rows(rows))
     return out, lse
 
 
@@ -109,9 +110,10 @@ def _forward_rows(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, dropout: D
 
 
 def _empty_results(q: Tensor) -> tuple[Tensor, Tensor]:
-    """For the output [B, heads, N, d], laid out as [B, N, heads, d] in memory, and the log-sum-exp [B, heads, N]."""
-    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
-    return out, q.new_empty(q.shape[:3], dtype=work_dtype(q.dtype))
+    """For the output [B, heads, N, d] and the log-sum-exp [B, heads, N], in memory with heads after N, as torch's."""
+    B, heads, N, d = q.shape
+    out, lse = q.new_empty(B, N, heads, d), q.new_empty(B, N, heads, dtype=work_dtype(q.dtype))
+    return out.transpose(1, 2), lse.transpose(1, 2)
 
 
 @torch.library.impl(_LIBRARY, "tiled_attention_backward", "CompositeExplicitAutograd")
