@@ -36,6 +36,7 @@ from topoflow.distributed import Context, choose_device, distributed_context, re
 from topoflow.errors import Refusal
 from topoflow.evaluation import evaluate_model
 from topoflow.exit import run_to_exit, say_refusal
+from topoflow.host_memory import keep_freed_memory
 from topoflow.reduction import CanonicalReduction, DdpReduction, build_reduction
 from topoflow.reproducibility import set_deterministic
 from topoflow.resume import (
@@ -88,6 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     def body() -> None:
         device = choose_device(config.run.device, launch)
         set_deterministic(config.run, config.train.compile)
+        keep_freed_memory()
         with distributed_context(launch, config.distributed, device, directory.leave) as context:
             context.watch.clock = clock
             with context.together("run directory"):

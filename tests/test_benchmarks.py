@@ -98,9 +98,11 @@ def test_all_ways_from_fields_to_tokens_are_one_function():
 
 def test_operations_of_a_step_are_what_torch_counts():
     size = Size("counted", (16, 32), 128, 3, 4, 2)
-    # terrain adds no multiplication of matrices; the kernel written out is the one whose operations torch counts on CPU
-    model, batch = build_sized_model(size, terrain="none"), synthetic_batch(size.grid, size.batch_size, seed=1)
-    elevation_m = torch.zeros(size.grid)
+    # terrain adds no multiplication of matrices; in float64 all others are torch's own, and the attention that is
+    # written out is the one whose operations it counts on CPU
+    model = build_sized_model(size, terrain="none").double()
+    batch = {name: t.double() for name, t in synthetic_batch(size.grid, size.batch_size, seed=1).items()}
+    elevation_m = torch.zeros(size.grid, dtype=torch.float64)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
         output = model(batch["x"], batch["lead_time_hours"], elevation_m, batch["wind_ms"])
     assert forward_flops(size) == pytest.approx(forward.get_total_flops(), rel=0.01)

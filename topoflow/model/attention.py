@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from topoflow.model.linear import Linear
 from topoflow.model.tiled_attention import tiled_attention
 
 
@@ -17,8 +18,8 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.drop_rate = drop_rate
-        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
-        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.qkv = Linear(embed_dim, 3 * embed_dim)
+        self.proj = Linear(embed_dim, embed_dim)
         self.proj_drop = nn.Dropout(drop_rate)
         self.rel_pos_bias = rel_pos_bias
 
@@ -52,8 +53,8 @@ class Mlp(nn.Module):
 
     def __init__(self, embed_dim: int, hidden_dim: int, drop_rate: float):
         super().__init__()
-        self.fc1 = nn.Linear(embed_dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, embed_dim)
+        self.fc1 = Linear(embed_dim, hidden_dim)
+        self.fc2 = Linear(hidden_dim, embed_dim)
         self.drop = nn.Dropout(drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from topoflow.model.legacy import (
     require_regional_grid,
     scan_regionally,
 )
+from topoflow.model.linear import Linear
 from topoflow.model.terrain import TerrainAttention, patch_heights
 from topoflow.model.wind import WindRank
 
@@ -71,8 +72,8 @@ class TopoFlow(nn.Module):
         self.pos_drop = nn.Dropout(config.drop_rate)
         self.blocks = nn.ModuleList(self._build_block(index) for index in range(config.depth))
         self.norm = nn.LayerNorm(D)
-        hidden = [layer for _ in range(config.decoder_depth) for layer in (nn.Linear(D, D), nn.GELU())]
-        self.head = nn.Sequential(*hidden, nn.Linear(D, len(self.target_names) * p * p))
+        hidden = [layer for _ in range(config.decoder_depth) for layer in (Linear(D, D), nn.GELU())]
+        self.head = nn.Sequential(*hidden, Linear(D, len(self.target_names) * p * p))
 
     @property
     def num_patches(self) -> int:
