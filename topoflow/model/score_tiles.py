@@ -15,8 +15,8 @@ from topoflow.model.damping import LARGEST_DAMPING, climb, damping
 TILE = 256
 """Queries and keys along a side of a tile."""
 
-TILE_ELEMENTS = 2**20
-"""Scores of a tile over the heads and samples that are worked on at once: 4 MiB in float32, twice."""
+TILE_ELEMENTS = 2**19
+"""Scores of a tile over the heads and samples that are worked on at once: 2 MiB in float32, twice."""
 
 ROWS_IN_CACHE = 32
 """Rows of a bias that are made at once."""
