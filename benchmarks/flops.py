@@ -2,13 +2,15 @@
 
     python -m benchmarks.flops [--sizes a,b,c] [--rounds N] [--threads N] [--quick]
 
-The peak is the best, over sizes, of the median time of square multiplications in float32, and in bfloat16; it is taken
-anew in each round, in a process just before the one that is compared with it, since a shared machine has no other
-peak than the present one. A model FLOP is a multiplication or an addition of the forward pass; the backward pass counts
-twice the forward, and what is computed again (activation checkpointing, attention) does not count.
+The peak is the best, over sizes, of the median time of square multiplications in float32, and in bfloat16, by torch.mm
+(MKL here) and by our linear layer (oneDNN where that is there). It is taken anew in each round, in a process just
+before the one that is compared with it, since a shared machine has no other peak than the present one. A model FLOP is
+a multiplication or an addition of the forward pass; the backward pass counts twice the forward, and what is computed
+again (activation checkpointing, attention) does not count.
 """
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -29,6 +31,7 @@ from benchmarks.sizes import (
     chosen_threads,
 )
 from benchmarks.tables import print_table, spread
+from topoflow.model.linear import Linear
 from topoflow.model.wind import HIDDEN_DIM, NUM_FEATURES
 
 MATRIX_SIZES = (512, 1024, 2048, 4096)
@@ -67,13 +70,15 @@ def measure_peak(dtype: torch.dtype, threads: int, seconds: float = SECONDS_PER_
     best = 0.0
     for n in MATRIX_SIZES if seconds >= SECONDS_PER_MATRIX_SIZE else MATRIX_SIZES[:1]:
         a, b = (torch.randn(n, n, dtype=dtype) for _ in range(2))
-        out = torch.empty(n, n, dtype=dtype)
-        taken, end = [], time.perf_counter() + seconds
-        while time.perf_counter() < end or len(taken) < 4:
-            began = time.perf_counter()
-            torch.mm(a, b, out=out)
-            taken.append(time.perf_counter() - began)
-        best = max(best, 2 * n**3 / statistics.median(taken[1:]))
+        out, layer = torch.empty(n, n, dtype=dtype), Linear(n, n, bias=False, dtype=dtype)
+        for multiply in (functools.partial(torch.mm, a, b, out=out), functools.partial(layer, a)):
+            taken, end = [], time.perf_counter() + seconds / 2
+            with torch.inference_mode():
+                while time.perf_counter() < end or len(taken) < 4:
+                    began = time.perf_counter()
+                    multiply()
+                    taken.append(time.perf_counter() - began)
+            best = max(best, 2 * n**3 / statistics.median(taken[1:]))
     return best
 
 
