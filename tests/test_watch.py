@@ -19,6 +19,8 @@ import torch._dynamo  # here once, and not in every forked process
 
 from topoflow.config import DistributedConfig
 from topoflow.distributed import Launch, distributed_context
+from topoflow.distributed.hub import Hub
+from topoflow.distributed.watch import Watch
 from topoflow.errors import DataError, StopRequested
 from topoflow.exit import run_to_exit
 
@@ -283,6 +285,34 @@ def test_one_rank_that_is_asked_to_stop_tells_all_others_before_they_meet(ranks)
         context.gather_rows(torch.ones(1))
 
     assert [ending.status for ending in ranks.run(body)] == [0] * WORLD, ranks.said_by_all()
+
+
+def test_a_rank_that_joins_later_hears_that_another_was_asked_to_stop():
+    hub = Hub(4, "token", lambda: "set-up")
+    asked, witness, late = (
+        Watch(
+            Launch(
+                launcher="a test", reason="a test", rank=rank, world_size=4, local_rank=rank, local_world_size=4,
+                address="127.0.0.1", port=0,
+            )
+        )
+        for rank in (1, 2, 3)
+    )  # fmt: skip
+    try:
+        for watch in (witness, asked):
+            watch.connect("127.0.0.1", hub.port, "token")
+        deadline = time.monotonic() + 30
+        asked.ask_to_stop("SIGUSR1")
+        while witness.stop_asked is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        late.connect("127.0.0.1", hub.port, "token")
+        while late.stop_asked is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert late.stop_asked == "SIGUSR1"
+    finally:
+        for watch in (asked, witness, late):
+            watch.leave()
+        hub.close()
 
 
 def test_a_main_thread_that_hangs_in_python_ends_too(ranks):

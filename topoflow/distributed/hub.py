@@ -73,6 +73,7 @@ class Hub:
         self._selector.register(self._listener, selectors.EVENT_READ, None)
         self._peers: dict[int, Peer] = {}
         self._verdict: Verdict | None = None
+        self._stop_asked: str | None = None
         self._polled_since = self._polled = None
         self._closing = threading.Event()
         os.register_at_fork(after_in_child=self._close_sockets)
@@ -148,11 +149,14 @@ class Hub:
             self._peers[peer.rank] = peer
             if self._verdict is not None:
                 self._send(peer, {"verdict": self._verdict.to_dict()})
+            if self._stop_asked is not None:
+                self._send(peer, {"stop": self._stop_asked})
         peer.heard = time.monotonic()
         peer.state = said.get("state", peer.state)
         peer.left = peer.left or "bye" in said
         if "stop" in said:
-            self._send_all({"stop": said["stop"]})
+            self._stop_asked = said["stop"]
+            self._send_all({"stop": self._stop_asked})
         if "failed" in said:
             self._declare(Verdict(**said["failed"]))
         return True
