@@ -3,6 +3,8 @@
 import faulthandler
 import os
 import signal
+import subprocess
+import sys
 import threading
 import traceback
 from contextlib import contextmanager
@@ -322,3 +324,34 @@ def test_workers_forked_while_a_checkpoint_is_written_work(start):
             assert torch.cat(list(loader)).tolist() == list(range(8))
     run.saver.require_saved(8, "the end of the run")
     assert run.directory.steps() == [6, 7, 8]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_the_thread_that_writes_brings_no_threads_of_torch_into_being():
+    code = """
+import os, threading
+import torch
+from topoflow.checkpoint import fingerprints
+from topoflow.checkpoint.host_copy import HostBuffer
+
+def threads_of_torch():
+    return len(os.listdir("/proc/self/task")) - threading.active_count()
+
+torch.set_num_threads(2)
+none = threads_of_torch()
+tensor = torch.ones(2**20)
+team, done, over = threads_of_torch() - none, threading.Event(), threading.Event()
+
+def work():
+    HostBuffer(pinned=False).reserve(2**22)
+    fingerprints({"tensor": tensor})
+    done.set()
+    over.wait()  # a team would end with the thread that it is of
+
+threading.Thread(target=work).start()
+done.wait()
+print(team, threads_of_torch() - none)
+over.set()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == ["1", "1"]

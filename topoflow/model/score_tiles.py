@@ -32,12 +32,17 @@ class Bias:
         # where torch.clamp has a gradient: up to its bound, and nowhere if alpha is below 0
         bound = torch.where(alpha > 0, LARGEST_DAMPING / alpha, math.inf)
         self._highest_climb = torch.where(alpha < 0, -1.0, bound)
+        # then there is nothing to clamp; asked on CPU alone, since a GPU's answer would be waited for
+        self._is_within = heights.device.type == "cpu" and bool(heights.max() - heights.min() <= self._highest_climb)
 
     def tile(self, queries: slice, keys: slice) -> tuple[Tensor, Tensor]:
         """(bias times log2 e, derivative of the bias by -alpha), both [queries, keys]."""
         climbs = climb(self._heights[queries], self._heights[keys])
-        bias = damping(climbs, self._alpha).mul_(LOG2_E)
-        slope = climbs.mul_(torch.le(climbs, self._highest_climb, out=torch.empty_like(climbs)))
+        if self._is_within:
+            bias, slope = climbs * (-LOG2_E * self._alpha), climbs
+        else:
+            bias = damping(climbs, self._alpha).mul_(LOG2_E)
+            slope = climbs.mul_(torch.le(climbs, self._highest_climb, out=torch.empty_like(climbs)))
         return bias.to(self._dtype), slope.to(self._dtype)
 
     def rows(self, queries: slice) -> Tensor:
@@ -45,7 +50,11 @@ class Bias:
         heights = self._heights[queries]
         rows = self._heights.new_empty(len(heights), len(self._heights))
         for some, part in zip(heights.split(ROWS_IN_CACHE), rows.split(ROWS_IN_CACHE), strict=True):
-            damping(climb(some, self._heights, out=part), self._alpha, out=part)
+            climbs = climb(some, self._heights, out=part)
+            if self._is_within:
+                climbs.mul_(-self._alpha)
+            else:
+                damping(climbs, self._alpha, out=part)
         return rows.to(self._dtype)
 
 
