@@ -7,6 +7,9 @@ from torch.nn import functional as F
 from topoflow.model.linear import Linear
 from topoflow.model.tiled_attention import tiled_attention
 
+LARGEST_TILED_HEAD = 64
+"""Channels of a head; of 96, torch's own backward pass takes as long as ours, and less where the machine is shared."""
+
 
 class Attention(nn.Module):
     """Multi-head self-attention; drop_rate applies to the attention weights and to the projection.
@@ -34,8 +37,9 @@ class Attention(nn.Module):
         """q, k, v [B, heads, N, D/heads], drop_rate of the weights -> [B, heads, N, D/heads]."""
         if self.rel_pos_bias is not None:
             return attend_with_bias(q, k, v, drop_rate, self.rel_pos_bias())
-        # torch's fused attention has dropout on GPUs alone, and on CPU a slower backward pass in float32
-        if q.device.type == "cpu" and (drop_rate or q.dtype == torch.float32):
+        # torch's fused attention has dropout on GPUs alone, and on CPU a slower backward pass for narrow heads
+        is_slower = q.dtype == torch.float32 and q.shape[-1] <= LARGEST_TILED_HEAD
+        if q.device.type == "cpu" and (drop_rate or is_slower):
             return tiled_attention(q, k, v, drop_rate=drop_rate)
         return F.scaled_dot_product_attention(q, k, v, dropout_p=drop_rate)
 
