@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import library
 
 from topoflow.model import score_tiles
 from topoflow.model import tiled_attention as operators
@@ -167,8 +168,8 @@ def test_the_operators_keep_torchs_rules():
     q, k, v, _, heights = inputs(N=9)
     alpha = torch.tensor([0.5], dtype=torch.float64, requires_grad=True)
     for terrain in ((heights, alpha), (None, None)):
-        torch.library.opcheck(torch.ops.topoflow.tiled_attention, (q, k, v, *terrain, 0.0, None))
-        torch.library.opcheck(torch.ops.topoflow.tiled_attention, (q, k, v, *terrain, 0.25, torch.tensor([3])))
+        library.opcheck(torch.ops.topoflow.tiled_attention, (q, k, v, *terrain, 0.0, None))
+        library.opcheck(torch.ops.topoflow.tiled_attention, (q, k, v, *terrain, 0.25, torch.tensor([3])))
 
 
 @pytest.mark.parametrize("strength", [LOW, MIDDLE, -1.0])

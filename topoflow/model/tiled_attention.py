@@ -5,18 +5,18 @@ made of, and on CPU has no dropout: a bias that wants a gradient, and dropout, s
 several [B, heads, N, N] tensors. Here the forward pass is the fused one wherever that can do it, and the backward pass
 goes over tiles of the score matrix (`topoflow.model.score_tiles`).
 
-The operators are registered with torch.library, so that torch.compile calls them as they are.
+The operators are registered with torch, so that torch.compile calls them as they are.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from topoflow.model.score_tiles import LOG2_E, Bias, Dropout, ScoreTiles, biased_scores, chunks, groups, work_dtype
 
 SLAB = 1024
 """Queries for which the bias of a fused forward pass is made at once; below 768, torch's kernel takes small blocks."""
 
-_LIBRARY = torch.library.Library("topoflow", "DEF")
+_LIBRARY = library.Library("topoflow", "DEF")
 _ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? heights, Tensor? alpha, float drop_rate, Tensor? seed"
 _LIBRARY.define(f"tiled_attention({_ARGUMENTS}) -> (Tensor, Tensor)")
 _LIBRARY.define(
@@ -54,7 +54,7 @@ def gradient_of_alpha(
     return ScoreTiles(grad, q, k, v, out, lse).gradient_of_alpha(Bias(heights, alpha, work_dtype(q.dtype)))
 
 
-@torch.library.impl(_LIBRARY, "tiled_attention", "CompositeExplicitAutograd")
+@library.impl(_LIBRARY, "tiled_attention", "CompositeExplicitAutograd")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -116,7 +116,7 @@ def _empty_results(q: Tensor) -> tuple[Tensor, Tensor]:
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
-@torch.library.impl(_LIBRARY, "tiled_attention_backward", "CompositeExplicitAutograd")
+@library.impl(_LIBRARY, "tiled_attention_backward", "CompositeExplicitAutograd")
 def _backward(
     grad: Tensor,
     q: Tensor,
@@ -150,14 +150,14 @@ def _differentiate(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
     return of_q, of_k, of_v, None, None if alpha is None else of_alpha.to(alpha.dtype), None, None
 
 
-@torch.library.register_fake("topoflow::tiled_attention", lib=_LIBRARY)
+@library.register_fake("topoflow::tiled_attention", lib=_LIBRARY)
 def _forward_shapes(q: Tensor, k: Tensor, v: Tensor, *_) -> tuple[Tensor, Tensor]:
     return _empty_results(q)
 
 
-@torch.library.register_fake("topoflow::tiled_attention_backward", lib=_LIBRARY)
+@library.register_fake("topoflow::tiled_attention_backward", lib=_LIBRARY)
 def _backward_shapes(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return *(q.new_empty(t.shape) for t in (q, k, v)), q.new_empty(1, dtype=work_dtype(q.dtype))
 
 
-torch.library.register_autograd("topoflow::tiled_attention", _differentiate, setup_context=_remember, lib=_LIBRARY)
+library.register_autograd("topoflow::tiled_attention", _differentiate, setup_context=_remember, lib=_LIBRARY)
