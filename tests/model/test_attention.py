@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from topoflow.model import attention
 from topoflow.model.attention import Attention, Block, drop_path
 
 
@@ -50,6 +51,19 @@ def test_block_is_timms_block(timm_block, drop_rate, drop_path_rate):
         actual = outputs_and_gradients(ours.train(modes), x, seed)
         for ours_value, expected_value in zip(actual, expected, strict=True):
             torch.testing.assert_close(ours_value, expected_value, rtol=1e-5, atol=1e-5)
+
+
+def test_wide_and_narrow_heads_have_one_function(monkeypatch):
+    torch.manual_seed(0)
+    block, x, seed = Block(Attention(32, 4, 0.0), 32, 4.0, 0.0, 0.0), torch.randn(2, 40, 32), torch.randn(2, 40, 32)
+    x.requires_grad_()
+    tiled = outputs_and_gradients(block, x, seed)
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "tiled_attention", None)  # it is not asked
+        patch.setattr(attention, "LARGEST_TILED_HEAD", 7)
+        fused = outputs_and_gradients(block, x, seed)
+    for ours, torchs in zip(tiled, fused, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_falls_on_attention_weights_in_training_only():

@@ -126,8 +126,8 @@ class ScoreTiles:
     def _visit(self, bias: Bias | None) -> Iterator[tuple[int, int, int, Tensor, Tensor | None]]:
         """(chunk of queries, chunk of keys, group, tile [2 g, n, m], slope of the bias [n, m]) of each tile.
 
-        A tile has scores less their log-sum-exp, in units of log2, upon the gradient of the weights before dropout; its
-        memory is that of the next.
+        A tile has scores times log2 e upon the gradient of the weights before dropout: what `_offsets` have is still to
+        be taken from both. Its memory is that of the next.
         """
         first = self._queries[0][0]
         memory = first.new_empty(len(first) * first.shape[1] ** 2)
