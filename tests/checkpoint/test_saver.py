@@ -1,6 +1,5 @@
 """Saving while training goes on: what is written, when the loop waits, and what becomes of a failure."""
 
-import faulthandler
 import os
 import signal
 import subprocess
@@ -294,11 +293,10 @@ def test_a_forked_loader_worker_does_not_share_the_copy():
     copy = HostBuffer(pinned=False).copy({"w": torch.ones(10_000)})
     process = os.fork()
     if process == 0:
-        faulthandler.disable()
-        copy["w"].sum()
-        os._exit(0)
-    _, status = os.waitpid(process, 0)
-    assert os.WTERMSIG(status) == signal.SIGSEGV
+        # empty, but there: else it may map others to their place, and unmap those when it frees the copy
+        os._exit(0 if copy["w"].numpy().tobytes() == bytes(40_000) else 1)
+    assert os.waitpid(process, 0)[1] == 0
+    assert copy["w"].eq(1).all()
 
 
 @contextmanager

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 _ALIGNMENT = 64
+_MADV_WIPEONFORK = 18
+"""<linux/mman.h>, since Linux 4.14; not in Python's mmap."""
 
 
 class HostBuffer:
@@ -64,9 +66,11 @@ def _allocate_pageable(nbytes: int) -> memoryview:
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if sys.platform == "linux":
         # A loader worker that is forked would share these pages, and the next copy would first duplicate each of them.
-        memory.madvise(mmap.MADV_DONTFORK)
-        with suppress(OSError):  # a kernel without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
+        # It gets empty ones. With MADV_DONTFORK it would get none, and what it then maps to that place would be gone
+        # when this object is freed there.
+        for advice in (_MADV_WIPEONFORK, mmap.MADV_HUGEPAGE):
+            with suppress(OSError):  # a kernel without it
+                memory.madvise(advice)
     np.frombuffer(memory, np.uint8)[:] = 0  # not by torch, see `topoflow.checkpoint.fingerprint`
     return memoryview(memory)
 
