@@ -1,6 +1,8 @@
 """What can befall one rank: `python misfortunes.py KIND:PHASE:RANK CONFIG ...` is train.py, and that rank meets it.
 
-KIND: raises | killed | exits | sleeps | stopped | other_config. PHASE: data | resume | step | validation | save.
+KIND: raises | killed | exits | sleeps | stopped | other_config. PHASE: data | resume | step | reduced | validation |
+save. Whoever meets it in `reduced` has the sum of the gradients, to which each rank gave its part: the others are past
+loading data, and wait.
 """
 
 import os
@@ -47,6 +49,7 @@ def prepare(kind: str, phase: str, rank: int) -> None:
         "data": (ForecastData, "summary" if rank == 0 else "dataset", lambda self: True),
         "resume": (train, "prove", lambda *_: True),
         "step": (Trainer, "train_step", lambda self: self.state.progress.step + 1 == STEP),
+        "reduced": (Trainer, "_say", lambda self: self.state.progress.step + 1 == STEP),
         "validation": (Trainer, "_to_device", lambda self: self.context.watch.phase.startswith("validation")),
         "save": (topoflow.checkpoint.directory.CheckpointDirectory, "save", lambda self: True),
     }[phase]

@@ -58,7 +58,7 @@ def meet(program):
     ("misfortune", "statuses", "words"),
     [
         ("raises:data:2", [5, 5, 1], f"rank 2 on {HOST}, set-up (model): ZeroDivisionError: a misfortune"),
-        ("killed:step:1", [5, -9, 5], f"rank 1 on {HOST}: lost while rank 0 was in step 3 (forward and backward)"),
+        ("killed:reduced:1", [5, -9, 5], f"rank 1 on {HOST}: lost while rank 0 was in step 3 (forward and backward)"),
         ("exits:validation:2", [5, 5, 0], f"rank 2 on {HOST}: lost while rank 0 was in validation after step 3"),
         ("raises:save:0", [1, 5, 5], "a misfortune"),
     ],
@@ -115,7 +115,7 @@ def test_ranks_with_other_configs_are_refused_with_the_table_of_who_has_what(mee
 def test_under_torchrun_a_lost_rank_is_named_and_all_end(program):
     script = Path(__file__).with_name("misfortunes.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    command += ["killed:step:1", str(program.config), f"run.dir={program.folder / 'run'}"]
+    command += ["killed:reduced:1", str(program.config), f"run.dir={program.folder / 'run'}"]
     done = subprocess.run(command, capture_output=True, text=True, env=program.environment(), timeout=180)
     ended = time.time()
     [befell] = re.findall(r"it befalls at ([\d.]+)", done.stderr)

@@ -27,7 +27,7 @@ def meet(cluster, misfortune):
 @pytest.mark.parametrize(
     ("misfortune", "words"),
     [
-        ("killed:step:1", "lost while rank 0 was in step 3 (forward and backward)"),
+        ("killed:reduced:1", "lost while rank 0 was in step 3 (forward and backward)"),
         ("raises:step:1", "step 3 (loading data): ZeroDivisionError: a misfortune"),
     ],
 )
