@@ -145,7 +145,7 @@ def _in_a_loader_worker(fuse: Fuse) -> None:
         if torch.utils.data.get_worker_info() is not None:
             fuse.pass_by()
 
-    wrap(ForecastDataset, "batch", before=before)
+    wrap(ForecastDataset, "fill", before=before)
 
 
 # ---- in a save

@@ -15,10 +15,12 @@ from topoflow.baselines import BLOCK_HOURS, Baselines, contiguous_blocks, fit_ba
 from topoflow.config import TrainConfig
 from topoflow.data import (
     VARIABLES,
+    Batch,
     ForecastData,
     ForecastDataset,
     Normalization,
     build_eval_loader,
+    make_batch,
     split_starts,
     split_times,
 )
@@ -101,20 +103,22 @@ class PhysicalSamples(torch.utils.data.Dataset):
 
     def __init__(self, dataset: ForecastDataset):
         self.dataset, self.source = dataset, dataset.source
+        shape = (len(dataset.target_names), *dataset.source.grid.shape)
+        self.layout = {**dataset.layout, "present": (torch.float32, shape), "observed": (torch.float32, shape)}
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        return {name: values[0] for name, values in self.batch([i]).items()}
+    def __getitem__(self, i: int) -> Batch:
+        return {name: values[0] for name, values in make_batch(self, [i]).items()}
 
-    def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """A batch of samples, stacked."""
-        batch, names = self.dataset.batch(indices), self.dataset.target_names
+    def fill(self, indices: Sequence[int], batch: Batch) -> None:
+        """Write the samples `indices` into `batch`."""
+        self.dataset.fill(indices, {name: batch[name] for name in self.dataset.layout})
         starts, lead_hours = start_and_lead(self.dataset, np.asarray(indices))
         for name, hours in (("present", starts), ("observed", starts + lead_hours)):
-            batch[name] = torch.from_numpy(np.stack([self.source.hour(names, int(hour)) for hour in hours]))
-        return batch
+            for row, hour in enumerate(hours):
+                batch[name].numpy()[row] = self.source.hour(self.dataset.target_names, int(hour))
 
 
 @dataclass(frozen=True)

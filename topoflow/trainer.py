@@ -11,7 +11,7 @@ import torch
 
 from topoflow.checkpoint import CheckpointSaver
 from topoflow.config import TrainConfig
-from topoflow.data import build_eval_loader, build_train_loader
+from topoflow.data import Batch, build_eval_loader, build_train_loader
 from topoflow.distributed import Context
 from topoflow.errors import DataError, StopRequested, TrainingDiverged
 from topoflow.loss import loss_sums
@@ -22,8 +22,6 @@ from topoflow.tracking import MetricsWriter, Progress
 from topoflow.train_state import TrainData, TrainState, verify_ranks
 
 log = logging.getLogger(__name__)
-
-Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 import time
@@ -13,7 +14,9 @@ import torch
 from torch.utils.data import get_worker_info
 
 from topoflow.data import loader
+from topoflow.data.batch_memory import SharedSlots
 from topoflow.data.loader import BatchLoader
+from topoflow.data.worker_process import WorkerContext
 from topoflow.errors import DataError
 
 
@@ -21,6 +24,7 @@ class WorkerProbe:
     """A batch says (worker's pid, its threads), after the signals that were asked for."""
 
     def __init__(self, send=()):
+        self.layout = {"who": (torch.int64, (2,))}
         self.source = self
         self.send = send
 
@@ -29,21 +33,42 @@ class WorkerProbe:
     def close(self):
         self.closed = True
 
-    def batch(self, indices):
+    def fill(self, indices, batch):
         assert get_worker_info() is not None
         assert self.closed  # by the parent, before the fork
         for name in self.send:
             os.kill(os.getpid(), getattr(signal, name))
-        return {"who": torch.tensor([os.getpid(), torch.get_num_threads()])}
+        batch["who"][:] = torch.tensor([os.getpid(), torch.get_num_threads()])
 
 
 def test_workers_use_one_thread_and_outlive_signals_that_are_not_their_parents():
     threads = torch.get_num_threads()
     probe = WorkerProbe(send=("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"))
-    rows = torch.stack([batch["who"] for batch in BatchLoader(probe, [[0], [1], [2], [3]], workers=2)])
+    rows = torch.cat([batch["who"] for batch in BatchLoader(probe, [[0], [1], [2], [3]], 1, workers=2)])
     assert len(set(rows[:, 0].tolist())) == 2
     assert rows[:, 1].tolist() == [1, 1, 1, 1]
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="not on Linux")
+def test_workers_do_not_interrupt_who_computes():
+    class Policy(WorkerProbe):
+        def fill(self, indices, batch):
+            batch["who"][:] = os.sched_getscheduler(0)
+
+    [batch] = BatchLoader(Policy(), [[0]], 1, workers=1)
+    assert batch["who"].tolist() == [[os.SCHED_BATCH] * 2]
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+def test_a_queue_gives_what_was_put_or_says_that_it_is_empty():
+    here = WorkerContext().Queue()
+    with pytest.raises(queue.Empty):
+        here.get(timeout=0.01)
+    for message in ((0, [1, 2]), None):
+        here.put(message)  # written when this returns
+    assert not here.empty()
+    assert [here.get(timeout=1), here.get()] == [(0, [1, 2]), None]
 
 
 def ends_within_seconds(pid, seconds):
@@ -56,15 +81,15 @@ def ends_within_seconds(pid, seconds):
 
 
 def test_workers_end_when_the_parent_says_so():
-    batches = iter(BatchLoader(WorkerProbe(), [[0]] * 100, workers=1))
-    pid = int(next(batches)["who"][0])
+    batches = iter(BatchLoader(WorkerProbe(), [[0]] * 100, 1, workers=1))
+    pid = int(next(batches)["who"][0, 0])
     os.kill(pid, signal.SIGTERM)
     assert ends_within_seconds(pid, 10)
 
 
 def test_leaving_an_epoch_early_ends_the_workers():
-    batches = iter(BatchLoader(WorkerProbe(), [[0]] * 100, workers=1))
-    pid = int(next(batches)["who"][0])
+    batches = iter(BatchLoader(WorkerProbe(), [[0]] * 100, 1, workers=1))
+    pid = int(next(batches)["who"][0, 0])
     del batches
     assert ends_within_seconds(pid, 10)
 
@@ -74,14 +99,14 @@ def test_neither_thread_nor_worker_is_left():
         return {*threading.enumerate(), *multiprocessing.active_children()}
 
     before = alive()
-    batches = iter(BatchLoader(WorkerProbe(), [[0]] * 100, workers=1))
+    batches = iter(BatchLoader(WorkerProbe(), [[0]] * 100, 1, workers=1))
     next(batches)
     started = alive() - before
-    assert sum(isinstance(one, threading.Thread) for one in started) >= 1
-    assert sum(isinstance(one, multiprocessing.process.BaseProcess) for one in started) == 1
+    [worker] = started  # and no thread: on CPU it would take the interpreter's lock from the loop
+    assert isinstance(worker, multiprocessing.process.BaseProcess)
     del batches
     deadline = time.monotonic() + 10
-    while started & alive() and time.monotonic() < deadline:  # a thread of a queue ends by itself
+    while started & alive() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not started & alive()
 
@@ -90,7 +115,7 @@ def test_no_worker_is_left_where_one_refused():
     gc.disable()  # what a cycle of references holds would stay
     try:
         with pytest.raises(DataError, match="gone"):
-            list(BatchLoader(Refusing(), [[0]] * 24, workers=1))
+            list(BatchLoader(Refusing(), [[0]] * 24, 1, workers=1))
         deadline = time.monotonic() + 10
         while multiprocessing.active_children() and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -99,38 +124,121 @@ def test_no_worker_is_left_where_one_refused():
         gc.enable()
 
 
+def test_what_is_fetched_ahead_comes_in_order_and_one_at_a_time():
+    taken, before = [], threading.active_count()
+    source = (taken.append((i, threading.current_thread())) or i for i in range(4))
+    seen = []
+    for number in loader._fetch_ahead(source):
+        deadline = time.monotonic() + 10
+        while len(taken) < min(number + 2, 4) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        seen.append((number, [i for i, _ in taken]))
+    assert seen == [(0, [0, 1]), (1, [0, 1, 2]), (2, [0, 1, 2, 3]), (3, [0, 1, 2, 3])]
+    assert threading.current_thread() not in {thread for _, thread in taken}
+    assert threading.active_count() == before
+
+
+def test_what_fails_ahead_is_raised_where_it_is_used():
+    def source():
+        yield 0
+        raise DataError("gone")
+
+    ahead = loader._fetch_ahead(source())
+    assert next(ahead) == 0
+    with pytest.raises(DataError, match="gone"):
+        next(ahead)
+
+
 class Refusing(WorkerProbe):
-    def batch(self, indices):
+    def fill(self, indices, batch):
         raise DataError("gone")
 
 
 class OfOddSizes(WorkerProbe):
-    def batch(self, indices):
-        return {"mask": torch.ones(3, 1, dtype=torch.bool), "x": torch.ones(5, 7), "index": torch.tensor(indices)}
+    """Sample i is full of i."""
+
+    def __init__(self):
+        super().__init__()
+        self.layout = {"mask": (torch.bool, (3, 1)), "x": (torch.float32, (5, 7)), "index": (torch.int64, ())}
+
+    def fill(self, indices, batch):
+        assert batch["index"].shape == (len(indices),)
+        for row, i in enumerate(indices):
+            batch["mask"][row] = i % 2
+            batch["x"][row] = batch["index"][row] = i
 
 
-def test_tensors_from_workers_begin_where_torch_would_let_them():
-    [batch] = BatchLoader(OfOddSizes(), [[4, 2]], workers=1)
-    for name, expected in OfOddSizes().batch([4, 2]).items():
-        assert batch[name].dtype == expected.dtype
-        assert torch.equal(batch[name], expected)
+def is_of(batch, indices):
+    assert batch.keys() == OfOddSizes().layout.keys()
+    assert batch["index"].tolist() == indices
+    assert torch.equal(batch["x"], torch.tensor(indices, dtype=torch.float32).view(-1, 1, 1).expand(-1, 5, 7))
+    assert torch.equal(batch["mask"], (torch.tensor(indices) % 2).bool().view(-1, 1, 1).expand(-1, 3, 1))
+    return True
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_tensors_begin_where_torch_would_let_them(workers):
+    [batch] = BatchLoader(OfOddSizes(), [[4, 2]], 3, workers)
+    assert is_of(batch, [4, 2])
+    for name, (dtype, _) in OfOddSizes().layout.items():
+        assert batch[name].dtype == dtype
         assert batch[name].data_ptr() % 64 == 0
         assert batch[name].is_contiguous()
 
 
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_batches_of_any_size_come_in_order_and_stay(workers):
+    wanted = [list(range(i, i + 1 + i % 4)) for i in range(40)]
+    kept = list(BatchLoader(OfOddSizes(), wanted, 4, workers))
+    assert all(is_of(batch, indices) for batch, indices in zip(kept, wanted, strict=True))
+    kept[0]["x"].zero_()
+    assert is_of(kept[1], wanted[1])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_no_slot_is_filled_anew_before_its_batch_is_copied(workers, monkeypatch):
+    copy = SharedSlots.copy
+
+    def copy_late(*arguments):
+        time.sleep(0.03)  # the workers have long filled all that they may
+        return copy(*arguments)
+
+    monkeypatch.setattr(SharedSlots, "copy", copy_late)
+    wanted = [[i, i + 1] for i in range(20)]
+    for batch, indices in zip(BatchLoader(OfOddSizes(), wanted, 2, workers), wanted, strict=True):
+        assert is_of(batch, indices)
+
+
+def test_two_that_iterate_over_one_loader_have_slots_of_their_own():
+    wanted = [[i] for i in range(12)]
+    loader = BatchLoader(OfOddSizes(), wanted, 1, workers=1)
+    for one, other, indices in zip(loader, loader, wanted, strict=True):
+        assert is_of(one, indices)
+        assert is_of(other, indices)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_gpu_takes_its_batches_from_pinned_memory(workers):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    torch.cuda.init()
+    for batch in BatchLoader(OfOddSizes(), [[1, 2], [3]], 2, workers):
+        assert all(tensor.is_pinned() for tensor in batch.values())
+
+
 def test_a_worker_whose_parent_is_killed_while_it_starts_ends(tmp_path, monkeypatch):
     noted = tmp_path / "pid"
-    start = loader._start_worker
+    start = loader.start_worker
 
     def start_late(*arguments):
         noted.write_text(str(os.getpid()))
         time.sleep(0.5)
         start(*arguments)
 
-    monkeypatch.setattr(loader, "_start_worker", start_late)
+    monkeypatch.setattr(loader, "start_worker", start_late)
     parent = os.fork()
     if parent == 0:
-        batches = iter(BatchLoader(WorkerProbe(), [[0]] * 100, workers=1))
+        batches = iter(BatchLoader(WorkerProbe(), [[0]] * 100, 1, workers=1))
         while not (noted.exists() and noted.read_text()):
             time.sleep(0.01)
         assert batches is not None

@@ -129,18 +129,17 @@ def program(tmp_path, make_program):
 @pytest.fixture
 def without_targets_in_step(monkeypatch):
     """Take the targets from the samples of one step of the first epoch, in runs in this process without workers."""
-    whole = ForecastDataset.batch
+    whole = ForecastDataset.fill
     batch, micro = CONFIG["train"]["global_batch_size"], CONFIG["train"]["micro_batch_size"]
 
     def take_away(step):
-        def items(self, indices):
+        def fill(self, indices, samples):
             plan = BatchPlan(len(self), CONFIG["run"]["seed"], batch, micro, rank=0, world_size=1)
             in_step = np.isin(indices, plan.order(0)[(step - 1) * batch : step * batch])
-            samples = whole(self, indices)
+            whole(self, indices, samples)
             samples["valid"][torch.from_numpy(in_step)] = False
-            return samples
 
-        monkeypatch.setattr(ForecastDataset, "batch", items)
+        monkeypatch.setattr(ForecastDataset, "fill", fill)
 
     return take_away
 

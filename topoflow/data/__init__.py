@@ -8,6 +8,7 @@ from topoflow.data.assembly import (
     open_forecast_data,
     open_indexed_data,
 )
+from topoflow.data.batch_memory import Batch, make_batch
 from topoflow.data.dataset import ForecastDataset
 from topoflow.data.grid import Grid, load_mask
 from topoflow.data.normalization import Normalization, compute_normalization
@@ -20,6 +21,7 @@ __all__ = [
     "POLLUTANTS",
     "SPLITS",
     "VARIABLES",
+    "Batch",
     "BatchPlan",
     "DataIndex",
     "ForecastData",
@@ -35,6 +37,7 @@ __all__ = [
     "compute_normalization",
     "index_forecast_data",
     "load_mask",
+    "make_batch",
     "open_forecast_data",
     "open_indexed_data",
     "open_source",

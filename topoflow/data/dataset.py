@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from topoflow.config.schema import DataConfig
+from topoflow.data.batch_memory import Batch, Layout, make_batch
 from topoflow.data.fields import FieldSource
 from topoflow.data.normalization import Normalization
 from topoflow.data.variables import VARIABLES
@@ -29,7 +30,7 @@ class ForecastDataset(torch.utils.data.Dataset):
 
     Arguments: the source; the normalization of all inputs and targets; starts, int64 [n], positions in source.times,
     each with a complete window behind it; the data section; mask, bool [H, W], the cells that count; with_wind, to add
-    the wind of the whole field in m/s. Fields keep the row order of the data.
+    the wind of the whole field in m/s. Fields keep the row order of the data. layout: of one sample, see `__getitem__`.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class ForecastDataset(torch.utils.data.Dataset):
         # all bits of a number where the mask counts the cell, none elsewhere: so zeros are made fastest
         self._mask_bits = None if mask.all() else np.where(mask, np.int32(-1), np.int32(0))
         self._recent: tuple[int, np.ndarray, np.ndarray] | None = None
+        self.layout = self._sample_layout()
 
     def __len__(self) -> int:
         return len(self.starts) * len(self.lead_times_hours)
@@ -82,17 +84,20 @@ class ForecastDataset(torch.utils.data.Dataset):
         """
         return {name: values[0] for name, values in self.batch([i]).items()}
 
-    def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """A batch of the samples `indices`, stacked along a new first dimension: made in one piece, nothing is copied.
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """A batch of the samples `indices`, stacked along a new first dimension; see `fill`."""
+        return make_batch(self, indices)
+
+    def fill(self, indices: Sequence[int], batch: Batch) -> None:
+        """Write the samples `indices` into `batch`, whose tensors are as `layout` says with a new first dimension.
 
         Inputs of one start are made once for all its leads; in sequential order, across batches too.
         """
-        count, (height, width) = len(indices), self.source.grid.shape
-        x = np.empty((count, *self._template.shape), np.float32)
-        y = np.empty((count, len(self.target_names), height, width), np.float32)
-        valid = np.empty(y.shape, bool)
-        wind = np.empty((count, len(self._wind_fields), height, width), np.float32)
-        leads, made = np.empty(count, np.float32), {}
+        arrays = {name: values.numpy() for name, values in batch.items()}
+        x, y, valid, leads = (arrays[name] for name in ("x", "y", "valid", "lead_time_hours"))
+        wind = arrays["wind_ms"] if self.with_wind else np.empty((len(indices), 0), np.float32)
+        arrays["index"][:] = indices
+        made = {}
         if self._recent is not None:
             made[self._recent[0]] = self._recent[1:]
         for row, i in enumerate(indices):
@@ -104,13 +109,10 @@ class ForecastDataset(torch.utils.data.Dataset):
                 made[start] = x[row], wind[row]
             self._fill_targets(start + int(leads[row]), y[row], valid[row])
         # the batch is the caller's, so what may be wanted again is copied: only where it will be
+        count = len(indices)
         goes_on = count > 1 and list(indices) == list(range(indices[0], indices[0] + count))
         unfinished = (indices[-1] + 1) % len(self.lead_times_hours) != 0
         self._recent = (start, x[-1].copy(), wind[-1].copy()) if goes_on and unfinished else None
-        batch = {"x": x, "y": y, "valid": valid, "lead_time_hours": leads, "index": np.array(indices, np.int64)}
-        if self.with_wind:
-            batch["wind_ms"] = wind
-        return {name: torch.from_numpy(values) for name, values in batch.items()}
 
     def sample_identity(self, i: int) -> str:
         """Which sample that is, whatever the split it is taken from: "2019-01-01T05+12h"."""
@@ -128,6 +130,17 @@ class ForecastDataset(torch.utils.data.Dataset):
         pairs = [(self.normalization.mean[name], self.normalization.std[name]) for name in names]
         mean, std = np.array(pairs, np.float32).reshape(-1, 2).T[..., None, None]
         return mean, std
+
+    def _sample_layout(self) -> Layout:
+        shape, targets = self.source.grid.shape, len(self.target_names)
+        layout = {
+            "x": (torch.float32, (len(self.input_names), *shape)),
+            "y": (torch.float32, (targets, *shape)),
+            "valid": (torch.bool, (targets, *shape)),
+            "lead_time_hours": (torch.float32, ()),
+            "index": (torch.int64, ()),
+        }
+        return {**layout, "wind_ms": (torch.float32, (2, *shape))} if self.with_wind else layout
 
     def _static_channels(self) -> np.ndarray:
         """float32 [V, H, W]: the channels that are the same in every sample, 0 in the others."""

@@ -1,128 +1,100 @@
-"""The loader of batches, and its worker processes."""
+"""The loader of batches."""
 
 import functools
 import os
-import signal
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
-from topoflow.data.fields import FieldSource
+from topoflow.data.batch_memory import Batch, BatchMemory, FillsBatches, SharedSlots, make_batch
+from topoflow.data.worker_process import WorkerContext, deferred_sigterm, start_worker
 from topoflow.errors import Refusal
 
-_ALIGNMENT = 64
-"""Bytes: tensors in a parcel begin where those that torch allocates do."""
+_PREFETCHED = 2
+"""Batches that torch's loader asks of each worker ahead of the one that is taken."""
 
 
-class MakesBatches(Protocol):
-    """A data set that makes whole batches of samples: {name: [B, ...]}. source: what it reads, closed before a fork."""
-
-    source: FieldSource
-
-    def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """The samples `indices`, stacked along a new first dimension."""
-
-
-@dataclass(frozen=True)
 class _Batches(torch.utils.data.Dataset):
-    """What torch's loader indexes, by the samples of a batch."""
+    """What torch's loader indexes, by the samples of a batch: in a worker's process, or in this one.
 
-    samples: MakesBatches
+    A worker gives (slot, number of samples), and has begun at most _PREFETCHED batches after the one that was taken
+    last: torch asks its workers in turn, for one batch more with each that it gives. So one slot more than that lets
+    what was taken stand until the next is.
+    """
 
-    def __getitem__(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        return self.samples.batch(indices)
+    def __init__(self, samples: FillsBatches):
+        self.samples = samples
+        self.slots: SharedSlots | None = None
+        self._filled = 0
+
+    def __getitem__(self, indices: list[int]) -> Batch | tuple[int, int]:
+        worker = get_worker_info()
+        if worker is None:
+            return make_batch(self.samples, indices, pinned=_is_for_gpu())
+        slot = self.slots.number(worker.id, self._filled)
+        self._filled += 1
+        self.samples.fill(indices, self.slots.open(slot, len(indices)))
+        return slot, len(indices)
 
 
 class BatchLoader(DataLoader):
     """A DataLoader over given batches whose workers leave signals, handles and the random state alone.
 
-    A refusal raised in a worker arrives as itself, one line.
+    A refusal raised in a worker arrives as itself, one line. batch_size: samples in the largest batch.
     """
 
-    def __init__(self, dataset: MakesBatches, batches: Iterable[list[int]], workers: int):
+    def __init__(self, samples: FillsBatches, batches: Iterable[list[int]], batch_size: int, workers: int):
         super().__init__(
-            _Batches(dataset),
+            _Batches(samples),
             sampler=batches,
             batch_size=None,  # the data set makes whole batches
             num_workers=workers,
-            collate_fn=_Parcel.of if workers > 0 else _as_it_is,
-            # the fields in memory are shared with the workers, copy-on-write
-            multiprocessing_context="fork" if workers > 0 else None,
-            worker_init_fn=functools.partial(_start_worker, os.getpid()),
-            pin_memory=torch.cuda.is_available(),
+            prefetch_factor=_PREFETCHED if workers > 0 else None,
+            collate_fn=_as_it_is,
+            multiprocessing_context=WorkerContext() if workers > 0 else None,
+            worker_init_fn=functools.partial(start_worker, os.getpid()),
             # seeds of workers are drawn from here, not from the global stream; nothing in a sample is random
             generator=torch.Generator().manual_seed(0),
         )
+        self._memory = BatchMemory(samples.layout, batch_size)
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        if self.num_workers > 0:
-            self.dataset.samples.source.close()  # each worker opens its own handles
-        with _deferred_sigterm():  # which would end a worker that has not come to _start_worker yet
-            batches = super().__iter__()
-        return _surface_refusals(_fetch_ahead(batches) if self.num_workers > 0 else batches)
-
-
-@dataclass(frozen=True)
-class _Parcel:
-    """A batch on its way from a worker: its tensors as one, since each takes a file descriptor and half a millisecond.
-
-    data: uint8 [n]. layout: name, type, shape and first byte of each tensor.
-    """
-
-    data: torch.Tensor
-    layout: tuple[tuple[str, torch.dtype, torch.Size, int], ...]
-
-    @classmethod
-    def of(cls, batch: dict[str, torch.Tensor]) -> "_Parcel":
-        """What a data set made."""
-        layout, end = [], 0
-        for name, tensor in batch.items():
-            layout.append((name, tensor.dtype, tensor.shape, end))
-            end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-        data = torch.empty(end, dtype=torch.uint8)
-        for (_, _, _, begin), tensor in zip(layout, batch.values(), strict=True):
-            data[begin : begin + tensor.nbytes] = tensor.reshape(-1).view(torch.uint8)
-        return cls(data, tuple(layout))
-
-    def pin_memory(self) -> "_Parcel":
-        """What torch calls to ready it for a GPU."""
-        return _Parcel(self.data.pin_memory(), self.layout)
-
-    def opened(self) -> dict[str, torch.Tensor]:
-        """The batch; its tensors are parts of the parcel."""
-        sizes = [dtype.itemsize * shape.numel() for _, dtype, shape, _ in self.layout]
-        return {
-            name: self.data[begin : begin + size].view(dtype).view(shape)
-            for (name, dtype, shape, begin), size in zip(self.layout, sizes, strict=True)
-        }
+    def __iter__(self) -> Iterator[Batch]:
+        if self.num_workers == 0:
+            return _surface_refusals(super().__iter__())
+        self.dataset.samples.source.close()  # each worker opens its own handles
+        slots = self.dataset.slots = SharedSlots(self._memory, self.num_workers, _PREFETCHED + 1)
+        with deferred_sigterm():  # which would end a worker that has not come to start_worker yet
+            filled = super().__iter__()
+        pinned = _is_for_gpu()
+        batches = (slots.copy(*slot_and_count, pinned) for slot_and_count in filled)
+        # on CPU all cores compute: a thread that takes batches meanwhile only holds up the one that computes
+        return _surface_refusals(_fetch_ahead(batches) if pinned else batches)
 
 
-def _as_it_is(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _as_it_is(batch: Batch | tuple[int, int]) -> Batch | tuple[int, int]:
     return batch
 
 
-def _fetch_ahead(batches: Iterator[_Parcel]) -> Iterator[dict[str, torch.Tensor]]:
-    """The batches of workers; while one is used, a thread takes the next one from them.
+def _is_for_gpu() -> bool:
+    """A run on a GPU has begun with it when it loads its first batch; one on CPU leaves it alone."""
+    return torch.cuda.is_initialized()
 
-    That takes some milliseconds, most of them for the file descriptor of its shared memory, and the loop would wait.
-    """
+
+def _fetch_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same, each taken by a thread while the one before is used: a large one takes milliseconds to copy."""
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, batches, None)
         try:
-            while (parcel := coming.result()) is not None:
+            while (batch := coming.result()) is not None:
                 coming = pool.submit(next, batches, None)
-                yield parcel.opened()
+                yield batch
         finally:
             del coming  # an exception that it holds holds this frame, and with it the workers
 
 
-def _surface_refusals(batches: Iterator[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+def _surface_refusals(batches: Iterator[Batch]) -> Iterator[Batch]:
     try:
         yield from batches
     except Refusal as refusal:
@@ -132,35 +104,3 @@ def _surface_refusals(batches: Iterator[dict[str, torch.Tensor]]) -> Iterator[di
             raise
         refusal.__traceback__ = None  # its frames hold it, and the workers, until the collector comes by
         raise type(refusal)(lines[-1].partition(": ")[2]) from None
-
-
-@contextmanager
-def _deferred_sigterm() -> Iterator[None]:
-    """A SIGTERM that comes while the block runs arrives after it; a process forked inside never gets one."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start_worker(parent: int, _: int) -> None:
-    """Leave signals to the parent: a stop asked of the whole job must not end the workers before its last step."""
-    torch.set_num_threads(1)
-    for name in ("SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "sigtimedwait"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
-
-
-def _end_with_parent(parent: int) -> None:
-    """Obey SIGTERM from the parent process alone, as torch's own handler does, and end when the parent is gone.
-
-    torch looks for that too, but a worker whose parent was killed while it started would wait for work for ever.
-    """
-    while os.getppid() == parent:
-        received = signal.sigtimedwait({signal.SIGTERM}, 1.0)
-        if received is not None and received.si_pid == parent:
-            break
-    os._exit(0)

@@ -149,7 +149,7 @@ def build_train_loader(
     plan.accumulation micro-batches.
     """
     assert plan.num_samples == len(dataset)
-    return BatchLoader(dataset, TrainBatches(plan, epoch, first_step), workers)
+    return BatchLoader(dataset, TrainBatches(plan, epoch, first_step), plan.micro_batch_size, workers)
 
 
 def build_eval_loader(
@@ -162,4 +162,4 @@ def build_eval_loader(
     """
     indices = range(rank, math.ceil(len(dataset) / batch_size), world_size)
     batches = EvaluationBatches(len(dataset), batch_size, indices)
-    return EvaluationLoader(BatchLoader(dataset, batches, workers), indices)
+    return EvaluationLoader(BatchLoader(dataset, batches, batch_size, workers), indices)
