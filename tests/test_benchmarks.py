@@ -19,7 +19,7 @@ from benchmarks import compare_trainers, model_step, run
 from benchmarks.embedding import WAYS, Embedding
 from benchmarks.flops import forward_flops, step_flops
 from benchmarks.fresh import alternate, run_fresh
-from benchmarks.loop import WARM_UP_STEPS, AlternatingBlocks
+from benchmarks.loop import WARM_UP_STEPS, AlternatingBlocks, WaitClock
 from benchmarks.published import PublishedNetwork, PublishedStep
 from benchmarks.sizes import INPUTS, SIZES, TARGETS, Size, build_sized_model, synthetic_batch
 from benchmarks.tables import print_table, ratio, significant, spread
@@ -27,6 +27,7 @@ from benchmarks.terminal import run_in_terminal
 from benchmarks.trainer_loops import StepClock
 from benchmarks.training_data import run_config
 from tests.lightning.restated import VARIABLES, Network
+from topoflow.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 # all but `start`, whose tables tests/test_start.py prints
@@ -185,14 +186,34 @@ def test_bare_blocks_stand_between_blocks_of_fit_and_outside_their_time(monkeypa
         now[0] += 100
 
     bare.parts = SimpleNamespace(optimizer=bare_optimizer)
-    blocks = AlternatingBlocks(bare, steps=2)
+    clock = SimpleNamespace(seconds=0.0)
+    blocks = AlternatingBlocks(bare, 2, clock)
     for number in range(WARM_UP_STEPS + 5):  # the fifth begins a block that is not complete
         now[0] += 1 if number < WARM_UP_STEPS + 2 else 3
+        clock.seconds += 0.25 if number < WARM_UP_STEPS + 2 else 0.5
         optimizer.step()
     blocks.hook.remove()
     assert blocks.fit_seconds == [1, 3]
+    assert blocks.wait_seconds == [0.25, 0.5]
     assert blocks.bare_seconds == [100, 100]
     assert len(bare_steps) == 2 + 2 + 2  # those after the warm-up are not timed
+
+
+def test_the_wait_of_a_step_is_that_for_its_batches(monkeypatch):
+    now = [0.0]
+
+    def two_steps(trainer):
+        for seconds in (1, 2):
+            now[0] += seconds
+            yield [seconds]
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(Trainer, "_steps_of_epoch", two_steps)
+    clock, seen = WaitClock(), []
+    for batches in Trainer._steps_of_epoch(None):
+        seen.append((batches, clock.seconds))
+        now[0] += 100  # the step itself
+    assert seen == [([1], 1), ([2], 3)]
 
 
 def test_a_run_that_would_leave_its_epoch_is_refused(tmp_path):
