@@ -4,12 +4,6 @@
 This file is the table of contents: it builds every part in order and hands each to the next.
 """
 
-import gc
-
-# The collector would look three times through what torch is made of while all this is imported, for 0.15 s together.
-if _is_collecting := gc.isenabled():
-    gc.disable()
-
 import argparse
 import dataclasses
 import logging
@@ -18,25 +12,31 @@ from contextlib import ExitStack
 
 import torch
 
-from topoflow.agreement import require_same_data, require_same_program
-from topoflow.build import build_plan, build_state, build_train_data, capture_with, open_data, resolve, total_steps
-from topoflow.certificate import Certifier
-from topoflow.checkpoint import (
-    CheckpointDirectory,
-    CheckpointSaver,
-    deliver,
-    find_checkpoint,
-    plan_weights,
-    read_everywhere,
+from topoflow.build import (
+    build_plan,
+    build_state,
+    build_train_data,
+    capture_with,
+    open_data,
+    require_same_data,
+    require_same_program,
+    resolve,
+    total_steps,
 )
-from topoflow.config import Config, load_config
-from topoflow.config.help import HelpfulParser, config_help
-from topoflow.data import BatchPlan, ForecastData, Normalization
-from topoflow.distributed import Context, choose_device, distributed_context, read_launch
+from topoflow.certificate import Certifier
+from topoflow.checkpoint.directory import CheckpointDirectory, find_checkpoint
+from topoflow.checkpoint.saver import CheckpointSaver
+from topoflow.checkpoint.state import deliver, plan_weights, read_everywhere
+from topoflow.config import Config
+from topoflow.config_io import HelpfulParser, config_help, load_config
+from topoflow.data.assembly import ForecastData
+from topoflow.data.normalization import Normalization
+from topoflow.data.sampling import BatchPlan
 from topoflow.errors import Refusal
 from topoflow.evaluation import evaluate_model
-from topoflow.exit import run_to_exit, say_refusal
-from topoflow.host_memory import keep_freed_memory
+from topoflow.launch import choose_device, read_launch
+from topoflow.logs import MetricsWriter, format_summary, setup_logging
+from topoflow.ranks import Context, distributed_context
 from topoflow.reduction import CanonicalReduction, DdpReduction, build_reduction
 from topoflow.reproducibility import set_deterministic
 from topoflow.resume import (
@@ -52,17 +52,10 @@ from topoflow.resume import (
     say_restored,
     set_later_aside,
 )
-from topoflow.run_directory import RunDirectory
-from topoflow.start_clock import StartClock
-from topoflow.stop import StopFlag
-from topoflow.tracking import MetricsWriter, format_summary, setup_logging
+from topoflow.run_dir import RunDirectory, StopFlag, run_to_exit, say_refusal
 from topoflow.train_state import TrainData, TrainState, verify_ranks
 from topoflow.trainer import Trainer
-
-if _is_collecting:
-    gc.freeze()
-    gc.unfreeze()  # what there is now counts as old, as if it had been looked through
-    gc.enable()
+from topoflow.watch import StartClock
 
 log = logging.getLogger("topoflow.train")
 
@@ -89,7 +82,6 @@ def main(arguments: list[str] | None = None) -> int:
     def body() -> None:
         device = choose_device(config.run.device, launch)
         set_deterministic(config.run, config.train.compile)
-        keep_freed_memory()
         with distributed_context(launch, config.distributed, device, directory.leave) as context:
             context.watch.clock = clock
             with context.together("run directory"):
@@ -243,5 +235,4 @@ def evaluate_best(
 
 
 if __name__ == "__main__":
-    gc.freeze()  # what was imported stays, and is not looked through again: 0.1 s each time, first before step 1
     sys.exit(main())

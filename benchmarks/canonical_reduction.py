@@ -21,14 +21,16 @@ import torch
 from torch.multiprocessing import spawn
 
 from benchmarks.sizes import Size, build_sized_model, synthetic_batch, synthetic_elevation_m
-from topoflow.checkpoint import CheckpointDirectory, CheckpointSaver
+from topoflow.checkpoint.directory import CheckpointDirectory
+from topoflow.checkpoint.saver import CheckpointSaver
 from topoflow.config import CheckpointConfig, DistributedConfig, OptimConfig, TrainConfig
-from topoflow.data import BatchPlan
-from topoflow.distributed import Context, Launch, choose_device, distributed_context
-from topoflow.model import TopoFlow
+from topoflow.data.sampling import BatchPlan
+from topoflow.launch import Launch, choose_device
+from topoflow.model.topoflow import TopoFlow
 from topoflow.optim import build_optimizer, build_scheduler
+from topoflow.ranks import Context, distributed_context
 from topoflow.reduction import build_reduction
-from topoflow.stop import StopFlag
+from topoflow.run_dir import StopFlag
 from topoflow.train_state import TrainData, TrainProgress, TrainState
 from topoflow.trainer import Trainer
 

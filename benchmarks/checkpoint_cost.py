@@ -24,19 +24,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from topoflow.checkpoint import (
+from topoflow.checkpoint.directory import CheckpointDirectory
+from topoflow.checkpoint.file import (
     FORMAT,
-    CheckpointDirectory,
-    CheckpointSaver,
-    capture_state,
+    STATE,
+    HashedFile,
+    file_digests,
+    named_tensors,
     read_checkpoint,
+    read_manifest,
+    state_record,
     write_checkpoint,
 )
-from topoflow.checkpoint.file import named_tensors
-from topoflow.checkpoint.hashing import HashedFile, file_digests
-from topoflow.checkpoint.manifest import STATE, read_manifest, state_record
+from topoflow.checkpoint.saver import CheckpointSaver
+from topoflow.checkpoint.state import capture_state
 from topoflow.config import CheckpointConfig
-from topoflow.distributed import Context, Launch
+from topoflow.launch import Launch
+from topoflow.ranks import Context
 
 EMBED_DIM = 768
 

@@ -27,7 +27,7 @@ from benchmarks.sizes import SIZES, Size, add_run_options, chosen_threads
 from benchmarks.tables import print_table, ratio, spread
 from benchmarks.terminal import run_in_terminal
 from benchmarks.training_data import make_world, run_config
-from topoflow.config import dump_config
+from topoflow.config_io import dump_config
 
 TITLES = {
     "ours": "topoflow",

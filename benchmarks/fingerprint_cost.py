@@ -20,9 +20,10 @@ from benchmarks.canonical_reduction import (
     read_settings,
     synthetic_batches,
 )
-from topoflow.checkpoint import state_fingerprints
+from topoflow.checkpoint.fingerprint import state_fingerprints
 from topoflow.config import DistributedConfig
-from topoflow.distributed import Launch, choose_device, distributed_context
+from topoflow.launch import Launch, choose_device
+from topoflow.ranks import distributed_context
 
 
 def main() -> None:

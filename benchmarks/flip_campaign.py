@@ -25,12 +25,14 @@ import torch
 import yaml
 
 import train
-from topoflow.checkpoint import CheckpointDirectory, read_checkpoint
+from topoflow.checkpoint.directory import CheckpointDirectory
+from topoflow.checkpoint.file import read_checkpoint
 from topoflow.config import CheckpointConfig
-from topoflow.data.demo_world import make_demo_data
-from topoflow.distributed import Context, Launch
 from topoflow.errors import ResumeRefused
+from topoflow.launch import Launch
+from topoflow.ranks import Context
 from topoflow.resume import keep_or_forget_best
+from topoflow.tools.demo.world import make_demo_data
 from topoflow.train_state import TrainProgress
 
 CONFIG = {

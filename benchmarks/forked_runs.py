@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 GRACE_SECONDS = 1.0
 
 # with what the program imports late; DDP imports torch's compiler
-LATE = ["xarray", "zarr", "netCDF4", "topoflow.curves", "topoflow.plots", "torch._dynamo"]
+LATE = ["xarray", "zarr", "netCDF4", "topoflow.logs", "topoflow.plots", "torch._dynamo"]
 PRELOADED = ["benchmarks.forked_runs", *LATE]
 AT_A_RANDOM_TIME = "at a random time"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

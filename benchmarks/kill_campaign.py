@@ -28,8 +28,9 @@ import yaml
 
 from benchmarks.forked_runs import AT_A_RANDOM_TIME, Attack, Ending, ForkedRuns
 from benchmarks.kill_points import POINTS, Kill
-from topoflow.checkpoint import CheckpointDirectory, read_checkpoint
-from topoflow.data.demo_world import make_demo_data
+from topoflow.checkpoint.directory import CheckpointDirectory
+from topoflow.checkpoint.file import read_checkpoint
+from topoflow.tools.demo.world import make_demo_data
 
 STEPS = 20
 SETTINGS = {

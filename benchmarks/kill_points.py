@@ -19,10 +19,10 @@ import torch
 
 import train as program
 from topoflow import trainer
-from topoflow.checkpoint import CheckpointSaver
-from topoflow.data import ForecastDataset
+from topoflow.checkpoint.saver import CheckpointSaver
+from topoflow.data.dataset import ForecastDataset
+from topoflow.logs import MetricsWriter
 from topoflow.model.attention import Block
-from topoflow.tracking import MetricsWriter
 
 
 @dataclass(frozen=True)

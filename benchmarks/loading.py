@@ -24,11 +24,13 @@ from benchmarks.loading_data import CONSTANTS, DYNAMIC, DataSets, make_data_sets
 from benchmarks.packed_layouts import hour_readers
 from benchmarks.published_loader import PublishedSamples
 from benchmarks.tables import print_table, ratio, spread
-from topoflow.config.schema import ModelConfig
-from topoflow.data import BatchPlan, ForecastDataset, build_train_loader, index_forecast_data, open_indexed_data
-from topoflow.data.packed.packing import PackOptions, pack
+from topoflow.config import ModelConfig
+from topoflow.data.assembly import index_forecast_data, open_indexed_data
+from topoflow.data.dataset import ForecastDataset
+from topoflow.data.sampling import BatchPlan, build_train_loader
 from topoflow.loss import loss_sums
-from topoflow.model import build_model
+from topoflow.model.topoflow import build_model
+from topoflow.tools.prepare.packing import PackOptions, pack
 
 BATCH = 4
 SIX_YEARS, CELLS_OF_YEARS = 52_584, (8, 8)

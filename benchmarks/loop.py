@@ -26,8 +26,8 @@ from benchmarks.tables import print_table, ratio, spread
 from benchmarks.terminal import run_in_terminal
 from benchmarks.trainer_loops import BareStep, Job, Parts, run_ours
 from benchmarks.training_data import LOG_EVERY_STEPS, make_world, run_config
-from topoflow.config import dump_config, load_config
-from topoflow.data import Batch
+from topoflow.config_io import dump_config, load_config
+from topoflow.data.batch_memory import Batch
 from topoflow.trainer import Trainer
 
 WARM_UP_STEPS = 10

@@ -39,7 +39,6 @@ from benchmarks.sizes import (
 )
 from benchmarks.tables import print_table, ratio, spread
 from topoflow.config import OptimConfig
-from topoflow.host_memory import keep_freed_memory
 from topoflow.loss import loss_sums
 from topoflow.optim import build_optimizer
 
@@ -109,8 +108,6 @@ def measure_step(size: Size, variant: str, threads: int) -> StepCost:
     """In this process, which must be fresh for the memory to say anything."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    if variant != PUBLISHED:
-        keep_freed_memory()  # as train.py does
     tiny = SIZES["tiny"]
     build_step(tiny, variant, may_compile=False)(synthetic_batch(tiny.grid, tiny.batch_size, seed=2))
     memory = ResidentMemory()

@@ -40,7 +40,7 @@ from benchmarks.dwelling import ROOT, PlanFolder, make_project
 from benchmarks.dwelling_points import PLACES
 from benchmarks.kill_campaign import SETTINGS, differences
 from benchmarks.slurm_jobs import ENDED, Job, NoSlurm, Slurm, job_options, wait_until
-from topoflow.data.demo_world import make_demo_data
+from topoflow.tools.demo.world import make_demo_data
 
 MOST_OF_A_JOB = 10
 MOST_FAILURES = 5

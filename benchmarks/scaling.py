@@ -31,7 +31,7 @@ import yaml
 from benchmarks.forked_runs import ForkedRuns
 from benchmarks.phases import PHASES, STEP, VALIDATION, WHOLE, record_phases
 from benchmarks.scaling_model import print_model
-from topoflow.data.demo_world import make_demo_data
+from topoflow.tools.demo.world import make_demo_data
 
 SETTINGS = {
     "run": {"threads": 1, "seed": 3, "device": "cpu"},

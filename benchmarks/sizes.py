@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from topoflow.config import DataConfig, ModelConfig
-from topoflow.model import TopoFlow, build_model
+from topoflow.model.topoflow import TopoFlow, build_model
 
 INPUTS, TARGETS = DataConfig.variables, DataConfig.targets
 PATCH_SIZE, DECODER_DEPTH, MLP_RATIO = 2, 2, 4.0

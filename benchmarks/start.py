@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 from benchmarks.tables import print_table, spread
-from topoflow.data.demo_world import make_demo_data
+from topoflow.tools.demo.world import make_demo_data
 
 ROOT = Path(__file__).parents[1]
 TOTAL = "start to first step"
@@ -53,7 +53,7 @@ print(json.dumps({{"seconds": seconds, "cpu": cpu, "modules": sorted(sys.modules
 
 RUN = f"""{COUNT}
 import runpy
-from topoflow.start_clock import StartClock
+from topoflow.watch import StartClock
 
 def note(clock, summary=StartClock.summary):
     with open(noted, "w") as file:

@@ -27,9 +27,11 @@ from torch.utils.data import DataLoader
 import train
 from benchmarks.torchvision_operators import without_torchvision_operators
 from topoflow.build import build_network
-from topoflow.config import Config, load_config
-from topoflow.data import ForecastDataset, open_forecast_data
-from topoflow.distributed import read_launch
+from topoflow.config import Config
+from topoflow.config_io import load_config
+from topoflow.data.assembly import open_forecast_data
+from topoflow.data.dataset import ForecastDataset
+from topoflow.launch import read_launch
 from topoflow.loss import loss_sums
 from topoflow.optim import build_optimizer, build_scheduler
 

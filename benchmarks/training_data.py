@@ -4,7 +4,7 @@ from pathlib import Path
 
 from benchmarks.sizes import Size, model_config
 from topoflow.config import Config, DataConfig, DistributedConfig, OptimConfig, RunConfig, TrainConfig
-from topoflow.data.demo_world import make_demo_data
+from topoflow.tools.demo.world import make_demo_data
 
 DAYS = 12
 """192 hourly starts, whose longest lead of 96 hours lies within, and four leads: 768 samples."""

@@ -8,7 +8,7 @@ set -euo pipefail
 
 make_venv ''
 cd "$root"
-data=$("$python" -m topoflow.config --print data.path configs/demo.yaml "$@")
+data=$("$python" -m topoflow.config_io --print data.path configs/demo.yaml "$@")
 if [ ! -e "$data" ]; then
   # under another name until it is whole
   rm -rf "$data.partial"

@@ -3,9 +3,9 @@ import socket
 import pytest
 import torch
 
-from topoflow.agreement import require_agreement
-from topoflow.distributed import Context, Launch
 from topoflow.errors import RanksDisagree
+from topoflow.launch import Launch
+from topoflow.ranks import Context, require_agreement
 
 
 class ManyRanks(Context):

@@ -8,7 +8,8 @@ import xarray as xr
 
 from topoflow import baselines as module
 from topoflow.baselines import Baselines, contiguous_blocks, fit_baselines, hour_of_day
-from topoflow.data import POLLUTANTS, split_starts, split_times
+from topoflow.data.splits import split_starts, split_times
+from topoflow.data.variables import POLLUTANTS
 from topoflow.metrics import ScoreSums
 
 LEADS = (12, 24, 30)

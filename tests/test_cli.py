@@ -6,7 +6,7 @@ import pytest
 import xarray as xr
 
 from topoflow import cli
-from topoflow.data.demo_world import make_demo_data
+from topoflow.tools.demo.world import make_demo_data
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_bad_usage_is_status_2(arguments, capsys):
 
 def test_the_default_demo_world_is_that_of_the_demo_config(monkeypatch, capsys):
     made = []
-    monkeypatch.setattr("topoflow.data.demo_world.make_demo_data", lambda *args, **more: made.append(args))
+    monkeypatch.setattr("topoflow.tools.demo.world.make_demo_data", lambda *args, **more: made.append(args))
     assert cli.main(["make-demo-data", "world"]) == 0
     defaults = {name: p.default for name, p in inspect.signature(make_demo_data).parameters.items()}
     assert made == [(Path("world"), defaults["days"], defaults["grid"], defaults["seed"])]

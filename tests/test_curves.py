@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_file_loader import LegacyEventFi
 from tensorboard.compat.proto.event_pb2 import SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from topoflow.curves import CurveFile
+from topoflow.logs import CurveFile
 
 
 def events(folder):

@@ -10,20 +10,18 @@ import torch
 from torch.distributed import TCPStore
 
 from topoflow.config import DistributedConfig
-from topoflow.distributed import (
+from topoflow.errors import ConfigError, DataError, RanksDisagree
+from topoflow.launch import (
+    VISIBLE_DEVICES,
     Launch,
     choose_device,
-    distributed_context,
+    device_identity,
     expand_node_list,
     expand_tasks_per_node,
+    port_of_step,
     read_launch,
-    require_distinct_processes,
 )
-from topoflow.distributed.device import device_identity
-from topoflow.distributed.environment import VISIBLE_DEVICES
-from topoflow.distributed.launch import port_of_step
-from topoflow.distributed.roll_call import TELL_SECONDS
-from topoflow.errors import ConfigError, DataError, RanksDisagree
+from topoflow.ranks import TELL_SECONDS, distributed_context, require_distinct_processes
 
 TORCHRUN = {
     "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
@@ -408,7 +406,7 @@ def test_processes_that_do_not_meet_are_told_who_and_where(rank, words):
 )
 def test_two_processes_with_one_rank_or_device_are_found_by_all(monkeypatch, ranks, devices, words):
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    monkeypatch.setattr("topoflow.distributed.roll_call.device_identity", lambda device: device.identity)
+    monkeypatch.setattr("topoflow.ranks.device_identity", lambda device: device.identity)
 
     def meet(rank, device):
         kind, _, identity = device.partition(" ")

@@ -14,11 +14,13 @@ from torch import nn
 
 from topoflow import evaluation, plots
 from topoflow.config import DataConfig, TrainConfig
-from topoflow.data import Normalization, open_forecast_data
-from topoflow.distributed import Context, Launch
+from topoflow.data.assembly import open_forecast_data
+from topoflow.data.normalization import Normalization
 from topoflow.errors import ConfigError, StopRequested, TrainingDiverged
 from topoflow.evaluation import Evaluator, evaluate_model
-from topoflow.stop import StopFlag
+from topoflow.launch import Launch
+from topoflow.ranks import Context
+from topoflow.run_dir import StopFlag
 
 HOURS, SHAPE, LEADS = 24 * 10, (4, 6), (12, 24)
 TEST_DAYS = ("2019-01-07", "2019-01-10")

@@ -14,10 +14,13 @@ import torch
 from torch import nn
 
 from topoflow import cli
-from topoflow.checkpoint import FORMAT, CheckpointDirectory, capture_state, read_checkpoint, write_checkpoint
-from topoflow.config import OptimConfig, config_from_dict, config_to_dict
-from topoflow.inspection import inspect
+from topoflow.checkpoint.directory import CheckpointDirectory
+from topoflow.checkpoint.file import FORMAT, read_checkpoint, write_checkpoint
+from topoflow.checkpoint.state import capture_state
+from topoflow.config import OptimConfig
+from topoflow.config_io import config_from_dict, config_to_dict
 from topoflow.optim import build_optimizer, build_scheduler
+from topoflow.tools.inspect.command import inspect
 
 ROOT = Path(__file__).parents[1]
 LONG_NAME = "blocks.10.attn.rel_pos_bias.bias_table"
@@ -278,7 +281,7 @@ def test_a_checkpoint_that_a_running_job_deletes_meanwhile_is_left_out(run_dir, 
                 path.rmdir()
         return read_checkpoint(path)
 
-    monkeypatch.setattr("topoflow.inspection.description.read_checkpoint", read_late if gone == 1 else read_half)
+    monkeypatch.setattr("topoflow.tools.inspect.description.read_checkpoint", read_late if gone == 1 else read_half)
     status, out, _ = run_inspect(run_dir)
     assert status == 0
     assert list(rows_of(out)) == [f"step-0000000{step}" for step in (1, 2, 3) if step != gone]

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.kill_campaign import STEPS, differences, draw_attack
 from benchmarks.kill_points import POINTS
-from topoflow.checkpoint import FORMAT, write_checkpoint
+from topoflow.checkpoint.file import FORMAT, write_checkpoint
 
 
 def events():

@@ -17,19 +17,19 @@ from pathlib import Path
 
 import pytest
 
-from topoflow import run_directory
+from topoflow import run_dir as holder
+from topoflow import run_dir as run_directory
 from topoflow.errors import RunDirectoryError
-from topoflow.lease import FILE_NAME, Lease, holder
-from topoflow.run_directory import RunDirectory
-from topoflow.tracking import cut_metrics
+from topoflow.logs import cut_metrics
+from topoflow.run_dir import FILE_NAME, Lease, RunDirectory
 
 ROOT = Path(__file__).parents[1]
 PRELUDE = """
 import os, signal, sys, time
 from pathlib import Path
 from topoflow.errors import RunDirectoryError
-from topoflow.lease import Lease
-from topoflow.run_directory import RunDirectory
+from topoflow.run_dir import Lease
+from topoflow.run_dir import RunDirectory
 
 folder = Path(sys.argv[1])
 """
@@ -496,7 +496,7 @@ def test_holding_removes_an_earlier_exit_and_what_was_not_finished(tmp_path):
 def test_launch_scripts_can_ask(lease, tmp_path):
     def ask(*arguments):
         return subprocess.run(
-            [sys.executable, "-m", "topoflow.lease", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+            [sys.executable, "-m", "topoflow.run_dir", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
         )
 
     assert ask(tmp_path / "not there").returncode == 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from topoflow.config.schema import OptimConfig
+from topoflow.config import OptimConfig
 from topoflow.optim import EagerAdamW, build_optimizer, build_scheduler, group_of, group_parameters, learning_rate_at
 
 # base rate 1e-4, multipliers 0.1 / 2 / 0.5 / 1, T_max 10, eta_min 1e-6: the published program's settings

@@ -11,12 +11,16 @@ import torch
 from torch import nn
 from torch.multiprocessing import spawn
 
-from topoflow.checkpoint import CheckpointSaver, broadcast, deliver, read_everywhere, share_outline, state_fingerprints
+from topoflow.checkpoint import state as broadcast
 from topoflow.checkpoint.file import named_tensors
+from topoflow.checkpoint.fingerprint import state_fingerprints
+from topoflow.checkpoint.saver import CheckpointSaver
+from topoflow.checkpoint.state import deliver, read_everywhere, share_outline
 from topoflow.config import CheckpointConfig, DistributedConfig, OptimConfig
-from topoflow.distributed import Launch, distributed_context
 from topoflow.errors import DataError, MissingPath, RanksDisagree, RunDirectoryError
+from topoflow.launch import Launch
 from topoflow.optim import build_optimizer, build_scheduler
+from topoflow.ranks import distributed_context
 from topoflow.reduction import build_reduction
 
 WORLD = 3

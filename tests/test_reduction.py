@@ -11,9 +11,11 @@ from torch import nn
 
 from benchmarks import canonical_reduction
 from topoflow.build import build_plan
-from topoflow.config import DistributedConfig, config_from_dict
-from topoflow.distributed import Context, Launch, distributed_context
+from topoflow.config import DistributedConfig
+from topoflow.config_io import config_from_dict
 from topoflow.errors import ConfigError
+from topoflow.launch import Launch
+from topoflow.ranks import Context, distributed_context
 from topoflow.reduction import CanonicalReduction, require_whole_subtrees
 
 SHAPES = ((3, 5), (1,), (), (2, 17), (16,))

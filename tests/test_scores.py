@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from topoflow.scores import format_table, write_scores
+from topoflow.metrics import format_table, write_scores
 
 
 def record(target="pm25", lead=12, unit="ug m-3", **scores):

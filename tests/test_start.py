@@ -45,7 +45,7 @@ def test_importing_the_program_takes_at_most_a_tenth_more_than_importing_torch(i
 @pytest.mark.parametrize("kind", ["cold", "warm"])
 def test_one_process_makes_its_first_step_without_compiler_and_plots(starts, kind):
     (run,) = starts[kind]
-    assert "topoflow.curves" in run["modules"]
+    assert "topoflow.logs" in run["modules"]
     assert packages(run["modules"]) & NOT_BEFORE_THE_FIRST_STEP == set()
     assert set(run["modules"]) & NEVER_IN_ONE_PROCESS == set()
 

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.canonical_reduction import Settings, build_benchmark_model, build_benchmark_trainer, synthetic_batches
 from tests.test_ranks import run_on_ranks
-from topoflow.distributed import Context, Launch
+from topoflow.launch import Launch
+from topoflow.ranks import Context
 from topoflow.reduction import DdpReduction
 
 # operators whose result the host must look at, so that a GPU's queue runs dry

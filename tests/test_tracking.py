@@ -16,7 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from topoflow.errors import RunDirectoryError
-from topoflow.tracking import MetricsWriter, Progress, close_logging, cut_metrics, format_summary, setup_logging
+from topoflow.logs import MetricsWriter, Progress, close_logging, cut_metrics, format_summary, setup_logging
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +85,7 @@ def test_lines_of_metrics_hold_what_the_design_names(tmp_path):
 KILLED_AFTER_A_STEP = """
 import os, sys
 from pathlib import Path
-from topoflow.tracking import MetricsWriter
+from topoflow.logs import MetricsWriter
 
 writer = MetricsWriter(Path(sys.argv[1]), None)
 lr = {f"group {i}": 1e-4 for i in range(20)}
@@ -335,7 +335,7 @@ def test_log_goes_to_stderr_and_is_appended_to_the_file(tmp_path, capfd):
 
 def test_progress_away_from_a_terminal_is_plain_lines(tmp_path, capfd, monkeypatch):
     clock = SimpleNamespace(monotonic=iter([100.0, 110.0, 120.0]).__next__)
-    monkeypatch.setattr("topoflow.tracking.time", clock)
+    monkeypatch.setattr("topoflow.logs.time", clock)
     setup_logging(tmp_path, is_main=True)
     progress = Progress(first_step=80, total_steps=1000, is_main=True)
     progress.advance(99, None)
@@ -353,7 +353,7 @@ def test_progress_away_from_a_terminal_is_plain_lines(tmp_path, capfd, monkeypat
 ON_A_TERMINAL = """
 import logging, sys, time
 from pathlib import Path
-from topoflow.tracking import Progress, setup_logging
+from topoflow.logs import Progress, setup_logging
 
 setup_logging(Path(sys.argv[1]), is_main=True)
 progress = Progress(first_step=4, total_steps=20, is_main=True)

@@ -18,11 +18,11 @@ import torch
 import torch._dynamo  # here once, and not in every forked process
 
 from topoflow.config import DistributedConfig
-from topoflow.distributed import Launch, distributed_context
-from topoflow.distributed.hub import Hub
-from topoflow.distributed.watch import Watch
 from topoflow.errors import DataError, StopRequested
-from topoflow.exit import run_to_exit
+from topoflow.launch import Launch
+from topoflow.ranks import distributed_context
+from topoflow.run_dir import run_to_exit
+from topoflow.watch import Hub, Watch
 
 WORLD = 4
 LIMIT = 2.0

@@ -4,30 +4,26 @@ Shared by training and by the import of checkpoints, which must build the same.
 """
 
 import dataclasses
+import platform
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from topoflow.agreement import require_agreement
 from topoflow.certificate import Certifier
-from topoflow.checkpoint import FORMAT, capture_state
-from topoflow.config import Config, config_to_dict
-from topoflow.data import (
-    SPLITS,
-    BatchPlan,
-    DataIndex,
-    ForecastData,
-    Normalization,
-    index_forecast_data,
-    open_indexed_data,
-)
-from topoflow.distributed import Context
+from topoflow.checkpoint.file import FORMAT
+from topoflow.checkpoint.state import capture_state
+from topoflow.config import Config
+from topoflow.config_io import config_to_dict
+from topoflow.data.assembly import SPLITS, DataIndex, ForecastData, index_forecast_data, open_indexed_data
+from topoflow.data.normalization import Normalization
+from topoflow.data.sampling import BatchPlan
 from topoflow.errors import ConfigError, Refusal
-from topoflow.model import TopoFlow, build_model
+from topoflow.model.topoflow import TopoFlow, build_model
 from topoflow.optim import build_optimizer, build_scheduler
+from topoflow.ranks import Context, require_agreement
 from topoflow.reduction import require_whole_subtrees
-from topoflow.reproducibility import describe_software
+from topoflow.reproducibility import describe_software, hash_sources
 from topoflow.train_state import TrainData, TrainProgress, TrainState
 
 
@@ -172,3 +168,34 @@ def capture_with(
         return {**constant, **arrays, "progress": dataclasses.asdict(state.progress), "certificate": certificate}
 
     return capture
+
+
+def require_same_program(context: Context, config: Config) -> None:
+    """Prove that all processes have the same code, versions, number of threads, and config.
+
+    Raises:
+        RanksDisagree: on every process, with the table of who has what.
+    """
+    if context.world_size == 1:
+        return  # and does not read a hundred source files
+    software = describe_software(torch.device("cpu"))
+    facts = {name: str(software[name]) for name in ("python", "torch", "numpy", "topoflow", "threads")}
+    facts["system"] = platform.system()
+    facts["sources of topoflow"] = hash_sources()[:16]
+    for section, keys in config_to_dict(config).items():
+        facts |= {f"{section}.{key}": repr(value) for key, value in keys.items()}
+    require_agreement(context, facts, "at the start")
+
+
+def require_same_data(context: Context, data: ForecastData, plan: BatchPlan) -> None:
+    """Prove that all processes cut the data set into the same batches; that it is the same was seen when it was opened.
+
+    Raises:
+        RanksDisagree: on every process, with the table of who has what.
+    """
+    facts = {
+        "batches in an epoch": str(plan.steps_per_epoch * plan.accumulation),
+        "order of samples": plan.fingerprint,
+    }
+    facts |= {f"samples for {split}": str(len(index.starts)) for split, index in data.splits.items()}
+    require_agreement(context, facts, "with the data open")

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch.utils.data import default_collate
 
-from topoflow.checkpoint import RestoreReport, fingerprints, state_tensors
-from topoflow.config import ADDS_NAMES, TrainConfig
+from topoflow.checkpoint.fingerprint import fingerprints, state_tensors
+from topoflow.checkpoint.state import RestoreReport
+from topoflow.config import TrainConfig
+from topoflow.config_io import ADDS_NAMES
 from topoflow.errors import ResumeRefused
 from topoflow.loss import loss_sums
 from topoflow.reproducibility import describe_software

@@ -10,7 +10,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from topoflow.config.help import HelpfulParser, config_help
+from topoflow.config_io import HelpfulParser, config_help
 from topoflow.errors import Refusal, ResumeRefused
 
 
@@ -54,7 +54,7 @@ def _add_make_demo_data(commands) -> None:
 
 
 def _make_demo_data(options: argparse.Namespace) -> int:
-    from topoflow.data.demo_world import make_demo_data
+    from topoflow.tools.demo.world import make_demo_data
 
     _log_to_terminal()
     make_demo_data(options.out, options.days, options.grid, options.seed, progress=sys.stderr.isatty())
@@ -73,7 +73,7 @@ def _add_grid_stations(commands) -> None:
 
 
 def _grid_stations(options: argparse.Namespace) -> int:
-    from topoflow.data.stations import grid_stations
+    from topoflow.tools.prepare.stations import grid_stations
 
     _log_to_terminal()
     shown = sys.stderr.isatty()
@@ -111,9 +111,9 @@ def _add_pack(commands) -> None:
 
 
 def _pack(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    from topoflow.data.packed.packing import PackOptions, pack
-    from topoflow.data.packed.verification import verify
     from topoflow.errors import DataError
+    from topoflow.tools.prepare.packing import PackOptions, pack
+    from topoflow.tools.prepare.verification import verify
 
     shown = sys.stderr.isatty()
     if (options.data is None) != (options.output is None):
@@ -149,11 +149,11 @@ def _add_evaluate(commands) -> None:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from topoflow.config import DistributedConfig
-    from topoflow.distributed import choose_device, distributed_context, read_launch
-    from topoflow.exit import run_to_exit
-    from topoflow.inference import score_checkpoint
-    from topoflow.stop import StopFlag
-    from topoflow.tracking import setup_logging
+    from topoflow.launch import choose_device, read_launch
+    from topoflow.logs import setup_logging
+    from topoflow.ranks import distributed_context
+    from topoflow.run_dir import StopFlag, run_to_exit
+    from topoflow.tools.evaluate import score_checkpoint
 
     launch = read_launch()
     device = choose_device(options.device or "auto", launch)
@@ -181,7 +181,7 @@ def _add_inspect(commands) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from topoflow.inspection import inspect
+    from topoflow.tools.inspect.command import inspect
 
     found = inspect(options.path, options.other)
     print(found.as_json() if options.json else "\n".join(found.lines), flush=True)
@@ -205,11 +205,12 @@ def _add_import_lightning(commands) -> None:
 
 
 def _import_lightning(options: argparse.Namespace) -> int:
-    from topoflow.config import load_config
-    from topoflow.distributed import choose_device, distributed_context, read_launch
+    from topoflow.config_io import load_config
     from topoflow.errors import ConfigError
-    from topoflow.imported_run import import_run
+    from topoflow.launch import choose_device, read_launch
+    from topoflow.ranks import distributed_context
     from topoflow.reproducibility import set_deterministic
+    from topoflow.tools.lightning.run import import_run
 
     config = load_config(options.config, [*options.overrides, f"run.dir={options.output}"])
     launch = read_launch()
@@ -238,13 +239,13 @@ def _add_doctor(commands) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from topoflow.doctor import doctor
+    from topoflow.tools.doctor.command import doctor
 
     return doctor(Path(options.config) if options.config else None, options.overrides, options.json)
 
 
 def _log_to_terminal() -> None:
-    from topoflow.tracking import setup_logging
+    from topoflow.logs import setup_logging
 
     setup_logging(None, is_main=True)
 

@@ -13,23 +13,18 @@ from tqdm import tqdm
 
 from topoflow.baselines import BLOCK_HOURS, Baselines, contiguous_blocks, fit_baselines, hour_of_day
 from topoflow.config import TrainConfig
-from topoflow.data import (
-    VARIABLES,
-    Batch,
-    ForecastData,
-    ForecastDataset,
-    Normalization,
-    build_eval_loader,
-    make_batch,
-    split_starts,
-    split_times,
-)
-from topoflow.distributed import Context
+from topoflow.data.assembly import ForecastData
+from topoflow.data.batch_memory import Batch, make_batch
+from topoflow.data.dataset import ForecastDataset
+from topoflow.data.normalization import Normalization
+from topoflow.data.sampling import build_eval_loader
+from topoflow.data.splits import split_starts, split_times
+from topoflow.data.variables import VARIABLES
 from topoflow.errors import ConfigError, StopRequested
 from topoflow.forecast_case import ForecastCase
-from topoflow.metrics import ScoreSums
-from topoflow.scores import Record, format_table, write_scores
-from topoflow.stop import StopFlag
+from topoflow.metrics import Record, ScoreSums, format_table, write_scores
+from topoflow.ranks import Context
+from topoflow.run_dir import StopFlag
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from topoflow.config.schema import PARAMETER_GROUPS, OptimConfig
+from topoflow.config import PARAMETER_GROUPS, OptimConfig
 
 _GROUP_PREFIXES = {"vit_blocks": "blocks.", "wind_embedding": "token_embeds.", "head": "head."}
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")

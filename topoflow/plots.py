@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from topoflow.data.variables import VARIABLES
 from topoflow.forecast_case import ForecastCase
-from topoflow.scores import Record
+from topoflow.metrics import Record
 
 DPI = 150
 MISSING_COLOUR = "#dedede"

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from topoflow.config import DistributedConfig
-from topoflow.distributed import Context
 from topoflow.errors import ConfigError
+from topoflow.ranks import Context
 
 _ALIGNMENT = 16
 """Elements to which parameters are aligned in a flat gradient (64 bytes in float32): kernels take their wide loads."""

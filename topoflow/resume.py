@@ -10,22 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from topoflow.certificate import Certifier, Proof
-from topoflow.checkpoint import (
-    CheckpointDirectory,
-    RestoreReport,
-    deliver,
-    find_checkpoint,
-    plan_state,
-    plan_weights,
-    read_checkpoint,
-    share_outline,
-)
-from topoflow.config import ADDS_NAMES, CheckpointConfig, Config, TrainConfig, changed_on_resume, config_to_dict
-from topoflow.data import ForecastData
-from topoflow.distributed import Context
+from topoflow.checkpoint.directory import CheckpointDirectory, find_checkpoint
+from topoflow.checkpoint.file import read_checkpoint
+from topoflow.checkpoint.state import RestoreReport, deliver, plan_state, plan_weights, share_outline
+from topoflow.config import CheckpointConfig, Config, TrainConfig
+from topoflow.config_io import ADDS_NAMES, changed_on_resume, config_to_dict
+from topoflow.data.assembly import ForecastData
 from topoflow.errors import ConfigError, ResumeRefused, RunDirectoryError
-from topoflow.run_directory import RunDirectory
-from topoflow.tracking import MetricsWriter
+from topoflow.logs import MetricsWriter
+from topoflow.ranks import Context
+from topoflow.run_dir import RunDirectory
 from topoflow.train_state import TrainProgress, TrainState
 
 log = logging.getLogger(__name__)

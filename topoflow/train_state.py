@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from topoflow.checkpoint import state_fingerprints
-from topoflow.data import BatchPlan, ForecastDataset
-from topoflow.distributed import Context
+from topoflow.checkpoint.fingerprint import state_fingerprints
+from topoflow.data.dataset import ForecastDataset
+from topoflow.data.sampling import BatchPlan
+from topoflow.ranks import Context
 
 
 @dataclass

@@ -9,16 +9,17 @@ from dataclasses import dataclass
 
 import torch
 
-from topoflow.checkpoint import CheckpointSaver
+from topoflow.checkpoint.saver import CheckpointSaver
 from topoflow.config import TrainConfig
-from topoflow.data import Batch, build_eval_loader, build_train_loader
-from topoflow.distributed import Context
+from topoflow.data.batch_memory import Batch
+from topoflow.data.sampling import build_eval_loader, build_train_loader
 from topoflow.errors import DataError, StopRequested, TrainingDiverged
+from topoflow.logs import MetricsWriter, Progress
 from topoflow.loss import loss_sums
+from topoflow.ranks import Context
 from topoflow.reduction import CanonicalReduction, DdpReduction
 from topoflow.reproducibility import seed_draws
-from topoflow.stop import StopFlag
-from topoflow.tracking import MetricsWriter, Progress
+from topoflow.run_dir import StopFlag
 from topoflow.train_state import TrainData, TrainState, verify_ranks
 
 log = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ import signal
 import pytest
 import torch
 
-from topoflow.checkpoint import FORMAT, CheckpointDirectory, find_checkpoint, read_checkpoint
-from topoflow.checkpoint.hashing import HashedFile
+from topoflow.checkpoint.directory import CheckpointDirectory, find_checkpoint
+from topoflow.checkpoint.file import FORMAT, HashedFile, read_checkpoint
 
 CALLS = [
     *((os, name) for name in ("mkdir", "open", "rename", "replace", "unlink", "rmdir", "fsync")),

@@ -8,7 +8,8 @@ from unittest import mock
 import pytest
 import torch
 
-from topoflow.checkpoint import FORMAT, CheckpointDirectory, find_checkpoint
+from topoflow.checkpoint.directory import CheckpointDirectory, find_checkpoint
+from topoflow.checkpoint.file import FORMAT
 from topoflow.errors import CheckpointUnreadable, MissingPath, ResumeRefused, RunDirectoryError
 
 

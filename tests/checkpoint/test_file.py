@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from topoflow.checkpoint import file as checkpoint_file
-from topoflow.checkpoint import hashing, read_checkpoint, write_checkpoint
+from topoflow.checkpoint import file as hashing
+from topoflow.checkpoint.file import read_checkpoint, write_checkpoint
 from topoflow.errors import MissingPath, ResumeRefused
 
 

@@ -11,12 +11,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from topoflow.checkpoint import FORMAT, CheckpointDirectory, CheckpointSaver, read_checkpoint
-from topoflow.checkpoint.host_copy import HostBuffer
+from topoflow.checkpoint.directory import CheckpointDirectory
+from topoflow.checkpoint.file import FORMAT, read_checkpoint
+from topoflow.checkpoint.saver import CheckpointSaver, HostBuffer
 from topoflow.config import CheckpointConfig
-from topoflow.distributed import Context, Launch
 from topoflow.errors import RunDirectoryError
-from topoflow.stop import StopFlag
+from topoflow.launch import Launch
+from topoflow.ranks import Context
+from topoflow.run_dir import StopFlag
 
 FULL = OSError(28, "No space left on device")
 SECONDS = 30
@@ -114,7 +116,7 @@ def test_memory_that_was_prepared_is_enough_for_the_first_copy(start, monkeypatc
     run = start()
     run.saver.prepare(run.weight.nbytes)
     run.saver._reserved.result(SECONDS)
-    monkeypatch.setattr("topoflow.checkpoint.host_copy.mmap.mmap", None)
+    monkeypatch.setattr("topoflow.checkpoint.saver.mmap.mmap", None)
     captured = run.capture()
     captured["optimizer"]["state"] = {"w": {"step": torch.tensor(1.0)}}
     run.saver._capture = lambda: captured
@@ -208,7 +210,7 @@ def test_a_defect_comes_out_with_the_traceback_of_the_thread(start):
 
 def test_no_memory_for_the_copy_is_a_failed_save(start, monkeypatch):
     run = start()
-    monkeypatch.setattr("topoflow.checkpoint.host_copy.mmap.mmap", lambda *_, **__: os.open("/dev/null/memory", 0))
+    monkeypatch.setattr("topoflow.checkpoint.saver.mmap.mmap", lambda *_, **__: os.open("/dev/null/memory", 0))
     run.save()
     assert run.saver.poll()
     with pytest.raises(RunDirectoryError, match="not written"):
@@ -329,8 +331,8 @@ def test_the_thread_that_writes_brings_no_threads_of_torch_into_being():
     code = """
 import os, threading
 import torch
-from topoflow.checkpoint import fingerprints
-from topoflow.checkpoint.host_copy import HostBuffer
+from topoflow.checkpoint.fingerprint import fingerprints
+from topoflow.checkpoint.saver import HostBuffer
 
 def threads_of_torch():
     return len(os.listdir("/proc/self/task")) - threading.active_count()

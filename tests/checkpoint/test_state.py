@@ -6,15 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from topoflow.checkpoint import (
-    capture_state,
-    fingerprints,
-    plan_weights,
-    restore_state,
-    state_fingerprints,
-    state_tensors,
-)
-from topoflow.checkpoint.state import copy_pairs
+from topoflow.checkpoint.fingerprint import fingerprints, state_fingerprints, state_tensors
+from topoflow.checkpoint.state import capture_state, copy_pairs, plan_weights, restore_state
 from topoflow.config import OptimConfig
 from topoflow.errors import ResumeRefused
 from topoflow.optim import build_optimizer, build_scheduler

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from topoflow.checkpoint import fingerprints, state_tensors, tensor_fingerprint
-from topoflow.checkpoint.fingerprint import CHUNK
+from topoflow.checkpoint.fingerprint import CHUNK, fingerprints, state_tensors, tensor_fingerprint
 from topoflow.config import OptimConfig
 from topoflow.optim import build_optimizer
 

@@ -3,8 +3,8 @@ import typing
 
 import pytest
 
-from topoflow.config.help import HelpfulParser, config_help, field_docstrings
-from topoflow.config.schema import Config
+from topoflow.config import Config
+from topoflow.config_io import HelpfulParser, config_help, field_docstrings
 
 SECTIONS = typing.get_type_hints(Config)
 

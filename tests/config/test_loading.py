@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from topoflow.config import config_from_dict, config_to_dict, dump_config, load_config
+from topoflow.config_io import config_from_dict, config_to_dict, dump_config, load_config
 from topoflow.errors import ConfigError, MissingPath
 
 MINIMAL = "data: {path: world, train: [2013]}\ntrain: {max_steps: 10}\n"
@@ -144,7 +144,7 @@ def test_the_configs_that_we_ship_load(path):
 
 
 def test_scripts_can_ask_for_a_value_without_torch(file):
-    code = "import sys; sys.modules['torch'] = None; from topoflow.config.__main__ import main; sys.exit(main())"
+    code = "import sys; sys.modules['torch'] = None; from topoflow.config_io import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "--print", "run.dir", str(file), "run.dir=runs/x"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "runs/x\n", "")

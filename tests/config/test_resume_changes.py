@@ -1,6 +1,6 @@
 import pytest
 
-from topoflow.config import changed_on_resume, config_from_dict, config_to_dict, override_config
+from topoflow.config_io import changed_on_resume, config_from_dict, config_to_dict, override_config
 
 TREE = {"data": {"path": "world", "train": [2013]}, "train": {"max_steps": 10}}
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from topoflow.config.schema import DataConfig
+from topoflow.config import DataConfig
 
 UNITS = {
     "u": "m s-1", "v": "m s-1", "temp": "K", "rh": "%", "psfc": "Pa", "pm25": "ug m-3", "pm10": "ug m-3",

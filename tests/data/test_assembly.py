@@ -5,9 +5,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from topoflow.data import open_forecast_data
-from topoflow.data.packed.packing import PackOptions, pack
+from topoflow.data.assembly import open_forecast_data
 from topoflow.errors import ConfigError, DataError
+from topoflow.tools.prepare.packing import PackOptions, pack
 
 NAMES = ("u", "v", "pm25", "co", "elevation", "population")
 

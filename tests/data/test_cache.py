@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from topoflow.config.loading import FREE_ON_RESUME
-from topoflow.data import open_forecast_data
-from topoflow.data.packed.packing import PackOptions, pack
+from topoflow.config_io import FREE_ON_RESUME
+from topoflow.data.assembly import open_forecast_data
+from topoflow.tools.prepare.packing import PackOptions, pack
 
 
 @pytest.fixture

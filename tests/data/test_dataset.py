@@ -6,9 +6,9 @@ import torch
 
 from topoflow.data.dataset import ForecastDataset
 from topoflow.data.normalization import Normalization
-from topoflow.data.packed.packing import PackOptions, pack
 from topoflow.data.source import open_source
 from topoflow.errors import ConfigError
+from topoflow.tools.prepare.packing import PackOptions, pack
 
 MEAN = {
     "u": 1.0,

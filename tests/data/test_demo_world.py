@@ -7,14 +7,14 @@ import pytest
 import xarray as xr
 import yaml
 
-from topoflow.data import demo_world
-from topoflow.data.demo_geography import Geography, build_flow, build_geography
-from topoflow.data.demo_transport import advect, diffuse
-from topoflow.data.demo_weather import WeatherFields, draw_weather
-from topoflow.data.demo_world import TRACERS, build_world, make_demo_data, near_ground, react, remove
 from topoflow.data.source import open_source
 from topoflow.data.variables import POLLUTANTS, VARIABLES
 from topoflow.errors import ConfigError
+from topoflow.tools.demo import world as demo_world
+from topoflow.tools.demo.geography import Geography, build_flow, build_geography
+from topoflow.tools.demo.transport import advect, diffuse
+from topoflow.tools.demo.weather import WeatherFields, draw_weather
+from topoflow.tools.demo.world import TRACERS, build_world, make_demo_data, near_ground, react, remove
 
 CELL_M = (24e3, 28e3)
 DAY_S = 86400.0

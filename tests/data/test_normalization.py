@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from topoflow.data.normalization import Normalization, compute_normalization, configured_normalization
-from topoflow.data.packed.packing import PackOptions, pack
 from topoflow.data.source import open_source
 from topoflow.errors import ConfigError, DataError
+from topoflow.tools.prepare.packing import PackOptions, pack
 
 NAMES = ("u", "co", "elevation", "lat2d", "hour_sin", "available")
 TRAIN = np.r_[3:20, 30:44]

@@ -6,10 +6,10 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from topoflow.data.packed.packing import PackOptions, pack
-from topoflow.data.packed.verification import verify
 from topoflow.data.source import open_source
 from topoflow.errors import DataError
+from topoflow.tools.prepare.packing import PackOptions, pack
+from topoflow.tools.prepare.verification import verify
 
 NAMES = ("u", "v", "pm25", "co", "elevation", "population")
 

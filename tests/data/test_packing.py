@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from topoflow.data.packed import packing
-from topoflow.data.packed.packing import PackOptions, pack
-from topoflow.data.packed.verification import verify
 from topoflow.data.source import index_source, open_indexed, open_source
 from topoflow.errors import ConfigError, DataError, MissingPath
+from topoflow.tools.prepare import packing
+from topoflow.tools.prepare.packing import PackOptions, pack
+from topoflow.tools.prepare.verification import verify
 
 NAMES = ("u", "v", "psfc", "pm25", "co")
 ALL = (*NAMES, "elevation", "population")
@@ -160,7 +160,7 @@ def test_a_coarser_grid_is_the_mean_by_area(store, fields, tmp_path):
 
 
 def test_the_mask_that_was_packed_is_used(store, make_config, tmp_path):
-    from topoflow.data import open_forecast_data
+    from topoflow.data.assembly import open_forecast_data
 
     counts = np.zeros((6, 8), bool)
     counts[2:4, 2:4] = counts[0, 0] = True

@@ -6,8 +6,8 @@ import torch
 from scipy.interpolate import RegularGridInterpolator
 
 from topoflow.data.grid import build_grid
-from topoflow.data.packed.resampling import build_resampling
 from topoflow.errors import ConfigError
+from topoflow.tools.prepare.resampling import build_resampling
 
 LAT, LON = np.linspace(55, 15, 12), np.linspace(70, 140, 20)
 GRID = build_grid(*np.meshgrid(LAT, LON, indexing="ij"), where="a test")

@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 import xarray as xr
 
-from topoflow.data import stations, store_writer
-from topoflow.data.stations import grid_stations
 from topoflow.errors import ConfigError, DataError, MissingPath
+from topoflow.tools.prepare import stations, store_writer
+from topoflow.tools.prepare.stations import grid_stations
 
 BOX = (30.0, 33.0, 100.0, 104.0)
 

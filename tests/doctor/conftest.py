@@ -10,7 +10,7 @@ import doctor_faults
 import pytest
 import yaml
 
-from topoflow.data.demo_world import make_demo_data
+from topoflow.tools.demo.world import make_demo_data
 
 CONFIG = {
     "run": {"threads": 1},

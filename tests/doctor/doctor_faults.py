@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 
 from topoflow import cli
-from topoflow.distributed import Context
-from topoflow.doctor import (
+from topoflow.errors import ConfigError
+from topoflow.ranks import Context
+from topoflow.tools.doctor import (
     caches,
     clock,
     command,
@@ -27,7 +28,6 @@ from topoflow.doctor import (
     storage,
     survey,
 )
-from topoflow.errors import ConfigError
 
 
 def run_rank(rank, world, port, output, arguments, fault):

@@ -14,11 +14,11 @@ import pytest
 
 import topoflow
 from topoflow import cli
-from topoflow.doctor import storage
-from topoflow.doctor.address import judge_interfaces
-from topoflow.doctor.network import pair_up
-from topoflow.lease import Lease
 from topoflow.reproducibility import hash_sources
+from topoflow.run_dir import Lease
+from topoflow.tools.doctor import storage
+from topoflow.tools.doctor.address import judge_interfaces
+from topoflow.tools.doctor.network import pair_up
 
 ROOT = Path(__file__).parents[2]
 FAIL, WARNING = "FAIL", "WARNING"

@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import torch
 
 from tests.lightning.restated import TARGETS, VARIABLES
-from topoflow.checkpoint import restore_state
-from topoflow.config import config_from_dict, config_to_dict
-from topoflow.distributed import Context, Launch
-from topoflow.lightning_import import Destination, convert
-from topoflow.model import build_model
+from topoflow.checkpoint.state import restore_state
+from topoflow.config_io import config_from_dict, config_to_dict
+from topoflow.launch import Launch
+from topoflow.model.topoflow import build_model
 from topoflow.optim import build_optimizer, build_scheduler
+from topoflow.ranks import Context
 from topoflow.reduction import DdpReduction
+from topoflow.tools.lightning.conversion import Destination, convert
 from topoflow.train_state import TrainProgress, TrainState
 from topoflow.trainer import Trainer
 

@@ -8,7 +8,7 @@ from tests.lightning.importing_run import ImportingRun, build_config
 from tests.lightning.lightning_runs import ELEVATION_MEAN, ELEVATION_STD
 from tests.lightning.restated import TARGETS, VARIABLES
 from topoflow.errors import ResumeRefused
-from topoflow.lightning_import import read_lightning
+from topoflow.tools.lightning.reading import read_lightning
 
 MODEL = {"embed_dim": 96, "depth": 3, "decoder_depth": 2, "num_heads": 4}
 WITHOUT = {**MODEL, "terrain": "none", "relative_position": False}

@@ -14,7 +14,7 @@ import torch
 from tests.lightning.lightning_runs import IMG_SIZE, LightningRun
 from tests.lightning.restated import Network
 from topoflow.errors import MissingPath, ResumeRefused
-from topoflow.lightning_import import read_lightning
+from topoflow.tools.lightning.reading import read_lightning
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from topoflow.config.schema import ModelConfig
-from topoflow.model import build_model, initialization
+from topoflow.config import ModelConfig
+from topoflow.model import initialization
+from topoflow.model.topoflow import build_model
 
 NAMES = ("u", "v", "pm25", "o3")
 

@@ -10,8 +10,8 @@ import torch
 from tests.lightning.restated import Network, bucket, table_rows
 from topoflow.config import ModelConfig
 from topoflow.errors import ConfigError
-from topoflow.model import build_model
 from topoflow.model.legacy import RelativePositionBias, axis_buckets, regional_wind_order
+from topoflow.model.topoflow import build_model
 from topoflow.optim import group_parameters
 
 SMALL = {"patch_size": 2, "embed_dim": 8, "depth": 3, "decoder_depth": 2, "num_heads": 2, "wind": "none"}

@@ -3,9 +3,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from topoflow.config.schema import ModelConfig
+from topoflow.config import ModelConfig
 from topoflow.errors import ConfigError
-from topoflow.model import TopoFlow, build_model
+from topoflow.model.topoflow import TopoFlow, build_model
 
 INPUTS = ("u", "v", "pm25", "o3", "elevation")
 TARGETS = ("pm25", "o3")

@@ -16,8 +16,9 @@ import yaml
 
 import train as train_script
 from benchmarks.forked_runs import ForkedRuns
-from topoflow.data import BatchPlan, ForecastDataset
-from topoflow.data.demo_world import make_demo_data
+from topoflow.data.dataset import ForecastDataset
+from topoflow.data.sampling import BatchPlan
+from topoflow.tools.demo.world import make_demo_data
 
 ROOT = Path(__file__).parents[2]
 

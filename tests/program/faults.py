@@ -11,7 +11,7 @@ import torch
 
 import topoflow.resume
 import train
-from topoflow.data import Normalization
+from topoflow.data.normalization import Normalization
 from topoflow.trainer import Trainer
 
 STEP_OF_DRIFT = 8

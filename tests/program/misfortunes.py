@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import topoflow.checkpoint.directory
 import train
-from topoflow.data import ForecastData
+from topoflow.data.assembly import ForecastData
 from topoflow.trainer import Trainer
 
 STEP = 3

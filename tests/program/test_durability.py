@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.flip_campaign import run_campaign
 from topoflow import cli
-from topoflow.checkpoint import CheckpointDirectory
 from topoflow.checkpoint import file as checkpoint_file
+from topoflow.checkpoint.directory import CheckpointDirectory
 
 
 class Malicious:

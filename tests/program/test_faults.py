@@ -14,8 +14,8 @@ import torch
 import zarr
 
 from topoflow.certificate import Certifier
-from topoflow.data.demo_world import make_demo_data
-from topoflow.model import TopoFlow
+from topoflow.model.topoflow import TopoFlow
+from topoflow.tools.demo.world import make_demo_data
 
 SAVED_STEP = 6
 

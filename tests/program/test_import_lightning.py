@@ -11,7 +11,7 @@ import yaml
 from tests.lightning.lightning_runs import LightningRun
 from tests.lightning.restated import VARIABLES, Network
 from topoflow import cli
-from topoflow.lightning_import import convert
+from topoflow.tools.lightning.conversion import convert
 
 CONFIG = {
     "run": {"threads": 1, "seed": 3},
@@ -123,7 +123,7 @@ def test_a_checkpoint_that_another_job_writes_meanwhile_stays(program, config, l
         other.mkdir(parents=True)
         return convert(*arguments)
 
-    monkeypatch.setattr("topoflow.imported_run.convert", convert_slowly)
+    monkeypatch.setattr("topoflow.tools.lightning.run.convert", convert_slowly)
     assert import_lightning(program) == 2
     assert "holds checkpoints (step-00000001)" in one_line(capsys)
     assert [path.name for path in other.parent.iterdir()] == ["step-00000001"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from topoflow.data.packed.packing import PackOptions, pack
+from topoflow.tools.prepare.packing import PackOptions, pack
 
 ROOT = Path(__file__).parents[2]
 

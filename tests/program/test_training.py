@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from topoflow.config import load_config
-from topoflow.data import BatchPlan, open_forecast_data
-from topoflow.model import build_model
+from topoflow.config_io import load_config
+from topoflow.data.assembly import open_forecast_data
+from topoflow.data.sampling import BatchPlan
+from topoflow.model.topoflow import build_model
 
 PLAIN = (
     "model.drop_rate=0",

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from benchmarks.slurm_jobs import Slurm, wait_until
-from topoflow.data.demo_world import make_demo_data
+from topoflow.tools.demo.world import make_demo_data
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {

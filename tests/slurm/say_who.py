@@ -12,9 +12,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from topoflow.config import DistributedConfig
-from topoflow.distributed import choose_device, distributed_context, read_launch
 from topoflow.errors import Refusal
-from topoflow.exit import say_refusal
+from topoflow.launch import choose_device, read_launch
+from topoflow.ranks import distributed_context
+from topoflow.run_dir import say_refusal
 
 
 def main() -> int:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from topoflow.checkpoint.file import read_checkpoint, write_checkpoint
-from topoflow.disk import Guard, discard, flush_folder, replace_text
 from topoflow.errors import CheckpointUnreadable, MissingPath, ResumeRefused, RunDirectoryError
+from topoflow.run_dir import Guard, discard, flush_folder, replace_text
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class CheckpointDirectory:
     name another checkpoint.
 
     Args:
-        guard: entered around every rename, pointer write and delete, see `topoflow.disk`.
+        guard: entered around every rename, pointer write and delete, see `topoflow.run_dir`.
         on_progress: called while a checkpoint is being written, after each tensor.
     """
 

@@ -1,6 +1,8 @@
 """One checkpoint: a folder with state.pt and manifest.json, written whole or not at all, verified when it is read."""
 
+import hashlib
 import itertools
+import json
 import os
 import pickle
 import shutil
@@ -8,15 +10,168 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 
-from topoflow.checkpoint.hashing import HashedFile, file_digests
-from topoflow.checkpoint.manifest import MANIFEST, STATE, manifest_text, read_manifest, state_record
-from topoflow.disk import Guard, discard, flush, flush_folder, hidden_beside
 from topoflow.errors import CheckpointUnreadable, MissingPath, ResumeRefused
+from topoflow.run_dir import Guard, discard, flush, flush_folder, hidden_beside
+
+MANIFEST, STATE = "manifest.json", "state.pt"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file as the manifest has it: one piece after another, of these sizes and SHA-256."""
+
+    sizes: list[int]
+    sha256: list[str]
+
+    @property
+    def size(self) -> int:
+        return sum(self.sizes)
+
+
+def manifest_text(content: dict[str, Any]) -> str:
+    """A manifest as JSON text, with the hash of everything else in it as its last key."""
+    body = json.dumps(content, sort_keys=True)
+    return json.dumps({**content, "manifest_sha256": hashlib.sha256(body.encode()).hexdigest()}, indent=1)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint: format, step, files, tensors {name: dtype, shape, sha256}.
+
+    Raises:
+        ResumeRefused: it is missing, or not what its own hash says.
+        OSError: it cannot be read.
+    """
+    try:
+        text = (folder / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        raise ResumeRefused(f"checkpoint {folder}: {MANIFEST} is missing") from None
+    try:
+        content = json.loads(text)
+        del content["manifest_sha256"]
+        # the text itself is compared: a byte that JSON does not mind is found too
+        whole = manifest_text(content).encode() == text
+    except (ValueError, KeyError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        raise ResumeRefused(f"checkpoint {folder}: {MANIFEST} does not match its own hash: it is damaged")
+    return content
+
+
+def state_record(manifest: dict[str, Any], folder: Path) -> FileRecord:
+    """What the manifest says about state.pt. Format 1.0 had one hash for the whole file.
+
+    Raises:
+        ResumeRefused: it says nothing that could be checked.
+    """
+    try:
+        entry = manifest["files"][STATE]
+        pieces = entry["pieces"] if "pieces" in entry else [(entry["size"], entry["sha256"])]
+        sizes, digests = zip(*pieces, strict=True)
+        understood = min(sizes) > 0 and sum(sizes) == entry["size"]
+    except (KeyError, TypeError, ValueError):
+        understood = False
+    if not understood:
+        raise ResumeRefused(f"checkpoint {folder}: {MANIFEST} does not say what {STATE} must be")
+    return FileRecord(list(sizes), list(digests))
+
+
+_BLOCK_BYTES = 2**20
+_WORTH_A_PIECE = 2**16
+
+Piece = tuple[int, str]
+"""So many bytes of a file, and their SHA-256."""
+
+
+class HashedFile:
+    """A file that is being written, and the SHA-256 of each piece of it: a piece is one large write, or all small ones
+    between two large ones. A thread of `pool` hashes the bytes while the operating system takes them.
+
+    torch.save writes each storage at once, straight from its memory, so the hash of a piece is that of a tensor too.
+    """
+
+    def __init__(self, file: BinaryIO, pool: ThreadPoolExecutor, on_progress: Callable[[], None]):
+        self._file, self._pool, self._on_progress = file, pool, on_progress
+        self._pieces: list[Piece] = []
+        self._by_address: dict[int, Piece] = {}
+        self._small, self._small_size = hashlib.sha256(), 0
+        self.error: OSError | None = None
+        """What the operating system said; torch's writer hides it behind an error of its own."""
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write and hash `data`."""
+        view = memoryview(data).cast("B")
+        is_small = len(view) < _WORTH_A_PIECE
+        hashing = None if is_small else self._pool.submit(_digest, view)
+        try:
+            self._file.write(view)
+        except OSError as error:
+            self.error = error
+            raise
+        finally:
+            # before we return: then the memory is the caller's again
+            digest = None if is_small else hashing.result()
+        if is_small:
+            self._small.update(view)
+            self._small_size += len(view)
+        else:
+            self._end_small()
+            self._pieces.append((len(view), digest))
+            self._by_address[np.frombuffer(view, np.uint8).ctypes.data] = self._pieces[-1]
+            self._on_progress()
+        return len(view)
+
+    def flush(self) -> None:
+        """Hand what is buffered to the operating system."""
+        self._file.flush()
+
+    def pieces(self) -> list[Piece]:
+        """What was written, piece by piece."""
+        self._end_small()
+        return self._pieces
+
+    def tensor_digest(self, tensor: torch.Tensor) -> str:
+        """SHA-256 of a tensor's bytes, taken from what was written where that is the tensor's own memory."""
+        size, digest = self._by_address.get(tensor.data_ptr(), (-1, ""))
+        if size == tensor.nbytes and tensor.is_contiguous():
+            return digest
+        return _digest(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+    def _end_small(self) -> None:
+        if self._small_size:
+            self._pieces.append((self._small_size, self._small.hexdigest()))
+        self._small, self._small_size = hashlib.sha256(), 0
+
+
+def file_digests(file: BinaryIO, sizes: Sequence[int]) -> list[str]:
+    """SHA-256 of the pieces of a file that have these sizes, read and hashed by several threads."""
+    descriptor = file.fileno()
+
+    def digest(start: int, size: int) -> str:
+        piece, block = hashlib.sha256(), memoryview(bytearray(min(size, _BLOCK_BYTES)))
+        position, end = start, start + size
+        while position < end:
+            count = os.preadv(descriptor, [block[: end - position]], position)
+            if count == 0:
+                break  # shorter than it should be: the hash will tell
+            piece.update(block[:count])
+            position += count
+        return piece.hexdigest()
+
+    starts = itertools.accumulate(sizes, initial=0)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(digest, starts, sizes))
+
+
+def _digest(data: memoryview | np.ndarray) -> str:
+    return hashlib.sha256(data).hexdigest()
+
 
 FORMAT = (1, 1)
 
@@ -43,7 +198,7 @@ def write_checkpoint(
 
     Raises:
         OSError: the file system refused; the temporary folder is removed and what was there before is whole.
-        RunDirectoryError: `guard` refused, see `topoflow.disk`; likewise.
+        RunDirectoryError: `guard` refused, see `topoflow.run_dir`; likewise.
     """
     temporary = hidden_beside(folder, "writing")
     try:

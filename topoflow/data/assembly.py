@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from topoflow.config.schema import DataConfig
+from topoflow.config import DataConfig
 from topoflow.data.cache import NormalizationCache
 from topoflow.data.dataset import ForecastDataset, input_names
 from topoflow.data.fields import FieldSource

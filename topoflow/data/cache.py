@@ -11,7 +11,7 @@ import numpy as np
 
 from topoflow.data.fields import FieldSource
 from topoflow.data.normalization import Normalization
-from topoflow.disk import replace_text
+from topoflow.run_dir import replace_text
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from topoflow.config.schema import DataConfig
+from topoflow.config import DataConfig
 from topoflow.data.batch_memory import Batch, Layout, make_batch
 from topoflow.data.fields import FieldSource
 from topoflow.data.normalization import Normalization

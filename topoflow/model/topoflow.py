@@ -7,17 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from topoflow.config.schema import ModelConfig
+from topoflow.config import ModelConfig
 from topoflow.errors import ConfigError
 from topoflow.model.attention import Attention, Block
 from topoflow.model.embedding import PatchEmbedding, VariableAggregation, split_patches, unpatchify
 from topoflow.model.initialization import initialize_weights
-from topoflow.model.legacy import (
-    NormedPatchEmbedding,
-    RelativePositionBias,
-    require_regional_grid,
-    scan_regionally,
-)
+from topoflow.model.legacy import NormedPatchEmbedding, RelativePositionBias, require_regional_grid, scan_regionally
 from topoflow.model.linear import Linear
 from topoflow.model.terrain import TerrainAttention, patch_heights
 from topoflow.model.wind import WindRank

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from topoflow.disk import replace_text
 from topoflow.errors import DataError
+from topoflow.run_dir import replace_text
 
 MANIFEST = "manifest.json"
 FORMAT = "topoflow packed data 1"

@@ -1,0 +1,305 @@
+"""What can be configured: one frozen dataclass per consumer, one docstring per key.
+
+The loader (`topoflow.config_io`) checks types; the range checks that need no other section stand in each
+`__post_init__`, those that compare sections stand in `Config.__post_init__`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from topoflow.errors import ConfigError
+
+PARAMETER_GROUPS = ("vit_blocks", "wind_embedding", "head", "others")
+
+
+def _require(section: object, key: str, condition: bool, expected: str) -> None:
+    """Refuse the value of `key` in a section unless `condition` holds."""
+    if not condition:
+        name, value = type(section).__name__.removesuffix("Config").lower(), getattr(section, key)
+        shown = list(value) if isinstance(value, tuple) else value
+        raise ConfigError(f"{name}.{key}: {shown!r} is not usable: expected {expected}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run lives and what makes it repeat."""
+
+    dir: str = "runs/topoflow"
+    """Run directory: checkpoints, metrics, TensorBoard events and scores go here."""
+    seed: int = 0
+    """Seed of the initial weights, of the order of samples and of every random draw in training."""
+    deterministic: bool = True
+    """Use only algorithms that give the same bits each time (an operation that has none is an error)."""
+    threads: int | None = None
+    """Intra-op threads of each process; bits on CPU depend on it. Absent: as the launcher set it (torchrun: 1)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to compute on; auto takes this process's GPU if there is one (ROCm devices are called cuda too)."""
+
+    def __post_init__(self):
+        _require(self, "dir", self.dir != "", "a folder")
+        _require(self, "seed", 0 <= self.seed < 2**63, "an integer from 0 to 2**63 - 1")
+        _require(self, "threads", self.threads is None or self.threads >= 1, "an integer >= 1, or null")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which data are read, and as what."""
+
+    path: str
+    """Folder with yearly stores (data_YYYY*.zarr or *.nc), or one such store or file."""
+    train: tuple[int | tuple[str, str], ...]
+    """Training split: years, or [start, end] ranges with both ends included (a date alone means its whole day)."""
+    validation: tuple[int | tuple[str, str], ...] = ()
+    """Validation split, in the same form."""
+    test: tuple[int | tuple[str, str], ...] = ()
+    """Test split, in the same form; scored when training has ended."""
+    variables: tuple[str, ...] = (
+        "u", "v", "temp", "rh", "psfc", "pm10", "so2", "no2", "co", "o3", "lat2d", "lon2d", "pm25", "elevation",
+        "population",
+    )  # fmt: skip
+    """Input variables, in the order of the network's channels."""
+    targets: tuple[str, ...] = ("pm25", "pm10", "so2", "no2", "co", "o3")
+    """Variables to forecast."""
+    lead_times_hours: tuple[int, ...] = (12, 24, 48, 96)
+    """Forecast lead times in hours."""
+    workers: int = 2
+    """Loader processes per rank; 0 loads in the training process."""
+    mask: str | None = None
+    """File with the cells that count (.npy, or NetCDF/Zarr with a variable `mask`), [lat, lon], nonzero = counts;
+    absent: all do, or those that packed data were packed with."""
+    normalization: Literal["train"] | dict[str, tuple[float, float]] = "train"
+    """`train`: mean and standard deviation over the training split; or {variable: [mean, standard deviation]}."""
+    availability: bool = False
+    """Add the input `available`: the fraction of the dynamic input variables that have a value in the cell."""
+    in_memory: bool | None = None
+    """Hold the fields in memory; absent: if they take at most 2 GiB per process. Packed data are mapped, not held."""
+    cache: str | None = None
+    """Folder where the normalization of data that are not packed is kept, so that no later run reads them for it;
+    absent: ~/.cache/topoflow."""
+
+    def __post_init__(self):
+        _require(self, "train", len(self.train) > 0, "at least one year or [start, end] range")
+        for key in ("variables", "targets", "lead_times_hours"):
+            values = getattr(self, key)
+            _require(self, key, len(values) > 0, "at least one entry")
+            _require(self, key, len(set(values)) == len(values), "no entry twice")
+        leads = list(self.lead_times_hours)
+        _require(self, "lead_times_hours", min(leads) >= 1 and leads == sorted(leads), "increasing hours, each >= 1")
+        _require(self, "workers", self.workers >= 0, "an integer >= 0")
+        if isinstance(self.normalization, dict):
+            deviations = [deviation for _, deviation in self.normalization.values()]
+            _require(self, "normalization", all(d > 0 for d in deviations), "[mean, deviation > 0] for each name")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network."""
+
+    img_size: tuple[int, int] | None = None
+    """Rows and columns of the grid; absent: taken from the data, present: must agree with them."""
+    patch_size: int = 2
+    """Cells along each side of a patch."""
+    embed_dim: int = 768
+    """Width of a token."""
+    depth: int = 6
+    """Number of transformer blocks."""
+    decoder_depth: int = 2
+    """Hidden layers of the head."""
+    num_heads: int = 8
+    """Attention heads of each block and of the aggregation over variables."""
+    mlp_ratio: float = 4.0
+    """Hidden width of a block's MLP over embed_dim."""
+    drop_rate: float = 0.1
+    """Dropout on embeddings, attention weights, projections and MLPs."""
+    block_dropout: Literal["all", "first", "none"] | None = None
+    """Blocks that drop with drop_rate, for imported weights; absent: first with patch_norm or relative_position (as the
+    published program did), else all."""
+    drop_path: float = 0.1
+    """Stochastic depth: rate of the last block; it rises linearly from 0 at the first."""
+    wind: Literal["none", "rank", "legacy_regional"] = "rank"
+    """rank: each token is told where it stands along the field's mean wind; none: not. legacy_regional: tokens sorted
+    within regions, for imported weights of the published program's predecessor (128 x 256 cells, patch_size 2)."""
+    terrain: Literal["none", "endpoint"] = "endpoint"
+    """endpoint: attention of block 0 is damped towards tokens that stand higher; none: not."""
+    elevation_alpha_init: float = 0.01
+    """Initial strength of the terrain term (learned)."""
+    relative_position: bool = False
+    """Bias attention of block 0 by relative position, for imported weights of the published program."""
+    patch_norm: bool = False
+    """Normalize each variable's token before they are aggregated, for imported weights of the published program."""
+
+    def __post_init__(self):
+        for key in ("patch_size", "embed_dim", "depth", "num_heads"):
+            _require(self, key, getattr(self, key) >= 1, "an integer >= 1")
+        _require(self, "img_size", self.img_size is None or min(self.img_size) >= 1, "[rows, columns], each >= 1")
+        _require(self, "decoder_depth", self.decoder_depth >= 0, "an integer >= 0")
+        heads = self.num_heads
+        _require(self, "embed_dim", self.embed_dim % heads == 0, f"a multiple of model.num_heads = {heads}")
+        _require(self, "embed_dim", self.embed_dim % 4 == 0, "a multiple of 4 (2-D sin-cos positions)")
+        _require(self, "mlp_ratio", self.mlp_ratio > 0, "a number > 0")
+        for key in ("drop_rate", "drop_path"):
+            _require(self, key, 0 <= getattr(self, key) < 1, "a number from 0 to below 1")
+        _require(self, "elevation_alpha_init", self.elevation_alpha_init >= 0, "a number >= 0")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its learning rates."""
+
+    learning_rate: float = 1e-4
+    """Base learning rate; each parameter group multiplies it."""
+    weight_decay: float = 1e-2
+    """Decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of AdamW's two moments."""
+    eps: float = 1e-8
+    """Term that AdamW adds to the denominator."""
+    group_multipliers: dict[str, float] = field(
+        default_factory=lambda: {"vit_blocks": 0.1, "wind_embedding": 2.0, "head": 0.5, "others": 1.0}
+    )
+    """Learning rate of each parameter group over the base rate."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """cosine: from the group's rate to eta_min over schedule_length, then eta_min; constant: no change."""
+    schedule_interval: Literal["epoch", "step"] = "epoch"
+    """Unit in which the schedule advances."""
+    schedule_length: int | None = None
+    """Length of the cosine (T_max) in schedule_interval; absent: the length of the run."""
+    eta_min: float = 1e-6
+    """Learning rate at the end of the cosine, the same for all groups."""
+    warmup_steps: int = 0
+    """Optimizer steps over which all rates rise linearly from 0; the schedule itself is not shifted by them."""
+    grad_clip_norm: float | None = 1.0
+    """Largest norm of the gradient over all parameters; null does not clip."""
+
+    def __post_init__(self):
+        for key in ("learning_rate", "eps"):
+            _require(self, key, getattr(self, key) > 0, "a number > 0")
+        for key in ("weight_decay", "eta_min"):
+            _require(self, key, getattr(self, key) >= 0, "a number >= 0")
+        _require(self, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1")
+        groups, multipliers = ", ".join(PARAMETER_GROUPS), self.group_multipliers
+        complete = set(multipliers) == set(PARAMETER_GROUPS) and min(multipliers.values()) >= 0
+        _require(self, "group_multipliers", complete, f"a number >= 0 for each of {groups}")
+        length, clip = self.schedule_length, self.grad_clip_norm
+        _require(self, "schedule_length", length is None or length >= 1, "an integer >= 1, or null")
+        _require(self, "warmup_steps", self.warmup_steps >= 0, "an integer >= 0")
+        _require(self, "grad_clip_norm", clip is None or clip > 0, "a number > 0, or null")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, batch and arithmetic of the training."""
+
+    max_epochs: int | None = None
+    """Epochs to train; with max_steps too, whichever ends first."""
+    max_steps: int | None = None
+    """Optimizer steps to train."""
+    global_batch_size: int = 32
+    """Samples of one optimizer step over all processes: micro_batch_size x world_size x accumulation."""
+    micro_batch_size: int = 4
+    """Samples of one forward pass of one process."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: forward under autocast to bfloat16; weights, moments and loss stay in float32."""
+    compile: bool = False
+    """Compile the network with torch.compile."""
+    activation_checkpointing: bool = False
+    """Recompute each block's activations in the backward pass instead of keeping them."""
+    flex_attention: bool = True
+    """On GPUs, damp attention across terrain by FlexAttention, which compiles a kernel; false: in plain torch."""
+    early_stopping_patience: int | None = None
+    """Stop after this many validations in a row without a new best; null never stops early."""
+    validate_every_steps: int | None = None
+    """Optimizer steps between validations; absent: at the end of each epoch. Always at the end of the run."""
+    log_every_steps: int = 10
+    """Optimizer steps between lines of metrics.jsonl."""
+
+    def __post_init__(self):
+        ends = self.max_epochs is not None or self.max_steps is not None
+        _require(self, "max_steps", ends, "max_steps or max_epochs to be set")
+        for key in ("max_epochs", "max_steps", "early_stopping_patience", "validate_every_steps"):
+            value = getattr(self, key)
+            _require(self, key, value is None or value >= 1, "an integer >= 1, or null")
+        for key in ("global_batch_size", "micro_batch_size", "log_every_steps"):
+            _require(self, key, getattr(self, key) >= 1, "an integer >= 1")
+        micro = self.micro_batch_size
+        divides = self.global_batch_size % micro == 0
+        _require(self, "global_batch_size", divides, f"a multiple of train.micro_batch_size = {micro}")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When state is saved, and from what a run starts."""
+
+    every_steps: int | None = 1000
+    """Optimizer steps between checkpoints; null: only at a new best, at a stop and at the end."""
+    keep_last: int = 3
+    """How many of the newest checkpoints stay."""
+    keep_best: bool = True
+    """Keep the checkpoint with the lowest validation loss as well, and save one whenever it falls."""
+    resume: str = "auto"
+    """auto: from the newest checkpoint of the run directory, if any; never: a new run; or a checkpoint's path."""
+    init_from: str | None = None
+    """Fine-tune: take the weights of this checkpoint (or run) and start at step 0. Nothing else is restored."""
+    allow_new: tuple[str, ...] = ()
+    """Names (or globs) of weights and buffers that may be absent from the checkpoint; they start fresh."""
+    allow_changed: tuple[str, ...] = ()
+    """Config keys (or globs) that alter the mathematics and may differ from the checkpoint's all the same."""
+    probe_tolerance: float = 1e-3
+    """Largest relative change of the probe loss on a resume with other software, device model or thread count."""
+    validate_on_resume: bool = False
+    """Run the whole validation after a restore, before the first step, and log it beside the checkpoint's."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """What a failed save does: end the run, or log it and train on until the next one."""
+
+    def __post_init__(self):
+        every = self.every_steps
+        _require(self, "every_steps", every is None or every >= 1, "an integer >= 1, or null")
+        _require(self, "keep_last", self.keep_last >= 1, "an integer >= 1")
+        _require(self, "probe_tolerance", self.probe_tolerance >= 0, "a number >= 0")
+        _require(self, "resume", self.resume != "", "auto, never or the path of a checkpoint")
+        either = self.init_from is None or self.resume in ("auto", "never")
+        _require(self, "init_from", either, "no checkpoint.resume=PATH beside it: a run resumes or fine-tunes")
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """The processes and what they say to each other."""
+
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """auto: nccl (RCCL on AMD) on GPUs, gloo on CPU."""
+    setup_timeout_seconds: float = 600.0
+    """How long to wait for all processes at start."""
+    timeout_seconds: float = 600.0
+    """How long a collective operation may wait for the slowest process."""
+    verify_every_steps: int | None = 1000
+    """Optimizer steps between proofs that all processes hold the same state; null: only at start and after a resume."""
+    reduction: Literal["ddp", "canonical"] = "ddp"
+    """How gradients are summed over processes. canonical: 1, 2, 4 ... give the same bits (with run.threads set)."""
+
+    def __post_init__(self):
+        for key in ("setup_timeout_seconds", "timeout_seconds"):
+            _require(self, key, getattr(self, key) > 0, "seconds > 0")
+        every = self.verify_every_steps
+        _require(self, "verify_every_steps", every is None or every >= 1, "an integer >= 1, or null")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All sections; each consumer receives its own."""
+
+    data: DataConfig
+    train: TrainConfig
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+
+    def __post_init__(self):
+        has_wind = {"u", "v"} <= set(self.data.variables)
+        wind = self.model.wind
+        _require(self.data, "variables", wind == "none" or has_wind, f"u and v among them for model.wind={wind}")
+        validates = not self.checkpoint.validate_on_resume or len(self.data.validation) > 0
+        _require(self.checkpoint, "validate_on_resume", validates, "a data.validation split to validate on")
+        judged = self.train.early_stopping_patience is None or len(self.data.validation) > 0
+        _require(self.train, "early_stopping_patience", judged, "a data.validation split to judge by")

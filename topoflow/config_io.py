@@ -1,0 +1,400 @@
+"""Reads a config from YAML and `section.key=value` overrides, writes it, compares two, and documents its keys."""
+
+import argparse
+import ast
+import copy
+import dataclasses
+import difflib
+import fnmatch
+import inspect
+import itertools
+import math
+import re
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from topoflow import config as schema
+from topoflow.config import Config
+from topoflow.errors import ConfigError, MissingPath, Refusal
+
+
+def describe(kind: Any) -> str:
+    """The type in a user's words, for help and errors."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is type(None):
+        return "null"
+    if kind in _WORDS:
+        return _WORDS[kind]
+    if origin is Literal:
+        return " | ".join(str(value) for value in arguments)
+    if origin in (types.UnionType, typing.Union):
+        return " | ".join(describe(option) for option in arguments)
+    if origin is tuple and arguments[-1] is Ellipsis:
+        item = describe(arguments[0])
+        return f"list of ({item})" if "|" in item else f"list of {item}"
+    if origin is tuple:
+        return "[" + ", ".join(describe(item) for item in arguments) + "]"
+    if origin is dict:
+        return "{name: " + describe(arguments[1]) + "}"
+    raise AssertionError(f"the schema uses a type that the loader does not know: {kind}")
+
+
+_WORDS = {bool: "true | false", int: "integer", float: "number", str: "text"}
+
+
+def coerce(kind: Any, value: Any, key: str) -> Any:
+    """`value` as the type `kind` of the schema.
+
+    Integers pass as numbers, whole numbers such as 1e3 as integers, lists become tuples. Nothing else is converted.
+
+    Raises:
+        ConfigError: the value is of another type, or a number is not finite.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return _coerce_union(kind, arguments, value, key)
+    if origin is Literal:
+        if any(value == option and type(value) is type(option) for option in arguments):
+            return value
+    elif origin is tuple and isinstance(value, list | tuple):
+        if arguments[-1] is Ellipsis:
+            return tuple(coerce(arguments[0], item, key) for item in value)
+        if len(value) == len(arguments):
+            return tuple(coerce(item_kind, item, key) for item_kind, item in zip(arguments, value, strict=True))
+    elif origin is dict and isinstance(value, dict):
+        return {coerce(str, name, key): coerce(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
+    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    elif kind is int and isinstance(value, int | float) and not isinstance(value, bool) and value % 1 == 0:
+        return int(value)
+    elif kind in (bool, str, type(None)) and type(value) is kind:
+        return value
+    raise ConfigError(f"{key}: {value!r} is not usable: expected {describe(kind)}")
+
+
+def _coerce_union(kind: Any, options: tuple[Any, ...], value: Any, key: str) -> Any:
+    for option in options:
+        try:
+            return coerce(option, value, key)
+        except ConfigError:
+            continue
+    raise ConfigError(f"{key}: {value!r} is not usable: expected {describe(kind)}")
+
+
+def takes_text(kind: Any) -> bool:
+    """Whether a key of this type takes free text, so that `run.dir=2019` means the text 2019."""
+    return kind is str or (typing.get_origin(kind) in (types.UnionType, typing.Union) and str in typing.get_args(kind))
+
+
+# Keys that may differ between a checkpoint and the run that resumes from it, because they do not alter the mathematics
+# (globs). The rest are refused unless checkpoint.allow_changed lists them.
+FREE_ON_RESUME = (
+    "run.dir", "run.threads", "run.device", "data.path", "data.mask", "data.test", "data.workers", "data.in_memory",
+    "data.cache", "train.max_epochs", "train.max_steps", "train.compile", "train.activation_checkpointing",
+    "train.flex_attention", "train.early_stopping_patience", "train.validate_every_steps", "train.log_every_steps",
+    "checkpoint.*", "distributed.backend", "distributed.setup_timeout_seconds", "distributed.timeout_seconds",
+    "distributed.verify_every_steps",
+)  # fmt: skip
+
+# Keys that add parts to the network: with checkpoint.allow_new they may differ too, and the names of what is restored,
+# and the probe, tell whether anything else did.
+ADDS_NAMES = (
+    "model.wind", "model.terrain", "model.elevation_alpha_init", "model.relative_position", "model.patch_norm",
+)  # fmt: skip
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose scalars are those of YAML 1.2's core: 1e-4 is a number, a date is text, `on` and `no` are text."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise ConfigError(f"{twice[0]}: given twice, line {node.start_mark.line + 1}: expected once")
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that `_Loader` would take for something else."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+_Dumper.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("bool", r"true|false|True|False", "tfTF"),
+    ("null", r"null|Null|~|", ["n", "N", "~", ""]),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf)|\.(nan|NaN)", "-+.0123456789"),
+):
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of a YAML file, with `section.key=value` overrides applied in order.
+
+    Raises:
+        MissingPath: the file is not there.
+        ConfigError: unknown key, wrong type, value out of range, or text that is not YAML. The message names the key,
+            the value, what was expected and where it was said.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingPath(f"config file {path}: not found: expected a YAML file, such as configs/demo.yaml")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path}: not YAML: {' '.join(str(error).split())}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{error} (in {path})") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"config file {path}: not text: expected YAML in UTF-8") from None
+    return override_config({} if tree is None else tree, overrides, f"{path}")
+
+
+def override_config(tree: Any, overrides: Sequence[str], where: str) -> Config:
+    """The config of nested dicts that came from `where`, with overrides applied in order; see `load_config`."""
+    said: dict[str, str] = {}
+    tree = copy.deepcopy(tree)
+    try:
+        _require_sections(tree)
+        for override in overrides:
+            _apply_override(tree, override, said)
+        return config_from_dict(tree)
+    except ConfigError as error:
+        raise ConfigError(f"{error} ({_where(str(error).partition(':')[0], tree, said, where)})") from None
+
+
+def _where(key: str, tree: Any, said: dict[str, str], path: str) -> str:
+    """Who said the key that an error message begins with: the command line, the file or the defaults beside it."""
+    for path_said, override in said.items():
+        if path_said.startswith(key) or key.startswith(path_said):
+            return f"from the command line, {override}"
+    section, _, name = key.partition(".")
+    in_file = isinstance(tree, dict) and section in tree and (not name or name in (tree[section] or {}))
+    return f"in {path}" if in_file else f"with {path}"
+
+
+def config_from_dict(tree: Any) -> Config:
+    """The config that nested dicts {section: {key: value}} describe; see `load_config` for what is refused."""
+    _require_sections(tree)
+    built = {}
+    for name, section in tree.items():
+        _require_known(str(name), "", list(_sections()))
+        built[name] = _build_section(name, {} if section is None else section)
+    for name, kind in _sections().items():
+        if name not in built:
+            built[name] = _build_section(name, {}) if _required_keys(kind) else kind()
+    return Config(**built)
+
+
+def config_to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """The config as plain nested dicts, lists and scalars, every key present."""
+    return _plain(dataclasses.asdict(config))
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML; loading it gives the same config."""
+    return yaml.dump(config_to_dict(config), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100)
+
+
+def changed_on_resume(saved: dict, now: Config, allowed: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """What differs between a checkpoint's config and this run's, apart from keys that are free to change.
+
+    Returns:
+        (refused, accepted): lines "key: was -> is"; accepted are those that a name or glob in `allowed` covers.
+    """
+    refused, accepted = [], []
+    # the default of a key that is younger than the checkpoint is what the program did before it
+    old, new = {**_defaults(), **_flatten(saved)}, _flatten(config_to_dict(now))
+    for key in sorted(old.keys() | new.keys()):
+        if any(fnmatch.fnmatchcase(key, pattern) for pattern in FREE_ON_RESUME):
+            continue
+        was, is_now = old.get(key, "absent"), new.get(key, "absent")
+        if was != is_now:
+            listed = any(fnmatch.fnmatchcase(key, pattern) for pattern in allowed)
+            (accepted if listed else refused).append(f"{key}: {was!r} -> {is_now!r}")
+    return refused, accepted
+
+
+def _require_sections(tree: Any) -> None:
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config: {tree!r} is not usable: expected sections {', '.join(_sections())}")
+
+
+def _sections() -> dict[str, type]:
+    return typing.get_type_hints(Config)
+
+
+def _required_keys(kind: type) -> list[str]:
+    missing = dataclasses.MISSING
+    return [f.name for f in dataclasses.fields(kind) if f.default is missing and f.default_factory is missing]
+
+
+def _require_known(name: str, prefix: str, known: list[str]) -> None:
+    if name in known:
+        return
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if not near and prefix:
+        everything = {f.name: s for s, kind in _sections().items() for f in dataclasses.fields(kind)}
+        elsewhere = difflib.get_close_matches(name, list(everything), n=1, cutoff=0.8)
+        near, prefix_near = elsewhere, f"{everything[elsewhere[0]]}." if elsewhere else ""
+    else:
+        prefix_near = prefix
+    what = "key" if prefix else "section"
+    hint = f"did you mean {prefix_near}{near[0]}?" if near else f"expected one of {', '.join(known)}"
+    raise ConfigError(f"{prefix}{name}: unknown {what}: {hint}")
+
+
+def _build_section(name: str, values: Any) -> Any:
+    kind = _sections()[name]
+    if not isinstance(values, dict):
+        raise ConfigError(f"{name}: {values!r} is not usable: expected keys {', '.join(_hints(kind))}")
+    for key in values:
+        _require_known(str(key), f"{name}.", list(_hints(kind)))
+    for key in _required_keys(kind):
+        if key not in values:
+            raise ConfigError(f"{name}.{key}: missing: expected a value (see --help)")
+    hints = _hints(kind)
+    return kind(**{key: coerce(hints[key], value, f"{name}.{key}") for key, value in values.items()})
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _apply_override(tree: dict, override: str, said: dict[str, str]) -> None:
+    """Set `section.key=value` (or `section.key.name=value` in a key that holds names) in the tree."""
+    path, equals, text = override.partition("=")
+    parts = path.strip().split(".")
+    said[path.strip()] = repr(override)
+    if not equals or len(parts) < 2:
+        raise ConfigError(f"{path}: not an override: expected section.key=value")
+    section, key, *rest = parts
+    _require_known(section, "", list(_sections()))
+    kind = _sections()[section]
+    _require_known(key, f"{section}.", list(_hints(kind)))
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"{path}: {text!r} is not a value: check its brackets and quotes") from None
+    if takes_text(_hints(kind)[key]) and isinstance(value, bool | int | float):
+        value = text.strip()
+    if not isinstance(tree.get(section), dict):
+        if tree.get(section) is not None:
+            raise ConfigError(f"{section}: {tree[section]!r} is not usable: expected keys {', '.join(_hints(kind))}")
+        tree[section] = {}
+    if not rest:
+        tree[section][key] = value
+        return
+    names = tree[section].get(key, _default_of(kind, key))
+    if not isinstance(names, dict) or len(rest) > 1:
+        raise ConfigError(f"{path}: unknown key: {section}.{key} holds no names")
+    tree[section][key] = {**copy.deepcopy(names), rest[0]: value}
+
+
+def _default_of(kind: type, key: str) -> Any:
+    field = next(f for f in dataclasses.fields(kind) if f.name == key)
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+
+
+def _defaults() -> dict[str, Any]:
+    """section.key: default, of all keys that have one."""
+    return {
+        f"{name}.{key}": _plain(_default_of(kind, key))
+        for name, kind in _sections().items()
+        for key in _hints(kind)
+        if key not in _required_keys(kind)
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _flatten(tree: dict) -> dict[str, Any]:
+    return {f"{name}.{key}": value for name, section in tree.items() for key, value in section.items()}
+
+
+class HelpfulParser(argparse.ArgumentParser):
+    """A parser whose epilog may be a function that makes the text: called when help is asked for, not at each start."""
+
+    def format_help(self) -> str:
+        if callable(self.epilog):
+            self.epilog = self.epilog()
+        return super().format_help()
+
+
+def field_docstrings(kind: type) -> dict[str, str]:
+    """The string below each field of a dataclass: {field: docstring}."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body
+    return {
+        field.target.id: inspect.cleandoc(text.value.value)
+        for field, text in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
+
+
+def config_help(width: int = 112) -> str:
+    """Every section and key of the config as lines of text."""
+    lines = ["config keys (in CONFIG, or as section.key=value on the command line):"]
+    for section, kind in typing.get_type_hints(schema.Config).items():
+        lines += ["", f"{section}: {inspect.getdoc(kind)}"]
+        hints, docstrings = typing.get_type_hints(kind), field_docstrings(kind)
+        for field in dataclasses.fields(kind):
+            lines.append(f"  {section}.{field.name}  ({describe(hints[field.name])}; {_default(field)})")
+            lines += textwrap.wrap(docstrings[field.name], width, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+def _default(field: dataclasses.Field) -> str:
+    if field.default is not dataclasses.MISSING:
+        return f"default {_as_written(field.default)}"
+    if field.default_factory is not dataclasses.MISSING:
+        return f"default {_as_written(field.default_factory())}"
+    return "required"
+
+
+def _as_written(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_as_written(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {_as_written(item)}" for name, item in value.items()) + "}"
+    return str(value)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m topoflow.config_io", description=__doc__.splitlines()[0])
+    parser.add_argument("--print", required=True, dest="key", metavar="SECTION.KEY", help="the key to print")
+    parser.add_argument("config", help="a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    options = parser.parse_args(arguments)
+    try:
+        tree = config_to_dict(load_config(options.config, options.overrides))
+        section, _, key = options.key.partition(".")
+        if key not in tree.get(section, {}):
+            raise ConfigError(f"{options.key}: unknown key: expected section.key, such as run.dir")
+        value = tree[section][key]
+    except Refusal as refusal:
+        print(f"topoflow: {refusal}", file=sys.stderr)
+        return refusal.exit_status
+    print(value)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

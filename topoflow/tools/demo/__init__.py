@@ -1,0 +1,1 @@
+"""The demo world: a small simulated region with terrain, towns, weather and tracers."""

@@ -1,0 +1,119 @@
+"""Weather of the demo world: travelling disturbances that turn the wind over days, sun, and the effect of height."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from topoflow.tools.demo.geography import Geography
+
+TURN_HOURS = 132.0
+"""Time of a full turn of the wind under a disturbance of usual strength."""
+WAVE_M = 1.6e6
+"""Wavelength of the disturbances."""
+GRAVITY, GAS_CONSTANT, LAPSE_K_PER_M = 9.80665, 287.05, 6.5e-3
+"""m s-2; J kg-1 K-1 of dry air; lapse rate of the standard atmosphere (ISO 2533)."""
+
+
+@dataclass(frozen=True)
+class Weather:
+    """Hourly weather at large; `weather_fields` makes fields of it."""
+
+    times: np.ndarray
+    """datetime64[h] [T], local solar time."""
+    strength: np.ndarray
+    """Strength of the disturbance over its usual one [T]."""
+    phase: np.ndarray
+    """Phase of the disturbance at the west edge, radians, rising with time [T]."""
+    steering_ms: np.ndarray
+    """Large-scale wind, eastward and northward [T, 2]."""
+
+
+@dataclass(frozen=True)
+class WeatherFields:
+    """Fields at some hours, each [n, H, W]."""
+
+    u: np.ndarray
+    v: np.ndarray
+    temp: np.ndarray
+    rh: np.ndarray
+    psfc: np.ndarray
+    rain: np.ndarray
+    """Rain rate in mm per hour."""
+    sun: np.ndarray
+    """Sunlight at the ground, 1 under a clear sky with the sun overhead."""
+
+
+def red_noise(hours: int, memory_hours: float, generator: np.random.Generator, series: int = 1) -> np.ndarray:
+    """Gaussian noise of variance 1 whose correlation falls to 1/e in `memory_hours`: [hours, series]."""
+    keep = float(np.exp(-1 / memory_hours))
+    kicks = generator.standard_normal((hours, series)) * np.sqrt(1 - keep**2)
+    noise = np.empty((hours, series))
+    state = generator.standard_normal(series)
+    for hour in range(hours):
+        state = keep * state + kicks[hour]
+        noise[hour] = state
+    return noise
+
+
+def draw_weather(times: np.ndarray, generator: np.random.Generator) -> Weather:
+    """A history of the large-scale weather over `times` [T].
+
+    The wind turns with the phase of the disturbance, faster in strong ones, by a pace that wanders as well. So the next
+    two days can be judged from the fields of the present, later ones less and less.
+    """
+    hours = len(times)
+    strength = np.exp(0.4 * red_noise(hours, 96.0, generator)[:, 0])
+    pace = (0.55 + 0.45 * strength) * (1 + 0.15 * red_noise(hours, 72.0, generator)[:, 0])
+    phase = generator.uniform(0, 2 * np.pi) + np.cumsum(2 * np.pi / TURN_HOURS * pace)
+    speed = 3.2 * strength
+    steering = np.stack([0.5 + speed * np.cos(phase), 0.9 * speed * np.sin(phase)], axis=1)
+    return Weather(times, strength, phase, steering)
+
+
+def weather_fields(weather: Weather, hours: slice, geography: Geography) -> WeatherFields:
+    """The fields at some hours of `weather`; temperature, vapour and pressure fall with terrain height."""
+    times = weather.times[hours]
+    hour = ((times - times.astype("datetime64[D]")) / np.timedelta64(1, "h"))[:, None, None]
+    day = ((times - times.astype("datetime64[Y]")) / np.timedelta64(24, "h"))[:, None, None]
+    east_m = np.arange(len(geography.lon)) * geography.dx_m
+    wave = weather.phase[hours, None, None] - 2 * np.pi * east_m / WAVE_M
+    strength = weather.strength[hours, None, None]
+    height_m = geography.elevation_m
+    u, v = geography.wind(weather.steering_ms[hours])
+
+    # rain falls behind the trough, more where air rises over terrain
+    rising = np.maximum(_uphill(u, v, geography), 0.0)
+    rain = np.maximum(strength * np.cos(wave - 2.4) - 0.75, 0.0) * (1.5 + 25.0 * np.minimum(rising, 0.1))
+    cloud = np.clip(0.25 + 0.55 * np.cos(wave - 2.2) * strength, 0.0, 0.9)
+    sun = _sun_height(geography.lat[:, None], day, hour) * (1 - 0.7 * cloud)
+
+    # the year's and the day's warmth (warmest in the afternoon, less under cloud), and the disturbance's warm sector
+    sea_temp = 288.0 - 5.0 * np.cos(2 * np.pi * (day - 20) / 365.25) - 0.5 * (geography.lat[:, None] - geography.lat[0])
+    daily = 4.5 * (1 - 0.6 * cloud) * np.cos(2 * np.pi * (hour - 14.5) / 24)
+    temp = sea_temp + daily + 4.0 * strength * np.sin(wave + 0.4) - LAPSE_K_PER_M * height_m
+    sea_pressure = 101800.0 - 700.0 * strength * np.cos(wave - 1.9)
+    # hypsometric equation with the mean temperature of the air column below
+    psfc = sea_pressure * np.exp(-GRAVITY * height_m / (GAS_CONSTANT * (temp + LAPSE_K_PER_M * height_m / 2)))
+    vapour = 1000.0 * np.exp(-height_m / 1600.0) * (1 + 0.35 * np.cos(wave - 1.8)) * (sea_temp / 288.0) ** 12
+    rh = np.clip(100.0 * vapour / saturation_pressure(temp), 8.0, 100.0)
+    return WeatherFields(u, v, temp, rh, psfc, rain, np.broadcast_to(sun, u.shape))
+
+
+def saturation_pressure(temp: np.ndarray) -> np.ndarray:
+    """Saturation vapour pressure over water in Pa at `temp` in K (Bolton 1980, Mon. Wea. Rev. 108, 1046, eq. 10)."""
+    celsius = temp - 273.15
+    return 611.2 * np.exp(17.67 * celsius / (celsius + 243.5))
+
+
+def _uphill(u: np.ndarray, v: np.ndarray, geography: Geography) -> np.ndarray:
+    """Vertical wind at the ground in m/s: the wind along the terrain's slope."""
+    slope_y, slope_x = np.gradient(geography.elevation_m, geography.dy_m, geography.dx_m)
+    return u * slope_x + v * slope_y
+
+
+def _sun_height(lat: np.ndarray, day: np.ndarray, hour: np.ndarray) -> np.ndarray:
+    """Sine of the sun's height, 0 at night; declination by Cooper (1969, Solar Energy 12, 333)."""
+    declination = np.radians(23.45) * np.sin(2 * np.pi * (284 + day + 1) / 365)
+    phi = np.radians(lat)
+    turn = 2 * np.pi * (hour - 12) / 24
+    return np.maximum(np.sin(phi) * np.sin(declination) + np.cos(phi) * np.cos(declination) * np.cos(turn), 0.0)

@@ -1,0 +1,215 @@
+"""A small physical world to try the program on: towns, wind and terrain, six pollutants, in the gridded data format."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from topoflow.data.variables import POLLUTANTS, VARIABLES
+from topoflow.errors import ConfigError
+from topoflow.tools.demo.geography import LAYER_M, Geography, build_geography
+from topoflow.tools.demo.transport import advect, diffuse
+from topoflow.tools.demo.weather import Weather, WeatherFields, draw_weather, red_noise, weather_fields
+from topoflow.tools.prepare.store_writer import Field, StoreWriter, refuse_existing
+
+START = np.datetime64("2018-10-01T00", "h")
+SPIN_UP_HOURS = 96
+HOUR_S = 3600.0
+DIFFUSIVITY_M2_S = 4e3
+
+TRACERS = ("co", "so2", "nox", "ox", "fine", "coarse")
+"""What the wind carries: CO, SO2, fine and coarse particles in ug m-3; NOx = NO + NO2 and Ox = O3 + NO2 in ppb."""
+NO2_UG_PER_PPB, O3_UG_PER_PPB = 1.88, 1.96
+"""ug m-3 of 1 ppb at 25 C and 1013 hPa."""
+INFLOW = np.array([240.0, 3.0, 3.0, 38.0, 9.0, 12.0])
+"""Air that enters the domain, and the air it begins with."""
+TOWN_EMISSION = np.array([0.070, 0.0006, 3.0e-3, 1.5e-4, 0.0030, 0.0032])
+INDUSTRY_EMISSION = np.array([0.040, 0.0030, 1.4e-3, 0.7e-4, 0.0026, 0.0036])
+"""Gain of the air over a pattern's peak, per second, ug m-3 or ppb; a twentieth of NOx is emitted as NO2."""
+EXCHANGE_HOURS = 30.0
+"""Time in which the layer's air is renewed from above, where it is as clean as the air that enters."""
+DEPOSITION_M_S = np.array([0.0, 4e-3, 1e-3, 4e-3, 1.5e-3, 6e-3])
+WASHOUT_PER_MM = np.array([0.0, 0.15, 0.03, 0.0, 0.25, 0.35])
+MISSING_FRACTION = 0.02
+MISSING_HOURS = 6
+
+
+@dataclass(frozen=True)
+class World:
+    """What the demo world consists of before anything moves."""
+
+    geography: Geography
+    weather: Weather
+    activity: np.ndarray
+    """[T, TOWNS + 1]: how much each town, and industry, emits at each hour, 1 on average."""
+
+
+def make_demo_data(
+    output: Path, days: int = 180, grid: tuple[int, int] = (24, 32), seed: int = 0, progress: bool = True
+) -> None:
+    """Simulates the demo world and writes it as yearly stores, the same bits for the same arguments.
+
+    A plain with a winding ridge, a basin within a broken ring of mountains, and towns. The wind turns over days and
+    bends round the terrain; towns and industry emit by the hour of day; tracers are carried, mixed, held back by
+    ridges, deposited and rained out; NO, NO2 and O3 are in balance under the sun; SO2 and NOx turn into fine particles;
+    PM10 is PM2.5 and coarse particles, some of them dust. A fiftieth of the pollutant values is missing.
+
+    Args:
+        output: folder to make, with data_YYYY.zarr; it appears only when all is written.
+        days: days from 2018-10-01 on.
+        grid: rows and columns of 0.25 degree, at least 8 x 8.
+        seed: of terrain, towns, weather and gaps.
+        progress: show a progress bar.
+
+    Raises:
+        ConfigError: `output` exists, or a number that cannot be used.
+    """
+    if days < 1:
+        raise ConfigError(f"--days {days}: expected an integer >= 1")
+    if min(grid) < 8:
+        raise ConfigError(f"--grid {grid[0]}x{grid[1]}: expected at least 8x8")
+    if seed < 0:
+        raise ConfigError(f"--seed {seed}: expected an integer >= 0")
+    refuse_existing(output)
+    world = build_world(days, grid, seed)
+    gaps = np.random.default_rng([seed, 3])
+    geography, times = world.geography, world.weather.times[SPIN_UP_HOURS:]
+    names = [name for name, variable in VARIABLES.items() if variable.kind == "dynamic"]
+    writer = StoreWriter(
+        output,
+        times=times,
+        lat=geography.lat,
+        lon=geography.lon,
+        static={name: (_field(name), getattr(geography, _STATIC[name])) for name in _STATIC},
+        dynamic={name: _field(name) for name in names},
+        attributes={
+            "title": f"TopoFlow demo world, seed {seed}",
+            "Conventions": "CF-1.8",
+            "time_zone": "local solar time",
+        },
+    )
+    with writer, tqdm(total=len(times), desc="make-demo-data", unit="h", disable=not progress) as bar:
+        hourly = simulate(world)
+        for block in writer.blocks(24 * 30):
+            weather = weather_fields(
+                world.weather, slice(block.start + SPIN_UP_HOURS, block.stop + SPIN_UP_HOURS), geography
+            )
+            pollutants = np.empty((block.stop - block.start, len(POLLUTANTS), *grid), dtype="float32")
+            for hour in range(len(pollutants)):
+                pollutants[hour] = next(hourly)
+                bar.update()
+            for name in names:
+                if name in POLLUTANTS:
+                    values = _with_gaps(pollutants[:, POLLUTANTS.index(name)], gaps)
+                else:
+                    values = getattr(weather, name)
+                writer.write(block, name, values.astype("float32"))
+
+
+_STATIC = {"elevation": "elevation_m", "population": "population"}
+
+
+def _field(name: str) -> Field:
+    return Field(VARIABLES[name].unit, VARIABLES[name].long_name)
+
+
+def _with_gaps(values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Some cells' values [n, H, W] made missing for MISSING_HOURS at a time."""
+    stretches = -(-len(values) // MISSING_HOURS)
+    missing = generator.random((stretches, *values.shape[1:])) < MISSING_FRACTION
+    return np.where(np.repeat(missing, MISSING_HOURS, axis=0)[: len(values)], np.nan, values)
+
+
+def build_world(days: int, grid: tuple[int, int], seed: int) -> World:
+    """Terrain, weather and emissions for `days` and the spin-up before them."""
+    geography = build_geography(grid, np.random.default_rng([seed, 0]))
+    times = START + np.arange(-SPIN_UP_HOURS, 24 * days) * np.timedelta64(1, "h")
+    weather = draw_weather(times, np.random.default_rng([seed, 1]))
+    return World(geography, weather, _activity(times, len(geography.towns), np.random.default_rng([seed, 2])))
+
+
+def _activity(times: np.ndarray, towns: int, generator: np.random.Generator) -> np.ndarray:
+    hour = ((times - times.astype("datetime64[D]")) / np.timedelta64(1, "h"))[:, None]
+    # two rush hours over a night's low; industry is steadier
+    traffic = 0.45 + 1.3 * np.exp(-(((hour - 8) / 2.2) ** 2)) + 1.4 * np.exp(-(((hour - 18.5) / 3.0) ** 2))
+    steady = 1 + 0.2 * np.cos(2 * np.pi * (hour - 14) / 24)
+    daily = np.concatenate([np.repeat(traffic, towns, axis=1), steady], axis=1)
+    return daily * np.exp(0.2 * red_noise(len(times), 30.0, generator, towns + 1) - 0.02)
+
+
+def simulate(world: World) -> Iterator[np.ndarray]:
+    """Yields what `near_ground` gives for each hour after the spin-up: [6, H, W]."""
+    geography, weather = world.geography, world.weather
+    tracers = np.broadcast_to(INFLOW[:, None, None], (len(TRACERS), *geography.elevation_m.shape)).copy()
+    cell_m = (geography.dx_m, geography.dy_m)
+    patterns = np.concatenate([geography.towns, geography.industry[None]]) / geography.depth
+    for hour in range(len(weather.times)):
+        fields = weather_fields(weather, slice(hour, hour + 1), geography)
+        if hour >= SPIN_UP_HOURS:
+            yield near_ground(tracers, fields)
+        flow_x, flow_y = (
+            np.einsum("k,kij->ij", weather.steering_ms[hour], flow) for flow in (geography.flow_x, geography.flow_y)
+        )
+        tracers = advect(tracers, geography.depth, flow_x, flow_y, INFLOW, cell_m, HOUR_S)
+        tracers = diffuse(tracers, geography.depth, DIFFUSIVITY_M2_S, cell_m, HOUR_S)
+        tracers = tracers + emissions(patterns, world.activity[hour], fields)
+        tracers = react(tracers, fields)
+        tracers = remove(tracers, fields)
+
+
+def emissions(patterns: np.ndarray, activity: np.ndarray, fields: WeatherFields) -> np.ndarray:
+    """What an hour of emission adds to the air: [S, H, W]. patterns [TOWNS + 1, H, W], activity [TOWNS + 1]."""
+    emitted = activity[:, None, None] * patterns
+    gain = TOWN_EMISSION[:, None, None] * emitted[:-1].sum(axis=0) + INDUSTRY_EMISSION[:, None, None] * emitted[-1]
+    # dust rises where dry ground meets a strong wind
+    excess = np.maximum(np.hypot(fields.u[0], fields.v[0]) - 5.0, 0.0)
+    gain[TRACERS.index("coarse")] += 3e-4 * excess * (1 - fields.rh[0] / 100)
+    return gain * HOUR_S
+
+
+def react(tracers: np.ndarray, fields: WeatherFields) -> np.ndarray:
+    """An hour of slow chemistry [S, H, W]: SO2 and NOx turn into fine particles, NOx under the sun makes Ox."""
+    co, so2, nox, ox, fine, coarse = tracers
+    sun, damp = fields.sun[0], (fields.rh[0] / 100) ** 3
+    warmth = np.exp((fields.temp[0] - 288.0) / 15.0)
+    sulfate = so2 * (1 - np.exp(-(0.01 + 0.05 * damp)))
+    nitrate = nox * (1 - np.exp(-(0.015 + 0.16 * sun)))
+    made = 14.0 * sun * warmth * nox / (nox + 8.0)
+    # half of the nitric acid from a loss of NOx ends up in particles; 1 ppb of nitrate is about 2.5 ug m-3
+    particles = fine + 1.5 * sulfate + 0.5 * 2.5 * nitrate
+    return np.stack([co, so2 - sulfate, nox - nitrate, np.maximum(ox - nitrate, 0.0) + made, particles, coarse])
+
+
+def remove(tracers: np.ndarray, fields: WeatherFields) -> np.ndarray:
+    """An hour of exchange with the air above, dry deposition to the ground and washout by rain: [S, H, W]."""
+    rate = DEPOSITION_M_S[:, None, None] / LAYER_M * HOUR_S + WASHOUT_PER_MM[:, None, None] * fields.rain[0]
+    above = INFLOW[:, None, None]
+    tracers = above + (tracers - above) * np.exp(-1 / EXCHANGE_HOURS)
+    return tracers * np.exp(-rate)
+
+
+def near_ground(tracers: np.ndarray, fields: WeatherFields) -> np.ndarray:
+    """Pollutants at the ground from the means of the layer: [6, H, W] in the order of POLLUTANTS, ug m-3.
+
+    In calm nights what is emitted stays low. NO2 follows from the balance NO + O3 <-> NO2 + light, fast against an hour
+    (Leighton 1961, Photochemistry of Air Pollution): y^2 - (NOx + Ox + J/k) y + NOx Ox = 0.
+    """
+    co, so2, nox, ox, fine, coarse = tracers
+    night = 1 - np.minimum(fields.sun[0] / 0.3, 1.0)
+    low = 1 + 0.7 * night * np.exp(-np.hypot(fields.u[0], fields.v[0]) / 5.0)
+    balance = 18.0 * fields.sun[0]
+    nox = nox * low
+    total = nox + ox + balance
+    no2 = 2 * nox * ox / (total + np.sqrt(np.maximum(total**2 - 4 * nox * ox, 0.0)))
+    o3 = np.maximum(ox - no2, 0.0)
+    ground = {
+        "pm25": fine * low,
+        "pm10": (fine + coarse) * low,
+        "so2": so2 * low,
+        "no2": no2 * NO2_UG_PER_PPB,
+        "co": co * low,
+        "o3": o3 * O3_UG_PER_PPB,
+    }
+    return np.stack([ground[name] for name in POLLUTANTS])

@@ -1,0 +1,88 @@
+"""A model as a checkpoint describes it: its config, its weights and its normalization, on data of the user's choice."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from topoflow.build import build_network, open_data
+from topoflow.checkpoint.directory import find_checkpoint
+from topoflow.checkpoint.state import deliver, plan_weights, read_everywhere
+from topoflow.config import Config
+from topoflow.config_io import changed_on_resume, override_config
+from topoflow.data.normalization import Normalization
+from topoflow.errors import ConfigError, RunDirectoryError
+from topoflow.evaluation import evaluate_model
+from topoflow.metrics import Record
+from topoflow.ranks import Context
+from topoflow.reproducibility import set_deterministic
+from topoflow.run_dir import StopFlag
+
+log = logging.getLogger(__name__)
+
+FREE_TO_SCORE = (
+    "run.*", "data.train", "data.validation", "data.mask", "data.lead_times_hours", "train.*", "optim.*",
+)  # fmt: skip
+"""Keys that may differ between a checkpoint and an evaluation of it, beside those that may on a resume."""
+
+
+def score_checkpoint(
+    context: Context,
+    source: Path,
+    split: str,
+    stop: StopFlag,
+    overrides: Sequence[str] = (),
+    output: Path | None = None,
+) -> list[Record]:
+    """Score the checkpoint (or the run's best, else last) `source` on a split; all ranks call it.
+
+    Scores and plots go to `output`; by default to the evaluation folder of the run that the checkpoint lies in, or
+    beside the checkpoint, and for another split than test to a folder of its name in it.
+
+    Raises:
+        MissingPath, ResumeRefused: the checkpoint is not there, or damaged.
+        ConfigError, DataError: an override or the data cannot be used.
+        StopRequested: a signal arrived on any rank.
+    """
+    context.watch.enter("evaluation")
+    path, saved = read_everywhere(context, lambda: find_checkpoint(source), ("model", "data", "config"))
+    with context.together("config"):
+        config = override_config(saved["config"], overrides, f"the checkpoint {path}")
+        _require_same_network(saved["config"], config, path)
+        set_deterministic(config.run, compile=False)
+    data = open_data(config, context, only=(split,))
+    with context.together("model"):
+        if split not in data.splits:
+            raise ConfigError(f"data.{split}: no range is configured: expected at least one to score")
+        if data.grid.shape != tuple(config.model.img_size):
+            raise ConfigError(
+                f"data.path: grid {data.grid.shape}: expected {tuple(config.model.img_size)} as in {path}"
+            )
+        model = build_network(config, data)
+    if data.source.fingerprint != saved["data"]["fingerprint"]:
+        log.warning("data.path: %s is not the data set of the training", config.data.path)
+    model.to(context.device)
+    with context.together("restoring the weights"):
+        restore = plan_weights(model, saved["model"])
+    deliver(context, restore.pairs)
+    normalization = Normalization.from_dict(saved["data"]["normalization"])
+    log.info("scoring %s on the %s split", path, split)
+    if output is None:
+        in_run = path.parent.name == "checkpoints"
+        output = (path.parent.parent if in_run else path.parent) / "evaluation"
+        output = output if split == "test" else output / split
+    with context.together("output"):
+        _make_folder(output)
+    return evaluate_model(context, model, data, normalization, split, config.train, output, stop)
+
+
+def _require_same_network(saved: dict, config: Config, path: Path) -> None:
+    refused, _ = changed_on_resume(saved, config, FREE_TO_SCORE)
+    if refused:
+        raise ConfigError(f"{'; '.join(refused)}: expected as in {path}: its weights know these channels and no others")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirectoryError(f"{folder}: cannot be made: {error.strerror}") from None

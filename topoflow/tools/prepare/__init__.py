@@ -1,0 +1,1 @@
+"""From measurements and other people's files to data sets that training reads."""

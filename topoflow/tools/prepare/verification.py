@@ -1,0 +1,62 @@
+"""Reading a packed data set again, to see whether it is what its manifest says."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from topoflow.data.packed.days import read_days
+from topoflow.data.packed.manifest import FileRecord, Manifest, PackedYear, read_manifest
+from topoflow.errors import DataError
+from topoflow.tools.prepare.year_writer import day_blocks
+
+
+def verify(folder: Path, progress: bool = True) -> tuple[Manifest, list[str]]:
+    """Read everything in `folder` and compare it with its hashes.
+
+    Returns the manifest and a line for each file or day that is damaged. DataError if the manifest itself is, or if
+    there is none.
+    """
+    manifest = read_manifest(folder)
+    damage = [text for file in manifest.statics.values() if (text := _damage_of_file(folder, file))]
+    with tqdm(
+        total=sum(len(year.times) for year in manifest.years), desc="verify", unit="hour", disable=not progress
+    ) as bar:
+        for year in manifest.years:
+            damage += _damage_of_year(folder, manifest, year, bar)
+    return manifest, damage
+
+
+def _damage_of_file(folder: Path, file: FileRecord) -> str | None:
+    path = folder / file.name
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        return f"{path}: cannot be read: {error.strerror}"
+    if hashlib.sha256(data).hexdigest() != file.sha256:
+        return f"{path}: does not match its hash"
+    return None
+
+
+def _damage_of_year(folder: Path, manifest: Manifest, year: PackedYear, bar: tqdm) -> list[str]:
+    path, damage = folder / year.array.name, []
+    try:
+        days = read_days(folder / year.days.name, year.days.sha256)
+        shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
+        size = path.stat().st_size
+    except DataError as error:
+        return [str(error)]
+    except (OSError, ValueError) as error:
+        return [f"{path}: cannot be read: {error}".splitlines()[0]]
+    if size != year.array.size:
+        damage.append(f"{path}: has {size} bytes: expected {year.array.size}")
+    expected = (len(year.times), len(manifest.variables), *manifest.shape)
+    if shape != expected:
+        damage.append(f"{path}: has shape {shape}: expected {expected}")
+    hour_bytes = np.dtype(manifest.dtype).itemsize * int(np.prod(expected[1:]))
+    for day, is_whole in day_blocks(path, year.header, hour_bytes, days):
+        if not is_whole:
+            damage.append(f"{path}: {day.day} does not match its hash")
+        bar.update(day.hours)
+    return damage

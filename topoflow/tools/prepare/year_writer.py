@@ -1,0 +1,128 @@
+"""One year of a packed data set while it is written: day by day, so that what was interrupted goes on."""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from topoflow.data.packed.days import DayRecord
+from topoflow.run_dir import flush, replace_text
+
+
+class YearWriter:
+    """Writes the array of a year and, beside it, a journal of its finished days.
+
+    What an interrupted writer has left is taken up where the bytes in the array are those that the journal says; the
+    rest is written again. A context manager.
+
+    Args:
+        array: the file, .npy; the journal lies beside it with the suffix .journal.
+        identity: what the year is made of and how; a journal that says otherwise is not taken up.
+        shape: [time, variable, row, column] of the whole year.
+        dtype: of the numbers, such as "<f4".
+        hours: of each day, in order.
+    """
+
+    def __init__(self, array: Path, identity: str, shape: tuple[int, ...], dtype: str, hours: list[int]):
+        assert sum(hours) == shape[0]
+        self.path, self.shape, self.dtype, self.hours = array, shape, np.dtype(dtype), hours
+        self.days: list[DayRecord] = []
+        self._identity = identity
+        self._journal_path = array.with_suffix(".journal")
+        self._header = _header(shape, self.dtype)
+        self._hour_bytes = self.dtype.itemsize * int(np.prod(shape[1:]))
+
+    @property
+    def header(self) -> int:
+        """Bytes before the numbers."""
+        return len(self._header)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the finished file."""
+        return self.header + self.shape[0] * self._hour_bytes
+
+    def __enter__(self) -> "YearWriter":
+        self._file = open(self.path, "r+b" if self.path.exists() else "w+b")
+        try:
+            self.days = self._take_up()
+            written = self.header + sum(day.hours for day in self.days) * self._hour_bytes
+            self._file.truncate(written)
+            self._file.seek(written)
+            known = [self._identity, *(day.to_dict() for day in self.days)]
+            replace_text(self._journal_path, "".join(json.dumps(content) + "\n" for content in known))
+            self._journal = open(self._journal_path, "a", encoding="ascii")
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._journal.close()
+        self._file.close()
+
+    def write(self, values: np.ndarray, record: DayRecord) -> None:
+        """The next day: values [hours, variable, row, column] in the type of the array, and its record but the hash."""
+        assert values.shape == (self.hours[len(self.days)], *self.shape[1:])
+        assert values.dtype == self.dtype
+        data = memoryview(np.ascontiguousarray(values)).cast("B")
+        self._file.write(data)
+        self._file.flush()  # before the journal says so
+        day = DayRecord(record.day, record.hours, hashlib.sha256(data).hexdigest(), record.moments, record.errors)
+        self._journal.write(json.dumps(day.to_dict()) + "\n")
+        self._journal.flush()
+        self.days.append(day)
+
+    def finish(self) -> None:
+        """Wait until all is on the disk."""
+        assert len(self.days) == len(self.hours)
+        flush(self._file)
+
+    def _take_up(self) -> list[DayRecord]:
+        """The days at the beginning of the file that are as the journal says; the file begins with its header then."""
+        self._file.seek(0)
+        if self._file.read(self.header) == self._header:
+            days = list(self._whole_days())
+        else:
+            days = []
+            self._file.seek(0)
+            self._file.write(self._header)
+        return days
+
+    def _whole_days(self) -> Iterator[DayRecord]:
+        try:
+            lines = self._journal_path.read_text(encoding="ascii").splitlines()
+            if not lines or json.loads(lines[0]) != self._identity:
+                return
+        except (OSError, ValueError):
+            return
+        for line, hours in zip(lines[1:], self.hours, strict=False):
+            try:
+                day = DayRecord.from_dict(json.loads(line))
+            except (ValueError, KeyError, TypeError):  # cut off where the process was killed
+                return
+            data = self._file.read(hours * self._hour_bytes)
+            if day.hours != hours or hashlib.sha256(data).hexdigest() != day.sha256:
+                return
+            yield day
+
+
+def day_blocks(path: Path, header: int, hour_bytes: int, days: list[DayRecord]) -> Iterator[tuple[DayRecord, bool]]:
+    """Read the array of a year: each day, and whether it is as its record says. OSError if it cannot be read."""
+    with open(path, "rb") as file:
+        file.seek(header)
+        buffer = memoryview(bytearray(max(day.hours for day in days) * hour_bytes))
+        for day in days:
+            count = file.readinto(buffer[: day.hours * hour_bytes])
+            yield day, hashlib.sha256(buffer[:count]).hexdigest() == day.sha256
+
+
+def _header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    """What a .npy file of format 1.0 begins with."""
+    buffer = io.BytesIO()
+    description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, description)
+    return buffer.getvalue()
