@@ -33,7 +33,7 @@ LAYERS = [
     ["watch", "run_dir", "reproducibility"],
     ["data.variables", "config_io", "logs", "launch"],
     ["config"],
-    ["errors"],
+    ["errors", "text"],
 ]
 TRAINER_FRAMEWORKS = {"lightning", "pytorch_lightning", "lightning_fabric", "accelerate", "transformers", "ignite"}
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
