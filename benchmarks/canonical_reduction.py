@@ -30,9 +30,8 @@ from topoflow.model.topoflow import TopoFlow
 from topoflow.optim import build_optimizer, build_scheduler
 from topoflow.ranks import Context, distributed_context
 from topoflow.reduction import build_reduction
-from topoflow.run_dir import StopFlag
 from topoflow.train_state import TrainData, TrainProgress, TrainState
-from topoflow.trainer import Trainer
+from topoflow.trainer import RunOutput, Trainer
 
 
 @dataclass(frozen=True)
@@ -127,27 +126,21 @@ def build_benchmark_trainer(
     """The program's trainer, of which only the step is used: nothing is logged or saved."""
     optim = OptimConfig()
     optimizer = build_optimizer(model, optim)
-    state = TrainState(model, optimizer, build_scheduler(optimizer, optim, 1000, 1000), TrainProgress())
+    scheduler = build_scheduler(optimizer, optim, 1000, 1000)
+    state = TrainState(model, optimizer, scheduler, TrainProgress(), optim.grad_clip_norm)
     micro_batch_size = settings.micro_batch_size
     global_batch_size = micro_batch_size * accumulation * settings.ranks
     plan = BatchPlan(global_batch_size, 0, global_batch_size, micro_batch_size, context.rank, settings.ranks)
     elevation_m = synthetic_elevation_m(settings.grid)
+    directory = CheckpointDirectory(Path("none"))
+    saver = CheckpointSaver(context, directory, CheckpointConfig(), capture=dict, on_commit=print)
     return Trainer(
         context,
         state,
         build_reduction(DistributedConfig(reduction=reduction), model, context, accumulation),
         TrainData(train=None, validation=None, plan=plan, elevation_m=elevation_m.to(context.device), workers=0),
         TrainConfig(max_steps=1000, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size),
-        seed=0,
-        grad_clip_norm=1.0,
-        total_steps=1000,
-        save_every_steps=None,
-        verify_every_steps=None,
-        saver=CheckpointSaver(
-            context, CheckpointDirectory(Path("none")), CheckpointConfig(), capture=dict, on_commit=print
-        ),
-        writer=None,
-        stop=StopFlag(),
+        RunOutput(saver, writer=None),
     )
 
 

@@ -20,7 +20,7 @@ SET_UP = {
     "before the ranks meet": _around("before", "distributed_context"),
     "while data are opened": _around("before", "build_plan"),
     "while the model is built": _around("after", "build_state"),
-    "before the first step": _around("after", "build_trainer"),
+    "before the first step": _around("after", "describe_run"),
 }
 OF_KILLS = {
     "training step": (

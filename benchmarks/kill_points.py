@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-import train as program
 from topoflow import trainer
 from topoflow.checkpoint.saver import CheckpointSaver
 from topoflow.data.dataset import ForecastDataset
 from topoflow.logs import MetricsWriter
 from topoflow.model.attention import Block
+from topoflow.resume import Resume
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def _within_save(owner: Any, name: str, times: int) -> Point:
 
 
 def _within_resume(phase: str, owner: Any, name: str, times: int) -> Point:
-    return Point(lambda fuse: _within(fuse, program, phase, owner, name), times=times, before_the_first_step=True)
+    return Point(lambda fuse: _within(fuse, Resume, phase, owner, name), times=times, before_the_first_step=True)
 
 
 STEP_FOLDER = r"step-\d+"
@@ -265,7 +265,7 @@ POINTS = {
     "in the move of a pointer": _move("replace", "last", "before"),
     "while an old checkpoint goes": Point(_while_deleting_an_old_checkpoint, times=2, only_on_rank_0=True),
     "after the file was read": Point(_after_reading, only_on_rank_0=True, before_the_first_step=True),
-    "in the restore": _within_resume("restore_start", torch.Tensor, "copy_", times=48),
+    "in the restore": _within_resume("restore", torch.Tensor, "copy_", times=48),
     "in the proof of the resume": _within_resume("prove", Block, "forward", times=2),
     "while metrics.jsonl is cut": _move("replace", r"metrics\.jsonl", "before", before_the_first_step=True),
 }

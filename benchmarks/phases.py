@@ -23,22 +23,27 @@ from typing import Any
 import torch.distributed as dist
 
 import train
+from topoflow.resume import Resume
 from topoflow.trainer import Trainer
 
 PHASES = {
     "distributed_context": "rendezvous",
     "read_start": "reading the checkpoint",
     "open_data": "data",
-    "agree_on_normalization": "normalization",
+    "build_normalization": "normalization",
     "build_state": "model",
-    "restore_start": "restore",
-    "prove": "proof",
     "verify_ranks": "verification",
     "build_reduction": "reduction",
 }
 """Functions of train.py, and what the time in them is called."""
 
 STEP, VALIDATION, WHOLE = "step", "validation", "whole run"
+METHODS = {
+    "restore": (Resume, "restore"),
+    "proof": (Resume, "prove"),
+    STEP: (Trainer, "train_step"),
+    VALIDATION: (Trainer, "validate"),
+}
 
 _COLLECTIVES = (
     "all_gather",
@@ -141,8 +146,8 @@ def record_phases(folder: Path) -> None:
     recorder = PhaseRecorder(folder / f"rank-{train.read_launch().rank}.json")
     for function, name in PHASES.items():
         recorder.record(train, function, name)
-    recorder.record(Trainer, "train_step", STEP)
-    recorder.record(Trainer, "validate", VALIDATION)
+    for name, (owner, method) in METHODS.items():
+        recorder.record(owner, method, name)
     for name in _COLLECTIVES:
         recorder.count(name)
     sys.addaudithook(recorder.note_opens)

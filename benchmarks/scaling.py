@@ -29,7 +29,7 @@ import numpy as np
 import yaml
 
 from benchmarks.forked_runs import ForkedRuns
-from benchmarks.phases import PHASES, STEP, VALIDATION, WHOLE, record_phases
+from benchmarks.phases import METHODS, PHASES, WHOLE, record_phases
 from benchmarks.scaling_model import print_model
 from topoflow.tools.demo.world import make_demo_data
 
@@ -131,7 +131,7 @@ def fit_growth(sizes: Sequence[int], values: Sequence[float]) -> tuple[float, fl
 def print_tables(measured: dict[int, list[Phases]]) -> None:
     """The tables, in Markdown."""
     sizes = list(measured)
-    names = [*PHASES.values(), STEP, VALIDATION]
+    names = [*PHASES.values(), *METHODS]
     print(f"{os.cpu_count()} cores; medians of {len(measured[sizes[0]])} runs\n")
     _print_table("CPU ms per rank", sizes, {name: _over_ranks(measured, name, "cpu_seconds", 1e3) for name in names})
     _print_table("ms by the clock", sizes, {name: _over_ranks(measured, name, "seconds", 1e3) for name in names})

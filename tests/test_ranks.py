@@ -155,7 +155,7 @@ def a_save_that_failed_on_rank_0_ends_every_rank_alike_or_none(context):
         said = context.gather_rows(torch.tensor([saver.poll()]))  # as in a step: one flag, no further collective
         assert said.tolist() == [True, False, False]
         try:
-            saver.settle()
+            saver.handle_failed_save()
         finally:
             saver.close()
 

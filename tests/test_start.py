@@ -36,10 +36,10 @@ def test_the_program_imports_little_beyond_torch(imports):
     assert len(beyond) <= 150
 
 
-def test_importing_the_program_takes_at_most_a_tenth_more_than_importing_torch(imports):
+def test_importing_the_program_takes_at_most_a_quarter_more_than_importing_torch(imports):
     # what else the machine does only adds, and less to CPU seconds than to those of the clock
     torch, train = (min(process["cpu"] for process in imports[module]) for module in ("torch", "train"))
-    assert train <= 1.10 * torch
+    assert train <= 1.25 * torch
 
 
 @pytest.mark.parametrize("kind", ["cold", "warm"])

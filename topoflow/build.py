@@ -1,6 +1,6 @@
-"""From config and data to what a training run is made of: the order of samples, model, optimizer, scheduler.
+"""Builds what a training run consists of from config and data: order of samples, network, optimizer, scheduler.
 
-Shared by training and by the import of checkpoints, which must build the same.
+Training and the import of other programs' checkpoints build through the same functions.
 """
 
 import dataclasses
@@ -19,26 +19,43 @@ from topoflow.data.assembly import SPLITS, DataIndex, ForecastData, index_foreca
 from topoflow.data.normalization import Normalization
 from topoflow.data.sampling import BatchPlan
 from topoflow.errors import ConfigError, Refusal
+from topoflow.logs import format_summary
 from topoflow.model.topoflow import TopoFlow, build_model
 from topoflow.optim import build_optimizer, build_scheduler
 from topoflow.ranks import Context, require_agreement
 from topoflow.reduction import require_whole_subtrees
 from topoflow.reproducibility import describe_software, hash_sources
-from topoflow.train_state import TrainData, TrainProgress, TrainState
+from topoflow.train_state import TrainData, TrainProgress, TrainState, total_steps
+
+
+def require_same_program(context: Context, config: Config) -> None:
+    """Prove that all processes have the same code, versions, number of threads and config.
+
+    Raises:
+        RanksDisagree: on every process, with the table of who has what.
+    """
+    if context.world_size == 1:
+        return  # and does not read a hundred source files
+    software = describe_software(torch.device("cpu"))
+    facts = {name: str(software[name]) for name in ("python", "torch", "numpy", "topoflow", "threads")}
+    facts["system"] = platform.system()
+    facts["sources of topoflow"] = hash_sources()[:16]
+    for section, keys in config_to_dict(config).items():
+        facts |= {f"{section}.{key}": repr(value) for key, value in keys.items()}
+    require_agreement(context, facts, "at the start")
 
 
 def open_data(config: Config, context: Context, only: Sequence[str] = SPLITS) -> ForecastData:
-    """What the config makes of its data set, at which rank 0 alone looks; the others receive what it found.
+    """Open the data set of the config. Rank 0 alone reads its metadata and sends them to the others.
 
-    So ranks open what they read samples from and nothing else. The first rank of each node also reads the few hours of
-    the fingerprint there: what a node sees under the same path may be another copy. Ranks that hold the fields in
-    memory have them anyway.
+    The first rank of each node also reads the hours of the fingerprint: a node may see another copy under the same
+    path. Ranks that hold the fields in memory compute it too.
 
     Args:
-        only: the splits whose starts are looked for.
+        only: the splits whose start times are needed.
 
     Raises:
-        ConfigError, DataError, MissingPath: on every rank alike, see `index_forecast_data` and `open_indexed_data`.
+        ConfigError, DataError, MissingPath: on every rank, see `index_forecast_data` and `open_indexed_data`.
         RanksDisagree: a rank sees other data than rank 0.
     """
     with context.together("data"):
@@ -65,28 +82,32 @@ def _index_on_main(config: Config, context: Context) -> DataIndex:
 
 
 def build_plan(config: Config, data: ForecastData, context: Context) -> BatchPlan:
-    """How samples are ordered and shared by ranks."""
-    if config.distributed.reduction == "canonical":
-        micro_batches = config.train.global_batch_size // config.train.micro_batch_size
-        require_whole_subtrees(micro_batches, context.world_size)
-    return BatchPlan(
-        num_samples=len(data.splits["train"].starts) * len(config.data.lead_times_hours),
-        seed=config.run.seed,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        rank=context.rank,
-        world_size=context.world_size,
-    )
+    """Build the order of samples and their division among ranks, the same on all ranks.
 
-
-def total_steps(config: Config, plan: BatchPlan) -> int:
-    """Length of the run in optimizer steps: max_steps or max_epochs, whichever ends first."""
-    by_epochs = config.train.max_epochs and config.train.max_epochs * plan.steps_per_epoch
-    return min(steps for steps in (config.train.max_steps, by_epochs) if steps)
+    Raises:
+        ConfigError: the world size or the number of samples does not fit the batch size.
+        RanksDisagree: ranks divide the data set into different batches.
+    """
+    with context.together("order of samples"):
+        if config.distributed.reduction == "canonical":
+            micro_batches = config.train.global_batch_size // config.train.micro_batch_size
+            require_whole_subtrees(micro_batches, context.world_size)
+        plan = BatchPlan(
+            num_samples=len(data.splits["train"].starts) * len(config.data.lead_times_hours),
+            seed=config.run.seed,
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_size=config.train.micro_batch_size,
+            rank=context.rank,
+            world_size=context.world_size,
+        )
+    facts = {"batches in an epoch": str(plan.steps_per_epoch * plan.accumulation), "order of samples": plan.fingerprint}
+    facts |= {f"samples for {split}": str(len(index.starts)) for split, index in data.splits.items()}
+    require_agreement(context, facts, "with the data open")
+    return plan
 
 
 def resolve(config: Config, data: ForecastData, plan: BatchPlan) -> Config:
-    """The config with what it left open: the grid's size, and the length of the schedule.
+    """Return the config with the keys filled that the user left open: the grid's size, the length of the schedule.
 
     Raises:
         ConfigError: model.img_size is not the data's grid.
@@ -94,17 +115,30 @@ def resolve(config: Config, data: ForecastData, plan: BatchPlan) -> Config:
     model, optim = config.model, config.optim
     if model.img_size is None:
         model = dataclasses.replace(model, img_size=data.grid.shape)
-    if tuple(model.img_size) != data.grid.shape:
-        raise ConfigError(f"model.img_size: {list(model.img_size)}: expected the data's {list(data.grid.shape)}")
+    if tuple(model.img_size or ()) != data.grid.shape:
+        raise ConfigError(f"model.img_size: {list(model.img_size or ())}: expected the data's {list(data.grid.shape)}")
     if optim.schedule_length is None:
-        steps = total_steps(config, plan)
+        steps = total_steps(config.train, plan)
         epochs = -(-steps // plan.steps_per_epoch)
         optim = dataclasses.replace(optim, schedule_length=epochs if optim.schedule_interval == "epoch" else steps)
     return dataclasses.replace(config, model=model, optim=optim)
 
 
+def build_normalization(data: ForecastData, context: Context) -> Normalization:
+    """Compute the constants over the training split on rank 0 and send them to all ranks.
+
+    Raises:
+        ConfigError, DataError: on every rank, see `ForecastData.build_normalization`.
+    """
+    constants = None
+    with context.together("normalization"):
+        if context.is_main:
+            constants = data.build_normalization(context.watch.tick).to_dict()
+    return Normalization.from_dict(context.broadcast_object(constants))
+
+
 def build_network(config: Config, data: ForecastData) -> TopoFlow:
-    """The network for these data on CPU, with its initial weights."""
+    """Build the network for these data on CPU, with its initial weights."""
     return build_model(
         config.model,
         data.input_names,
@@ -118,7 +152,7 @@ def build_network(config: Config, data: ForecastData) -> TopoFlow:
 
 
 def build_state(config: Config, data: ForecastData, plan: BatchPlan, context: Context) -> TrainState:
-    """Model, optimizer and scheduler, as they are before the first step of a new run."""
+    """Build network, optimizer and scheduler as they are before the first step of a new run."""
     with context.together("model"):
         model = build_network(config, data)
     model.to(context.device)
@@ -127,14 +161,14 @@ def build_state(config: Config, data: ForecastData, plan: BatchPlan, context: Co
     if config.train.compile:
         model.compile()
     optimizer = build_optimizer(model, config.optim)
-    scheduler = build_scheduler(optimizer, config.optim, plan.steps_per_epoch, total_steps(config, plan))
-    return TrainState(model, optimizer, scheduler, TrainProgress())
+    scheduler = build_scheduler(optimizer, config.optim, plan.steps_per_epoch, total_steps(config.train, plan))
+    return TrainState(model, optimizer, scheduler, TrainProgress(), config.optim.grad_clip_norm)
 
 
 def build_train_data(
     config: Config, data: ForecastData, normalization: Normalization, plan: BatchPlan, device: torch.device
 ) -> TrainData:
-    """What training reads."""
+    """Build the data sets of the training and validation splits."""
     return TrainData(
         train=data.dataset("train", normalization),
         validation=data.dataset("validation", normalization) if "validation" in data.splits else None,
@@ -147,7 +181,7 @@ def build_train_data(
 def capture_with(
     certifier: Certifier, config: Config, data: ForecastData, context: Context
 ) -> Callable[[], dict[str, Any]]:
-    """What a checkpoint holds, as a function that captures it when called: its tensors are those of the live state."""
+    """Return a function that captures the content of a checkpoint; its tensors are those of the live state."""
     state, normalization = certifier.state, certifier.data.train.normalization
     constant = {
         "format": FORMAT,
@@ -170,32 +204,21 @@ def capture_with(
     return capture
 
 
-def require_same_program(context: Context, config: Config) -> None:
-    """Prove that all processes have the same code, versions, number of threads, and config.
-
-    Raises:
-        RanksDisagree: on every process, with the table of who has what.
-    """
-    if context.world_size == 1:
-        return  # and does not read a hundred source files
-    software = describe_software(torch.device("cpu"))
-    facts = {name: str(software[name]) for name in ("python", "torch", "numpy", "topoflow", "threads")}
-    facts["system"] = platform.system()
-    facts["sources of topoflow"] = hash_sources()[:16]
-    for section, keys in config_to_dict(config).items():
-        facts |= {f"{section}.{key}": repr(value) for key, value in keys.items()}
-    require_agreement(context, facts, "at the start")
-
-
-def require_same_data(context: Context, data: ForecastData, plan: BatchPlan) -> None:
-    """Prove that all processes cut the data set into the same batches; that it is the same was seen when it was opened.
-
-    Raises:
-        RanksDisagree: on every process, with the table of who has what.
-    """
-    facts = {
-        "batches in an epoch": str(plan.steps_per_epoch * plan.accumulation),
-        "order of samples": plan.fingerprint,
-    }
-    facts |= {f"samples for {split}": str(len(index.starts)) for split, index in data.splits.items()}
-    require_agreement(context, facts, "with the data open")
+def describe_run(config: Config, data: ForecastData, state: TrainState, plan: BatchPlan, context: Context) -> list[str]:
+    """Return lines for the log at the start: data, parameter groups, batch and length."""
+    lines = data.summary()
+    if plan.dropped:
+        lines.append(f"{plan.dropped} samples at the end of each epoch's order do not fill a global batch: not used")
+    summary = format_summary(
+        device=f"{context.device}, {config.train.precision}, {torch.get_num_threads()} thread(s) per process",
+        param_groups=state.optimizer.param_groups,
+        splits={},
+        global_batch_size=plan.global_batch_size,
+        micro_batch_size=plan.micro_batch_size,
+        world_size=plan.world_size,
+        accumulation=plan.accumulation,
+        steps_per_epoch=plan.steps_per_epoch,
+        total_steps=total_steps(config.train, plan),
+        first_step=state.progress.step,
+    )
+    return [*lines, *summary.splitlines()]

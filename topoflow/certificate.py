@@ -1,6 +1,5 @@
-"""The certificate of a checkpoint: what a run that resumes from it must find again before its first optimizer step."""
+"""The certificate of a checkpoint: what a resumed run must find again before its first optimizer step."""
 
-import fnmatch
 import hashlib
 import itertools
 import math
@@ -11,13 +10,13 @@ from typing import Any
 import torch
 from torch.utils.data import default_collate
 
-from topoflow.checkpoint.fingerprint import fingerprints, state_tensors
+from topoflow.checkpoint.fingerprint import fingerprints, moment_updates, state_tensors
 from topoflow.checkpoint.state import RestoreReport
-from topoflow.config import TrainConfig
-from topoflow.config_io import ADDS_NAMES
+from topoflow.config import ARITHMETIC, CHANNELS, NAMES, NETWORK, ORDER, SAMPLES, TrainConfig
+from topoflow.config_io import Change, combined_effect
 from topoflow.errors import ResumeRefused
 from topoflow.loss import loss_sums
-from topoflow.reproducibility import describe_software
+from topoflow.reproducibility import describe_software, hash_sources
 from topoflow.train_state import TrainData, TrainState
 
 PROBE_SAMPLES = 2
@@ -27,31 +26,22 @@ NEXT_BATCHES = 2
 """Global batches ahead whose samples are certified."""
 
 LISTED_SAMPLES = 64
-"""So many of them by name; the rest in their hash alone."""
+"""Samples certified by name; the others by their hash."""
+
+READ_SAMPLES = 8
+"""Next samples whose contents are read and hashed: they are needed soon in any case."""
 
 TOLERANCE_WITH_NEW_NAMES = 0.05
 """Largest relative change of the probe loss where checkpoint.allow_new let parameters start fresh."""
 
-READ_SAMPLES = 8
-"""So many of them are read, and their contents hashed: they are wanted soon in any case."""
-
-ALTERS_ORDER = ("data.train", "data.fingerprint", "data.lead_times_hours", "run.seed", "train.global_batch_size")
-"""Config keys that change which samples come next; what the user allowed to change is not judged where it must show."""
-
-ALTERS_CHANNELS = ("data.variables", "data.targets", "data.availability", "data.normalization")
-ALTERS_CONTENTS = (*ALTERS_ORDER, *ALTERS_CHANNELS, "data.mask_fingerprint")
-ALTERS_NETWORK = tuple(
-    f"model.{key}" for key in (
-        "img_size", "patch_size", "embed_dim", "depth", "decoder_depth", "num_heads", "mlp_ratio", "wind", "terrain",
-        "relative_position", "patch_norm",
-    )
-)  # fmt: skip
-ALTERS_PROBE = (*ALTERS_CONTENTS, *ALTERS_NETWORK, "train.precision")
+ALTERS_CONTENTS = ORDER | SAMPLES | CHANNELS
+ALTERS_PROBE = ALTERS_CONTENTS | NETWORK | ARITHMETIC
+"""A permitted change of these changes the probe loss, which is then not judged."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was measured when a restored state was held against the certificate; resume.json has it."""
+    """The measurements of a proved resume, for the log and resume.json."""
 
     tensors: int
     samples: int | None
@@ -61,13 +51,13 @@ class Proof:
     judged_by: str
 
     def to_dict(self) -> dict[str, Any]:
-        """For resume.json, where a loss that is not a number is null."""
+        """Return plain values; a loss that is not a number is None."""
         return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(self).items()}
 
     def lines(self, world_size: int) -> list[str]:
-        """For the log."""
+        """Return lines for the log."""
         samples = "next samples not compared" if self.samples is None else f"next {self.samples} samples"
-        bits = "the same bits" if self.probe_same_bits else f"the checkpoint says {self.probe_loss_saved:.6f}"
+        bits = "the same bits" if self.probe_same_bits else f"{self.probe_loss_saved:.6f} in the checkpoint"
         return [
             f"proof on {world_size} rank(s): {self.tensors} tensors and {samples} as certified",
             f"probe loss {self.probe_loss:.6f}, {bits} ({self.judged_by})",
@@ -75,22 +65,23 @@ class Proof:
 
 
 class Certifier:
-    """Certifies the present state of a run, and holds a restored one against a certificate."""
+    """Certifies the present state of a run, and compares a restored state with a certificate."""
 
     def __init__(self, state: TrainState, data: TrainData, config: TrainConfig):
         self.state, self.data, self.config = state, data, config
         self._probe_indices: list[int] | None = None
 
     def certify(self) -> dict[str, Any]:
-        """Rates, position, samples of the next batches and probe loss, as plain values.
+        """Return rates, position, samples of the next batches and probe loss, as plain values.
 
-        The fingerprints of the tensors are added when the state has been copied: `topoflow.checkpoint.seal`.
+        `topoflow.checkpoint.fingerprint.seal` adds what comes from the tensors, when they have been copied.
         """
         loss, probed = self.probe()
         identities = self.next_samples()
         return {
             "learning_rates": self._rates(),
             "scheduler_steps": self.state.scheduler.last_epoch,
+            "progress": asdict(self.state.progress),
             "normalization": self.data.train.normalization.fingerprint,
             "next_samples": {
                 "count": len(identities),
@@ -101,37 +92,41 @@ class Certifier:
             "probe": {"loss": loss, "loss_hex": loss.hex(), "samples": probed, "conditions": self._conditions()},
         }
 
-    def check(self, saved: dict[str, Any], report: RestoreReport, changed: Sequence[str], tolerance: float) -> Proof:
-        """Hold the restored state against the certificate `saved` of its checkpoint.
+    def check(self, saved: dict[str, Any], report: RestoreReport, changed: Sequence[Change], tolerance: float) -> Proof:
+        """Compare the restored state with the certificate `saved` of its checkpoint.
 
         Args:
             report: what was restored, and what may start fresh.
-            changed: config keys that differ from the checkpoint's with the user's permission.
-            tolerance: relative, of the probe loss, on other software, another device model or thread count.
+            changed: config keys that differ from the checkpoint's because checkpoint.allow_changed lists them.
+            tolerance: largest relative change of the probe loss with other software, sources of the network, device
+                model or thread count.
 
         Raises:
-            ResumeRefused: naming the first tensor, rate or sample that differs, or the probe, with both values.
+            ResumeRefused: naming the first tensor, moment, rate, position or sample that differs, or the probe loss,
+                with both values.
         """
+        alters = combined_effect(changed)
         self._check_tensors(saved["tensors"], report.new)
+        self._check_updates(saved.get("moment_updates"), report.new)
         planned = {name: float(rate).hex() for name, rate in report.learning_rates.items()}
         rates = planned if report.rates_from_config else saved["learning_rates"]
         _require_equal("learning rate of group ", self._rates(), rates)
         position = {"position": self.state.scheduler.last_epoch}
         _require_equal("scheduler ", position, {"position": saved["scheduler_steps"]})
-        if not _any_of(changed, ALTERS_CHANNELS):
+        if "progress" in saved:  # since format 1.2
+            _require_equal("progress.", asdict(self.state.progress), saved["progress"])
+        if not alters & CHANNELS:
             now = {"fingerprint": self.data.train.normalization.fingerprint}
             _require_equal("normalization ", now, {"fingerprint": saved["normalization"]})
-        samples = None
-        if not _any_of(changed, ALTERS_ORDER):
-            samples = self._check_samples(saved["next_samples"])
+        samples = None if alters & ORDER else self._check_samples(saved["next_samples"])
         now, before = self._conditions(), saved["probe"]["conditions"]
         same_arithmetic = all(now[key] == before.get(key) for key in ("numpy", "device"))
-        if same_arithmetic and not _any_of(changed, ALTERS_CONTENTS):
+        if same_arithmetic and not alters & ALTERS_CONTENTS:
             _require_equal("contents of next sample ", self._contents_ahead(), saved["next_samples"]["contents"])
         return self._check_probe(saved, samples, report.new, changed, tolerance)
 
     def probe(self) -> tuple[float, list[str]]:
-        """Mean loss over the probe batch in eval mode, and its samples; nan and [] if no training sample counts.
+        """Return the mean loss over the probe batch in eval mode and its samples; nan and [] if no sample counts.
 
         The batch is read through the data set as in training, at each call, and nothing of it is kept.
         """
@@ -151,12 +146,12 @@ class Certifier:
         return loss, [dataset.sample_identity(int(sample["index"])) for sample in samples]
 
     def next_samples(self) -> list[str]:
-        """Identities of the samples of the next NEXT_BATCHES global batches, in the order of training."""
+        """Return the identities of the samples of the next NEXT_BATCHES global batches, in the order of training."""
         ahead = itertools.islice(self._samples_ahead(), NEXT_BATCHES * self.data.plan.global_batch_size)
         return [self.data.train.sample_identity(index) for index in ahead]
 
     def _contents_ahead(self) -> dict[str, str]:
-        """Hashes of what stands in the first READ_SAMPLES of the next samples, by identity."""
+        """Return hashes of the contents of the first READ_SAMPLES next samples, by identity."""
         indices = itertools.islice(self._samples_ahead(), READ_SAMPLES)
         return {
             self.data.train.sample_identity(index): _digest(
@@ -177,76 +172,97 @@ class Certifier:
         return {group["name"]: float(group["lr"]).hex() for group in self.state.optimizer.param_groups}
 
     def _conditions(self) -> dict[str, Any]:
-        """What the bits of the probe depend on beside the state and the data."""
+        """Return what the bits of the probe depend on apart from the state and the data."""
         device = self.data.elevation_m.device
-        return {**describe_software(device), "compile": self.config.compile, "precision": self.config.precision}
+        return {
+            **describe_software(device),
+            "compile": self.config.compile,
+            "precision": self.config.precision,
+            "sources of the network": hash_sources("model", "loss.py")[:16],
+        }
 
     def _check_tensors(self, saved: dict[str, str], new: Sequence[str]) -> None:
         now = fingerprints(state_tensors(self.state.model, self.state.optimizer, persistent=True))
         fresh = {name for name in now if name.rpartition(" of ")[2] in new}
         _require_equal("", {name: value for name, value in now.items() if name not in fresh}, saved)
 
+    def _check_updates(self, saved: dict[str, int] | None, new: Sequence[str]) -> None:
+        """Compare how many updates each moment has had; saved: None in formats before 1.2."""
+        now = moment_updates(self.state.optimizer)
+        if saved is not None:
+            restored = {name: updates for name, updates in now.items() if name not in new}
+            _require_equal("updates of the moments of ", restored, saved)
+        updates = self.state.progress.updates
+        if updates > 0 and not any(now.values()):
+            raise ResumeRefused(
+                f"{_NOT_PROVED}: the weights have had {updates} updates and the optimizer's moments none: "
+                "expected a checkpoint with its moments, or checkpoint.init_from to take its weights only"
+            )
+
     def _check_samples(self, saved: dict[str, Any]) -> int:
         identities = self.next_samples()
         for number, (now, was) in enumerate(zip(identities, saved["first"], strict=False), start=1):
             if now != was:
-                raise ResumeRefused(f"{_BEFORE}: next sample {number} is {now}, the checkpoint says {was}")
+                raise ResumeRefused(f"{_NOT_PROVED}: next sample {number} is {now}, expected {was}")
         if len(identities) != saved["count"] or _digest(identities) != saved["sha256"]:
             raise ResumeRefused(
-                f"{_BEFORE}: the next {len(identities)} samples have the hash {_digest(identities)[:16]}, "
-                f"the checkpoint says {saved['sha256'][:16]} for {saved['count']}"
+                f"{_NOT_PROVED}: the next {len(identities)} samples have the hash {_digest(identities)[:16]}, "
+                f"expected {saved['sha256'][:16]} for {saved['count']}"
             )
         return len(identities)
 
     def _check_probe(
-        self, certificate: dict[str, Any], samples: int | None, new: Sequence[str], changed: Sequence[str], limit: float
+        self,
+        certificate: dict[str, Any],
+        samples: int | None,
+        new: Sequence[str],
+        changed: Sequence[Change],
+        tolerance: float,
     ) -> Proof:
         saved, (loss, _) = certificate["probe"], self.probe()
-        conditions, same_bits = self._conditions(), loss.hex() == saved["loss_hex"]
-        before = saved["conditions"]
-        others = [f"{name} {before.get(name)} -> {now}" for name, now in conditions.items() if now != before.get(name)]
+        before, same_bits = saved["conditions"], loss.hex() == saved["loss_hex"]
+        others = [
+            f"{name} {before.get(name)} -> {now}" for name, now in self._conditions().items() if now != before.get(name)
+        ]
         difference = abs(loss - saved["loss"]) / max(abs(saved["loss"]), 1e-30)
-        changed = [key for key in changed if not (new and key in ADDS_NAMES)]
-        if _any_of(changed, ALTERS_PROBE):
+        # keys that add names are judged by the tolerance for new names
+        alters = combined_effect(change for change in changed if not (new and change.alters & NAMES))
+        if alters & ALTERS_PROBE:
             passed, judged = True, "not judged: the config or the data were changed on purpose"
         elif new:
             passed = difference <= TOLERANCE_WITH_NEW_NAMES
             judged = f"relative difference {difference:.2g}, allowed {TOLERANCE_WITH_NEW_NAMES:g}: there are new names"
         elif others:
-            passed = same_bits or difference <= limit
-            judged = f"relative difference {difference:.2g}, allowed {limit:g}: {', '.join(others)}"
+            passed = same_bits or difference <= tolerance
+            judged = f"relative difference {difference:.2g}, allowed {tolerance:g}: {', '.join(others)}"
         else:
             passed, judged = same_bits, "bit for bit"
         if not passed:
-            raise ResumeRefused(f"{_BEFORE}: probe loss {_both(loss, saved['loss'])} ({judged})")
+            raise ResumeRefused(f"{_NOT_PROVED}: probe loss {_both(loss, saved['loss'])} ({judged})")
         return Proof(len(certificate["tensors"]), samples, loss, saved["loss"], same_bits, judged)
 
 
-_BEFORE = "the resume is not proved"
+_NOT_PROVED = "the resume is not proved"
 
 
 def _require_equal(what: str, now: dict[str, Any], saved: dict[str, Any]) -> None:
     for name in [*saved, *(name for name in now if name not in saved)]:
         is_now, was = now.get(name, "absent"), saved.get(name, "absent")
         if is_now != was:
-            raise ResumeRefused(f"{_BEFORE}: {what}{name} is {_shown(is_now)}, the checkpoint says {_shown(was)}")
+            raise ResumeRefused(f"{_NOT_PROVED}: {what}{name} is {_shown(is_now)}, expected {_shown(was)}")
 
 
 def _shown(value: Any) -> str:
-    """Rates are compared as float.hex, and shown as people write them too."""
+    """Return a value as text; rates are compared as float.hex and shown as decimals too."""
     text = str(value)
     return f"{float.fromhex(text)!r} ({text})" if text.startswith("0x") else text
 
 
 def _both(loss: float, saved: float) -> str:
-    """Both losses with four digits, or in full where those are the same."""
+    """Return both losses with four digits, or in full where those are equal."""
     short = [f"{value:.4f}" for value in (loss, saved)]
     now, was = short if short[0] != short[1] else (f"{loss!r}", f"{saved!r}")
-    return f"{now}, the checkpoint says {was}"
-
-
-def _any_of(keys: Sequence[str], patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(key, pattern) for key in keys for pattern in patterns)
+    return f"{now}, expected {was}"
 
 
 def _digest(identities: Sequence[str]) -> str:

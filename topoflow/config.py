@@ -4,12 +4,58 @@ The loader (`topoflow.config_io`) checks types; the range checks that need no ot
 `__post_init__`, those that compare sections stand in `Config.__post_init__`.
 """
 
+import dataclasses
+import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from topoflow.errors import ConfigError
 
+
+class Alters(enum.Flag):
+    """What a change of a key alters in a run that resumes with it.
+
+    A key that alters anything may differ from the checkpoint's only where checkpoint.allow_changed lists it; the proof
+    of the resume then leaves out what must differ.
+    """
+
+    MATHEMATICS = enum.auto()
+    """What the coming steps compute, but nothing that the proof compares."""
+    RATES = enum.auto()
+    """Learning rates or other settings of the optimizer: those of the config are used."""
+    ORDER = enum.auto()
+    """Which samples come next, and in which order."""
+    SAMPLES = enum.auto()
+    """What the samples contain."""
+    CHANNELS = enum.auto()
+    """Which inputs and targets the weights are for, and their normalization."""
+    NETWORK = enum.auto()
+    """The function that the weights compute."""
+    NAMES = enum.auto()
+    """Which weights there are: allowed with checkpoint.allow_new too."""
+    ARITHMETIC = enum.auto()
+    """The precision of the forward pass."""
+
+
+NOTHING = Alters(0)
+MATHEMATICS, RATES, ORDER, SAMPLES = Alters.MATHEMATICS, Alters.RATES, Alters.ORDER, Alters.SAMPLES
+CHANNELS, NETWORK, NAMES, ARITHMETIC = Alters.CHANNELS, Alters.NETWORK, Alters.NAMES, Alters.ARITHMETIC
+
+DATA_ALTERS = {"data.fingerprint": ORDER | RATES, "data.mask_fingerprint": SAMPLES}
+"""What a change of the data set and of its mask alters. Contents are compared; paths alter nothing."""
+
 PARAMETER_GROUPS = ("vit_blocks", "wind_embedding", "head", "others")
+
+
+def key(
+    default: Any = dataclasses.MISSING,
+    *,
+    alters: Alters,
+    default_factory: Callable[[], Any] | Any = dataclasses.MISSING,
+) -> Any:
+    """Declare a key: a dataclass field that knows what a change of it alters; without a default it is required."""
+    return field(default=default, default_factory=default_factory, metadata={"alters": alters})
 
 
 def _require(section: object, key: str, condition: bool, expected: str) -> None:
@@ -24,15 +70,15 @@ def _require(section: object, key: str, condition: bool, expected: str) -> None:
 class RunConfig:
     """Where the run lives and what makes it repeat."""
 
-    dir: str = "runs/topoflow"
+    dir: str = key("runs/topoflow", alters=NOTHING)
     """Run directory: checkpoints, metrics, TensorBoard events and scores go here."""
-    seed: int = 0
+    seed: int = key(0, alters=ORDER)
     """Seed of the initial weights, of the order of samples and of every random draw in training."""
-    deterministic: bool = True
+    deterministic: bool = key(True, alters=MATHEMATICS)
     """Use only algorithms that give the same bits each time (an operation that has none is an error)."""
-    threads: int | None = None
+    threads: int | None = key(None, alters=NOTHING)
     """Intra-op threads of each process; bits on CPU depend on it. Absent: as the launcher set it (torchrun: 1)."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = key("auto", alters=NOTHING)
     """Device to compute on; auto takes this process's GPU if there is one (ROCm devices are called cuda too)."""
 
     def __post_init__(self):
@@ -45,35 +91,35 @@ class RunConfig:
 class DataConfig:
     """Which data are read, and as what."""
 
-    path: str
+    path: str = key(alters=NOTHING)
     """Folder with yearly stores (data_YYYY*.zarr or *.nc), or one such store or file."""
-    train: tuple[int | tuple[str, str], ...]
+    train: tuple[int | tuple[str, str], ...] = key(alters=ORDER | RATES)
     """Training split: years, or [start, end] ranges with both ends included (a date alone means its whole day)."""
-    validation: tuple[int | tuple[str, str], ...] = ()
+    validation: tuple[int | tuple[str, str], ...] = key((), alters=MATHEMATICS)
     """Validation split, in the same form."""
-    test: tuple[int | tuple[str, str], ...] = ()
+    test: tuple[int | tuple[str, str], ...] = key((), alters=NOTHING)
     """Test split, in the same form; scored when training has ended."""
-    variables: tuple[str, ...] = (
+    variables: tuple[str, ...] = key((
         "u", "v", "temp", "rh", "psfc", "pm10", "so2", "no2", "co", "o3", "lat2d", "lon2d", "pm25", "elevation",
         "population",
-    )  # fmt: skip
+    ), alters=CHANNELS)  # fmt: skip
     """Input variables, in the order of the network's channels."""
-    targets: tuple[str, ...] = ("pm25", "pm10", "so2", "no2", "co", "o3")
+    targets: tuple[str, ...] = key(("pm25", "pm10", "so2", "no2", "co", "o3"), alters=CHANNELS)
     """Variables to forecast."""
-    lead_times_hours: tuple[int, ...] = (12, 24, 48, 96)
+    lead_times_hours: tuple[int, ...] = key((12, 24, 48, 96), alters=ORDER | RATES)
     """Forecast lead times in hours."""
-    workers: int = 2
+    workers: int = key(2, alters=NOTHING)
     """Loader processes per rank; 0 loads in the training process."""
-    mask: str | None = None
+    mask: str | None = key(None, alters=NOTHING)
     """File with the cells that count (.npy, or NetCDF/Zarr with a variable `mask`), [lat, lon], nonzero = counts;
     absent: all do, or those that packed data were packed with."""
-    normalization: Literal["train"] | dict[str, tuple[float, float]] = "train"
+    normalization: Literal["train"] | dict[str, tuple[float, float]] = key("train", alters=CHANNELS)
     """`train`: mean and standard deviation over the training split; or {variable: [mean, standard deviation]}."""
-    availability: bool = False
+    availability: bool = key(False, alters=CHANNELS)
     """Add the input `available`: the fraction of the dynamic input variables that have a value in the cell."""
-    in_memory: bool | None = None
+    in_memory: bool | None = key(None, alters=NOTHING)
     """Hold the fields in memory; absent: if they take at most 2 GiB per process. Packed data are mapped, not held."""
-    cache: str | None = None
+    cache: str | None = key(None, alters=NOTHING)
     """Folder where the normalization of data that are not packed is kept, so that no later run reads them for it;
     absent: ~/.cache/topoflow."""
 
@@ -95,37 +141,37 @@ class DataConfig:
 class ModelConfig:
     """The network."""
 
-    img_size: tuple[int, int] | None = None
+    img_size: tuple[int, int] | None = key(None, alters=NETWORK)
     """Rows and columns of the grid; absent: taken from the data, present: must agree with them."""
-    patch_size: int = 2
+    patch_size: int = key(2, alters=NETWORK)
     """Cells along each side of a patch."""
-    embed_dim: int = 768
+    embed_dim: int = key(768, alters=NETWORK)
     """Width of a token."""
-    depth: int = 6
+    depth: int = key(6, alters=NETWORK)
     """Number of transformer blocks."""
-    decoder_depth: int = 2
+    decoder_depth: int = key(2, alters=NETWORK)
     """Hidden layers of the head."""
-    num_heads: int = 8
+    num_heads: int = key(8, alters=NETWORK)
     """Attention heads of each block and of the aggregation over variables."""
-    mlp_ratio: float = 4.0
+    mlp_ratio: float = key(4.0, alters=NETWORK)
     """Hidden width of a block's MLP over embed_dim."""
-    drop_rate: float = 0.1
+    drop_rate: float = key(0.1, alters=MATHEMATICS)
     """Dropout on embeddings, attention weights, projections and MLPs."""
-    block_dropout: Literal["all", "first", "none"] | None = None
+    block_dropout: Literal["all", "first", "none"] | None = key(None, alters=MATHEMATICS)
     """Blocks that drop with drop_rate, for imported weights; absent: first with patch_norm or relative_position (as the
     published program did), else all."""
-    drop_path: float = 0.1
+    drop_path: float = key(0.1, alters=MATHEMATICS)
     """Stochastic depth: rate of the last block; it rises linearly from 0 at the first."""
-    wind: Literal["none", "rank", "legacy_regional"] = "rank"
+    wind: Literal["none", "rank", "legacy_regional"] = key("rank", alters=NETWORK | NAMES)
     """rank: each token is told where it stands along the field's mean wind; none: not. legacy_regional: tokens sorted
     within regions, for imported weights of the published program's predecessor (128 x 256 cells, patch_size 2)."""
-    terrain: Literal["none", "endpoint"] = "endpoint"
+    terrain: Literal["none", "endpoint"] = key("endpoint", alters=NETWORK | NAMES)
     """endpoint: attention of block 0 is damped towards tokens that stand higher; none: not."""
-    elevation_alpha_init: float = 0.01
+    elevation_alpha_init: float = key(0.01, alters=NAMES)
     """Initial strength of the terrain term (learned)."""
-    relative_position: bool = False
+    relative_position: bool = key(False, alters=NETWORK | NAMES)
     """Bias attention of block 0 by relative position, for imported weights of the published program."""
-    patch_norm: bool = False
+    patch_norm: bool = key(False, alters=NETWORK | NAMES)
     """Normalize each variable's token before they are aggregated, for imported weights of the published program."""
 
     def __post_init__(self):
@@ -146,29 +192,30 @@ class ModelConfig:
 class OptimConfig:
     """AdamW and its learning rates."""
 
-    learning_rate: float = 1e-4
+    learning_rate: float = key(1e-4, alters=RATES)
     """Base learning rate; each parameter group multiplies it."""
-    weight_decay: float = 1e-2
+    weight_decay: float = key(1e-2, alters=RATES)
     """Decoupled weight decay."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = key((0.9, 0.999), alters=RATES)
     """Decay of AdamW's two moments."""
-    eps: float = 1e-8
+    eps: float = key(1e-8, alters=RATES)
     """Term that AdamW adds to the denominator."""
-    group_multipliers: dict[str, float] = field(
-        default_factory=lambda: {"vit_blocks": 0.1, "wind_embedding": 2.0, "head": 0.5, "others": 1.0}
+    group_multipliers: dict[str, float] = key(
+        default_factory=lambda: {"vit_blocks": 0.1, "wind_embedding": 2.0, "head": 0.5, "others": 1.0},
+        alters=RATES,
     )
     """Learning rate of each parameter group over the base rate."""
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant"] = key("cosine", alters=RATES)
     """cosine: from the group's rate to eta_min over schedule_length, then eta_min; constant: no change."""
-    schedule_interval: Literal["epoch", "step"] = "epoch"
+    schedule_interval: Literal["epoch", "step"] = key("epoch", alters=RATES)
     """Unit in which the schedule advances."""
-    schedule_length: int | None = None
+    schedule_length: int | None = key(None, alters=RATES)
     """Length of the cosine (T_max) in schedule_interval; absent: the length of the run."""
-    eta_min: float = 1e-6
+    eta_min: float = key(1e-6, alters=RATES)
     """Learning rate at the end of the cosine, the same for all groups."""
-    warmup_steps: int = 0
+    warmup_steps: int = key(0, alters=RATES)
     """Optimizer steps over which all rates rise linearly from 0; the schedule itself is not shifted by them."""
-    grad_clip_norm: float | None = 1.0
+    grad_clip_norm: float | None = key(1.0, alters=MATHEMATICS)
     """Largest norm of the gradient over all parameters; null does not clip."""
 
     def __post_init__(self):
@@ -190,27 +237,27 @@ class OptimConfig:
 class TrainConfig:
     """Length, batch and arithmetic of the training."""
 
-    max_epochs: int | None = None
+    max_epochs: int | None = key(None, alters=NOTHING)
     """Epochs to train; with max_steps too, whichever ends first."""
-    max_steps: int | None = None
+    max_steps: int | None = key(None, alters=NOTHING)
     """Optimizer steps to train."""
-    global_batch_size: int = 32
+    global_batch_size: int = key(32, alters=ORDER | RATES)
     """Samples of one optimizer step over all processes: micro_batch_size x world_size x accumulation."""
-    micro_batch_size: int = 4
+    micro_batch_size: int = key(4, alters=MATHEMATICS)
     """Samples of one forward pass of one process."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16"] = key("fp32", alters=ARITHMETIC)
     """bf16: forward under autocast to bfloat16; weights, moments and loss stay in float32."""
-    compile: bool = False
+    compile: bool = key(False, alters=NOTHING)
     """Compile the network with torch.compile."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = key(False, alters=NOTHING)
     """Recompute each block's activations in the backward pass instead of keeping them."""
-    flex_attention: bool = True
+    flex_attention: bool = key(True, alters=NOTHING)
     """On GPUs, damp attention across terrain by FlexAttention, which compiles a kernel; false: in plain torch."""
-    early_stopping_patience: int | None = None
+    early_stopping_patience: int | None = key(None, alters=NOTHING)
     """Stop after this many validations in a row without a new best; null never stops early."""
-    validate_every_steps: int | None = None
+    validate_every_steps: int | None = key(None, alters=NOTHING)
     """Optimizer steps between validations; absent: at the end of each epoch. Always at the end of the run."""
-    log_every_steps: int = 10
+    log_every_steps: int = key(10, alters=NOTHING)
     """Optimizer steps between lines of metrics.jsonl."""
 
     def __post_init__(self):
@@ -230,25 +277,25 @@ class TrainConfig:
 class CheckpointConfig:
     """When state is saved, and from what a run starts."""
 
-    every_steps: int | None = 1000
+    every_steps: int | None = key(1000, alters=NOTHING)
     """Optimizer steps between checkpoints; null: only at a new best, at a stop and at the end."""
-    keep_last: int = 3
+    keep_last: int = key(3, alters=NOTHING)
     """How many of the newest checkpoints stay."""
-    keep_best: bool = True
+    keep_best: bool = key(True, alters=NOTHING)
     """Keep the checkpoint with the lowest validation loss as well, and save one whenever it falls."""
-    resume: str = "auto"
+    resume: str = key("auto", alters=NOTHING)
     """auto: from the newest checkpoint of the run directory, if any; never: a new run; or a checkpoint's path."""
-    init_from: str | None = None
+    init_from: str | None = key(None, alters=NOTHING)
     """Fine-tune: take the weights of this checkpoint (or run) and start at step 0. Nothing else is restored."""
-    allow_new: tuple[str, ...] = ()
+    allow_new: tuple[str, ...] = key((), alters=NOTHING)
     """Names (or globs) of weights and buffers that may be absent from the checkpoint; they start fresh."""
-    allow_changed: tuple[str, ...] = ()
+    allow_changed: tuple[str, ...] = key((), alters=NOTHING)
     """Config keys (or globs) that alter the mathematics and may differ from the checkpoint's all the same."""
-    probe_tolerance: float = 1e-3
+    probe_tolerance: float = key(1e-5, alters=NOTHING)
     """Largest relative change of the probe loss on a resume with other software, device model or thread count."""
-    validate_on_resume: bool = False
+    validate_on_resume: bool = key(False, alters=NOTHING)
     """Run the whole validation after a restore, before the first step, and log it beside the checkpoint's."""
-    on_error: Literal["stop", "continue"] = "stop"
+    on_error: Literal["stop", "continue"] = key("stop", alters=NOTHING)
     """What a failed save does: end the run, or log it and train on until the next one."""
 
     def __post_init__(self):
@@ -265,15 +312,15 @@ class CheckpointConfig:
 class DistributedConfig:
     """The processes and what they say to each other."""
 
-    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    backend: Literal["auto", "nccl", "gloo"] = key("auto", alters=NOTHING)
     """auto: nccl (RCCL on AMD) on GPUs, gloo on CPU."""
-    setup_timeout_seconds: float = 600.0
+    setup_timeout_seconds: float = key(600.0, alters=NOTHING)
     """How long to wait for all processes at start."""
-    timeout_seconds: float = 600.0
+    timeout_seconds: float = key(600.0, alters=NOTHING)
     """How long a collective operation may wait for the slowest process."""
-    verify_every_steps: int | None = 1000
+    verify_every_steps: int | None = key(1000, alters=NOTHING)
     """Optimizer steps between proofs that all processes hold the same state; null: only at start and after a resume."""
-    reduction: Literal["ddp", "canonical"] = "ddp"
+    reduction: Literal["ddp", "canonical"] = key("ddp", alters=MATHEMATICS)
     """How gradients are summed over processes. canonical: 1, 2, 4 ... give the same bits (with run.threads set)."""
 
     def __post_init__(self):

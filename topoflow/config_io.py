@@ -5,28 +5,29 @@ import ast
 import copy
 import dataclasses
 import difflib
-import fnmatch
+import functools
 import inspect
 import itertools
 import math
+import operator
 import re
 import sys
 import textwrap
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from topoflow import config as schema
-from topoflow.config import Config
+from topoflow.config import Alters, Config
 from topoflow.errors import ConfigError, MissingPath, Refusal
 
 
 def describe(kind: Any) -> str:
-    """The type in a user's words, for help and errors."""
+    """Return the type in a user's words, for help and errors."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is type(None):
         return "null"
@@ -50,7 +51,7 @@ _WORDS = {bool: "true | false", int: "integer", float: "number", str: "text"}
 
 
 def coerce(kind: Any, value: Any, key: str) -> Any:
-    """`value` as the type `kind` of the schema.
+    """Return `value` as the type `kind` of the schema.
 
     Integers pass as numbers, whole numbers such as 1e3 as integers, lists become tuples. Nothing else is converted.
 
@@ -89,25 +90,8 @@ def _coerce_union(kind: Any, options: tuple[Any, ...], value: Any, key: str) -> 
 
 
 def takes_text(kind: Any) -> bool:
-    """Whether a key of this type takes free text, so that `run.dir=2019` means the text 2019."""
+    """Return whether a key of this type takes free text, so that `run.dir=2019` means the text 2019."""
     return kind is str or (typing.get_origin(kind) in (types.UnionType, typing.Union) and str in typing.get_args(kind))
-
-
-# Keys that may differ between a checkpoint and the run that resumes from it, because they do not alter the mathematics
-# (globs). The rest are refused unless checkpoint.allow_changed lists them.
-FREE_ON_RESUME = (
-    "run.dir", "run.threads", "run.device", "data.path", "data.mask", "data.test", "data.workers", "data.in_memory",
-    "data.cache", "train.max_epochs", "train.max_steps", "train.compile", "train.activation_checkpointing",
-    "train.flex_attention", "train.early_stopping_patience", "train.validate_every_steps", "train.log_every_steps",
-    "checkpoint.*", "distributed.backend", "distributed.setup_timeout_seconds", "distributed.timeout_seconds",
-    "distributed.verify_every_steps",
-)  # fmt: skip
-
-# Keys that add parts to the network: with checkpoint.allow_new they may differ too, and the names of what is restored,
-# and the probe, tell whether anything else did.
-ADDS_NAMES = (
-    "model.wind", "model.terrain", "model.elevation_alpha_init", "model.relative_position", "model.patch_norm",
-)  # fmt: skip
 
 
 class _Loader(yaml.SafeLoader):
@@ -138,12 +122,12 @@ for _tag, _pattern, _first in (
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The config of a YAML file, with `section.key=value` overrides applied in order.
+    """Read the config from a YAML file and apply `section.key=value` overrides in order.
 
     Raises:
-        MissingPath: the file is not there.
+        MissingPath: the file does not exist.
         ConfigError: unknown key, wrong type, value out of range, or text that is not YAML. The message names the key,
-            the value, what was expected and where it was said.
+            the value, what was expected and where the value was given.
     """
     path = Path(path)
     if not path.is_file():
@@ -160,22 +144,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def override_config(tree: Any, overrides: Sequence[str], where: str) -> Config:
-    """The config of nested dicts that came from `where`, with overrides applied in order; see `load_config`."""
-    said: dict[str, str] = {}
+    """Build the config from nested dicts that came from `where`, with overrides applied in order; see `load_config`."""
+    given: dict[str, str] = {}
     tree = copy.deepcopy(tree)
     try:
         _require_sections(tree)
         for override in overrides:
-            _apply_override(tree, override, said)
+            _apply_override(tree, override, given)
         return config_from_dict(tree)
     except ConfigError as error:
-        raise ConfigError(f"{error} ({_where(str(error).partition(':')[0], tree, said, where)})") from None
+        raise ConfigError(f"{error} ({_where(str(error).partition(':')[0], tree, given, where)})") from None
 
 
-def _where(key: str, tree: Any, said: dict[str, str], path: str) -> str:
-    """Who said the key that an error message begins with: the command line, the file or the defaults beside it."""
-    for path_said, override in said.items():
-        if path_said.startswith(key) or key.startswith(path_said):
+def _where(key: str, tree: Any, given: dict[str, str], path: str) -> str:
+    """Return where the key that an error message begins with was given: the command line, the file or its defaults."""
+    for key_given, override in given.items():
+        if key_given.startswith(key) or key.startswith(key_given):
             return f"from the command line, {override}"
     section, _, name = key.partition(".")
     in_file = isinstance(tree, dict) and section in tree and (not name or name in (tree[section] or {}))
@@ -183,7 +167,7 @@ def _where(key: str, tree: Any, said: dict[str, str], path: str) -> str:
 
 
 def config_from_dict(tree: Any) -> Config:
-    """The config that nested dicts {section: {key: value}} describe; see `load_config` for what is refused."""
+    """Build the config from nested dicts {section: {key: value}}; see `load_config` for what is refused."""
     _require_sections(tree)
     built = {}
     for name, section in tree.items():
@@ -196,32 +180,55 @@ def config_from_dict(tree: Any) -> Config:
 
 
 def config_to_dict(config: Config) -> dict[str, dict[str, Any]]:
-    """The config as plain nested dicts, lists and scalars, every key present."""
+    """Return the config as plain nested dicts, lists and scalars, every key present."""
     return _plain(dataclasses.asdict(config))
 
 
 def dump_config(config: Config) -> str:
-    """The resolved config as YAML; loading it gives the same config."""
+    """Return the config as YAML; loading it gives the same config."""
     return yaml.dump(config_to_dict(config), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100)
 
 
-def changed_on_resume(saved: dict, now: Config, allowed: Sequence[str] = ()) -> tuple[list[str], list[str]]:
-    """What differs between a checkpoint's config and this run's, apart from keys that are free to change.
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A key whose value differs from the checkpoint's, and what that alters."""
 
-    Returns:
-        (refused, accepted): lines "key: was -> is"; accepted are those that a name or glob in `allowed` covers.
+    key: str
+    was: Any
+    now: Any
+    alters: Alters
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.was!r} -> {self.now!r}"
+
+
+def changed_keys(saved: dict, config: Config) -> list[Change]:
+    """Return the keys that alter anything and differ between a checkpoint's config and this one, sorted by name.
+
+    A key that the checkpoint does not have had its default value. One that this version no longer has is a change of
+    the mathematics.
     """
-    refused, accepted = [], []
-    # the default of a key that is younger than the checkpoint is what the program did before it
-    old, new = {**_defaults(), **_flatten(saved)}, _flatten(config_to_dict(now))
+    old, new = {**_defaults(), **_flatten(saved)}, _flatten(config_to_dict(config))
+    changes = []
     for key in sorted(old.keys() | new.keys()):
-        if any(fnmatch.fnmatchcase(key, pattern) for pattern in FREE_ON_RESUME):
-            continue
-        was, is_now = old.get(key, "absent"), new.get(key, "absent")
-        if was != is_now:
-            listed = any(fnmatch.fnmatchcase(key, pattern) for pattern in allowed)
-            (accepted if listed else refused).append(f"{key}: {was!r} -> {is_now!r}")
-    return refused, accepted
+        was, now, alters = old.get(key, "absent"), new.get(key, "absent"), alters_of(key)
+        if was != now and alters:
+            changes.append(Change(key, was, now, alters))
+    return changes
+
+
+def combined_effect(changes: Iterable[Change]) -> Alters:
+    """Return all that some changes alter together."""
+    return functools.reduce(operator.or_, (change.alters for change in changes), Alters(0))
+
+
+def alters_of(key: str) -> Alters:
+    """Return what a change of `section.key` alters; of an unknown key, the mathematics."""
+    section, _, name = key.partition(".")
+    for field in dataclasses.fields(_sections()[section]) if section in _sections() else ():
+        if field.name == name:
+            return field.metadata["alters"]
+    return Alters.MATHEMATICS
 
 
 def _require_sections(tree: Any) -> None:
@@ -270,11 +277,11 @@ def _hints(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
-def _apply_override(tree: dict, override: str, said: dict[str, str]) -> None:
+def _apply_override(tree: dict, override: str, given: dict[str, str]) -> None:
     """Set `section.key=value` (or `section.key.name=value` in a key that holds names) in the tree."""
     path, equals, text = override.partition("=")
     parts = path.strip().split(".")
-    said[path.strip()] = repr(override)
+    given[path.strip()] = repr(override)
     if not equals or len(parts) < 2:
         raise ConfigError(f"{path}: not an override: expected section.key=value")
     section, key, *rest = parts
@@ -306,7 +313,7 @@ def _default_of(kind: type, key: str) -> Any:
 
 
 def _defaults() -> dict[str, Any]:
-    """section.key: default, of all keys that have one."""
+    """Return {section.key: default} for all keys that have a default."""
     return {
         f"{name}.{key}": _plain(_default_of(kind, key))
         for name, kind in _sections().items()
@@ -335,7 +342,7 @@ class HelpfulParser(argparse.ArgumentParser):
 
 
 def field_docstrings(kind: type) -> dict[str, str]:
-    """The string below each field of a dataclass: {field: docstring}."""
+    """Return the string below each field of a dataclass: {field: docstring}."""
     body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body
     return {
         field.target.id: inspect.cleandoc(text.value.value)
@@ -348,7 +355,7 @@ def field_docstrings(kind: type) -> dict[str, str]:
 
 
 def config_help(width: int = 112) -> str:
-    """Every section and key of the config as lines of text."""
+    """Return a text with every section and key of the config: type, default, docstring."""
     lines = ["config keys (in CONFIG, or as section.key=value on the command line):"]
     for section, kind in typing.get_type_hints(schema.Config).items():
         lines += ["", f"{section}: {inspect.getdoc(kind)}"]

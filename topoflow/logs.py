@@ -159,6 +159,12 @@ class MetricsWriter:
         except OSError as error:
             self._refuse(self._curves_path, error)
 
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def train_step(
         self,
         *,

@@ -18,8 +18,9 @@ import torch.distributed as dist
 
 from topoflow import errors
 from topoflow.config import DistributedConfig
-from topoflow.errors import ConfigError, RanksDisagree, Refusal
+from topoflow.errors import ConfigError, RanksDisagree, Refusal, StopRequested
 from topoflow.launch import Launch, connect_when_needed, device_identity
+from topoflow.run_dir import StopFlag
 from topoflow.watch import Hub, Watch, allow_connections
 
 TELL_SECONDS = 5.0
@@ -102,10 +103,25 @@ def _find_contradiction(processes: Iterable[tuple[int, str, str, str]]) -> str:
 
 
 class Context:
-    """This process among the others. With one process every operation is trivial and no group exists."""
+    """This process among the others. With one process every operation is trivial and no group exists.
 
-    def __init__(self, launch: Launch, device: torch.device, watch: Watch | None = None):
-        self.launch, self.device = launch, device
+    config: of the launch's processes. stop: whether this process was asked to stop; others may have been.
+    """
+
+    def __init__(
+        self,
+        launch: Launch,
+        device: torch.device,
+        watch: Watch | None = None,
+        config: DistributedConfig | None = None,
+        stop: StopFlag | None = None,
+    ):
+        self.launch, self.device, self.config, self.stop = (
+            launch,
+            device,
+            config or DistributedConfig(),
+            stop or StopFlag(),
+        )
         self.rank, self.world_size, self.is_main = launch.rank, launch.world_size, launch.is_main
         self.watch = watch or Watch(launch)
 
@@ -221,6 +237,24 @@ class Context:
         shared.shared = True
         raise shared from refusal
 
+    def stop_requested(self) -> str | None:
+        """Return the signal by which this rank was asked to stop, or another as far as is known; tell the others."""
+        if self.stop.signal_name is not None:
+            self.watch.ask_to_stop(self.stop.signal_name)
+        return self.stop.signal_name or self.watch.stop_asked
+
+    def raise_if_stop_requested(self, phase: str) -> None:
+        """End here if a signal arrived on any rank: `phase` has nothing that this would lose. Call on all ranks.
+
+        Raises:
+            StopRequested: on every rank.
+        """
+        names = [name for name in self.gather_objects(self.stop.signal_name) if name]
+        if names:
+            refusal = StopRequested(f"stopped by {names[0]} during {phase}")
+            refusal.shared = True
+            raise refusal
+
     def are_same(self, values: Mapping[str, str]) -> bool:
         """Whether `values` {name: what is held} are equal on all processes; only their hash travels."""
         text = "\n".join(f"{name}={values[name]}" for name in sorted(values))
@@ -254,6 +288,7 @@ def distributed_context(
     config: DistributedConfig,
     device: torch.device,
     last_words: Callable[[int, str], None] | None = None,
+    stop: StopFlag | None = None,
 ) -> Iterator[Context]:
     """Join the process group of the launch (none for one process), leave it at the end.
 
@@ -268,13 +303,13 @@ def distributed_context(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if launch.world_size == 1:
-        yield Context(launch, device)
+        yield Context(launch, device, None, config, stop)
         return
     watch = Watch(launch, config.setup_timeout_seconds, config.timeout_seconds, last_words)
     hub = None
     try:
         hub = _join(launch, config, device, watch)
-        yield Context(launch, device, watch)
+        yield Context(launch, device, watch, config, stop)
     except BaseException as error:
         if not (isinstance(error, Refusal) and error.shared):
             verdict = watch.explain(error)

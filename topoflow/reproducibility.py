@@ -1,5 +1,6 @@
 """What makes a run repeat: deterministic algorithms, and random draws that depend only on where they stand."""
 
+import functools
 import hashlib
 import os
 import platform
@@ -44,12 +45,18 @@ def describe_software(device: torch.device) -> dict[str, str | int]:
     }
 
 
-def hash_sources() -> str:
-    """Hex SHA-256 over names and contents of the package's source files: whether two processes run the same code."""
+@functools.cache
+def hash_sources(*parts: str) -> str:
+    """Return the SHA-256 over names and contents of the package's source files, as hex: whether two run the same code.
+
+    parts: folders or files of the package, such as `model` or `loss.py`; without any, all of it.
+    """
     root, digest = Path(topoflow.__file__).parent, hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(root)} {len(content)}\n".encode() + content)
+        name = path.relative_to(root)
+        if not parts or name.parts[0] in parts:
+            content = path.read_bytes()
+            digest.update(f"{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()
 
 

@@ -1,66 +1,265 @@
-"""From what a run starts: nothing, a checkpoint to go on with, or weights to fine-tune. Read by rank 0, sent to all."""
+"""What a run starts from: initial weights, the weights of another run, or a checkpoint of its own."""
 
 import dataclasses
-import fnmatch
 import json
 import logging
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from topoflow.build import resolve
 from topoflow.certificate import Certifier, Proof
 from topoflow.checkpoint.directory import CheckpointDirectory, find_checkpoint
 from topoflow.checkpoint.file import read_checkpoint
 from topoflow.checkpoint.state import RestoreReport, deliver, plan_state, plan_weights, share_outline
-from topoflow.config import CheckpointConfig, Config, TrainConfig
-from topoflow.config_io import ADDS_NAMES, changed_on_resume, config_to_dict
+from topoflow.config import CHANNELS, DATA_ALTERS, NAMES, RATES, CheckpointConfig, Config
+from topoflow.config_io import Change, changed_keys, combined_effect
 from topoflow.data.assembly import ForecastData
+from topoflow.data.normalization import Normalization
+from topoflow.data.sampling import BatchPlan
 from topoflow.errors import ConfigError, ResumeRefused, RunDirectoryError
 from topoflow.logs import MetricsWriter
 from topoflow.ranks import Context
 from topoflow.run_dir import RunDirectory
+from topoflow.text import matches
 from topoflow.train_state import TrainProgress, TrainState
+from topoflow.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 REPORT = "resume.json"
 
-ALTERS_RATES = (
-    "optim.learning_rate", "optim.weight_decay", "optim.betas", "optim.eps", "optim.group_multipliers",
-    "optim.schedule*", "optim.eta_min", "optim.warmup_steps", "data.train", "data.fingerprint", "data.lead_times_hours",
-    "train.global_batch_size",
-)  # fmt: skip
-"""Config keys that change what the schedule gives at a step; those of the data and the batch by the epoch's length."""
+
+class NewRun:
+    """Starts from initial weights at step 0. Its methods are what train.py asks of any start, in this order."""
+
+    def complete_config(self, config: Config, data: ForecastData, plan: BatchPlan) -> Config:
+        """Return the config with the keys filled that the user left open, after checking that the run may use it.
+
+        Raises:
+            ConfigError, ResumeRefused: the config or the data do not fit what the run starts from.
+        """
+        return resolve(config, data, plan)
+
+    def saved_normalization(self, config: Config) -> Normalization | None:
+        """Return the constants that the weights were trained with, if they stay."""
+        return None
+
+    def restore(self, state: TrainState, context: Context) -> None:
+        """Put what the run starts from into `state`, by name, on every rank.
+
+        Raises:
+            ResumeRefused: something could not be restored; the message names it.
+        """
+
+    def prove(self, certifier: Certifier, context: Context) -> None:
+        """Compare the restored state of every rank with the checkpoint's certificate.
+
+        Raises:
+            ResumeRefused: on every rank, naming what differs.
+        """
+
+    def open_metrics(self, run_dir: RunDirectory, checkpoints: CheckpointDirectory, context: Context) -> MetricsWriter:
+        """Prepare the run directory for the steps to come, once all is proved; return the writer of its metrics."""
+        return MetricsWriter(run_dir.path if context.is_main else None, None, run_dir.writing)
+
+    def begin(self, trainer: Trainer, checkpoints: CheckpointDirectory, context: Context) -> None:
+        """Do what is due before the first step."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Start:
-    """What a run starts from. `state` is whole on rank 0, in outline on the others; of a fine-tune the weights only."""
+class FineTune(NewRun):
+    """Starts from the weights of a checkpoint, at step 0.
 
-    kind: Literal["new", "resume", "fine-tune"]
-    path: Path | None = None
-    state: dict[str, Any] | None = None
+    Args:
+        saved: `model`, `config` and `data` of the checkpoint; tensors are whole on rank 0, without contents elsewhere.
+    """
+
+    def __init__(self, path: Path, saved: dict[str, Any], config: CheckpointConfig):
+        self.path, self.saved, self.config = path, saved, config
+
+    def complete_config(self, config: Config, data: ForecastData, plan: BatchPlan) -> Config:
+        """As for a new run; inputs and targets must be those that the weights know by position."""
+        for change in changed_keys(self.saved["config"], config):
+            is_channel = change.alters & CHANNELS and change.key != "data.normalization"
+            if is_channel and not matches(change.key, self.config.allow_changed):
+                raise ConfigError(
+                    f"{change}: expected as in {self.path}: its weights know these channels by their order "
+                    "(checkpoint.allow_changed may list what may differ)"
+                )
+        return resolve(config, data, plan)
+
+    def restore(self, state: TrainState, context: Context) -> None:
+        """Put the weights into the model on every rank."""
+        with context.together("restoring the checkpoint"):
+            restore = plan_weights(state.model, self.saved["model"], self.config.allow_new)
+        deliver(context, restore.pairs)
+        del self.saved["model"]
+        log.info("fine-tune from %s (weights only, step 0)", self.path)
+        for line in restore.report.lines():
+            log.info("  %s", line)
 
 
-def read_start(config: CheckpointConfig, checkpoints: CheckpointDirectory, context: Context) -> Start:
-    """Find and read what checkpoint.resume and checkpoint.init_from ask for; rank 0 alone touches files.
+class Resume(NewRun):
+    """Resumes a run: everything is restored by name and proved before the first step.
+
+    Args:
+        saved: the content of the checkpoint; tensors are whole on rank 0, without contents elsewhere.
+    """
+
+    def __init__(self, path: Path, saved: dict[str, Any], config: CheckpointConfig):
+        self.path, self.saved, self.config = path, saved, config
+        self.progress = TrainProgress(**saved["progress"])
+        self.changed: list[Change] = []
+        """Config keys that differ from the checkpoint's because checkpoint.allow_changed lists them."""
+        self.report = RestoreReport()
+        self.proof: Proof | None = None
+
+    def complete_config(self, config: Config, data: ForecastData, plan: BatchPlan) -> Config:
+        """Fill open keys as the first start of the run did; all that alters the run must be as in the checkpoint."""
+        config = resolve(self._fill_from_checkpoint(config), data, plan)
+        self.changed = self._check_changes([*changed_keys(self.saved["config"], config), *self._data_changes(data)])
+        self._check_position(plan)
+        return config
+
+    def _fill_from_checkpoint(self, config: Config) -> Config:
+        saved = self.saved["config"]
+        model, optim = config.model, config.optim
+        if optim.schedule_length is None:
+            optim = dataclasses.replace(optim, schedule_length=saved["optim"]["schedule_length"])
+        if model.img_size is None and saved["model"]["img_size"] is not None:
+            model = dataclasses.replace(model, img_size=tuple(saved["model"]["img_size"]))
+        return dataclasses.replace(config, model=model, optim=optim)
+
+    def _data_changes(self, data: ForecastData) -> list[Change]:
+        now = {"fingerprint": data.source.fingerprint, "mask_fingerprint": data.mask_fingerprint}
+        saved = self.saved["data"]
+        return [
+            Change(f"data.{name}", saved[name][:12], value[:12], DATA_ALTERS[f"data.{name}"])
+            for name, value in now.items()
+            if saved[name] != value
+        ]
+
+    def _check_changes(self, changes: list[Change]) -> list[Change]:
+        """Return the changes that checkpoint.allow_changed lists."""
+        listed = [change for change in changes if matches(change.key, self.config.allow_changed)]
+        by_new_names = [change for change in changes if self.config.allow_new and change.alters & NAMES]
+        refused = [change for change in changes if change not in listed and change not in by_new_names]
+        if refused:
+            raise ResumeRefused(
+                f"checkpoint {self.path}: its config or data differ from this run's: {'; '.join(map(str, refused))}: "
+                "expected the same, or checkpoint.allow_changed to list what may differ"
+            )
+        for change in changes:
+            log.warning("changed since the checkpoint, as checkpoint.allow_changed or allow_new permits: %s", change)
+        return listed
+
+    def _check_position(self, plan: BatchPlan) -> None:
+        """With other data or another batch size, if allowed, the position may be inside a batch or past the end."""
+        samples = self.progress.samples_in_epoch
+        if samples % plan.global_batch_size or samples >= plan.steps_per_epoch * plan.global_batch_size:
+            raise ResumeRefused(
+                f"{samples} samples of the epoch are done, which is not a position between two steps of an epoch of "
+                f"{plan.steps_per_epoch} batches of train.global_batch_size = {plan.global_batch_size}: "
+                "expected sizes that fit, or a checkpoint from the end of an epoch"
+            )
+
+    def saved_normalization(self, config: Config) -> Normalization | None:
+        """Return the checkpoint's constants, unless channels or data.normalization changed: other data keep them."""
+        if combined_effect(changed_keys(self.saved["config"], config)) & CHANNELS:
+            return None
+        return Normalization.from_dict(self.saved["data"]["normalization"])
+
+    def restore(self, state: TrainState, context: Context) -> None:
+        """Put weights, moments, rates, scheduler and progress back on every rank."""
+        with context.together("restoring the checkpoint"):
+            restore = plan_state(
+                self.saved,
+                state.model,
+                state.optimizer,
+                state.scheduler,
+                self.config.allow_new,
+                rates_from_config=bool(combined_effect(self.changed) & RATES),
+            )
+        deliver(context, restore.pairs)
+        restore.finish()
+        state.progress = self.progress
+        del self.saved["model"], self.saved["optimizer"]  # they are in the model and the optimizer now
+        self.report = restore.report
+        log.info("resume from %s (everything)", self.path)
+        for line in self.report.lines():
+            log.info("  %s", line)
+
+    def prove(self, certifier: Certifier, context: Context) -> None:
+        """Compare every tensor, rate, coming sample and the probe loss of every rank with the certificate."""
+        with context.together("proof of the resume"):
+            if "certificate" not in self.saved:
+                raise ResumeRefused(
+                    f"checkpoint {self.path}: format {self.saved['format']} has no certificate, so a resume cannot be "
+                    "proved: expected a newer checkpoint, or checkpoint.init_from to take its weights only"
+                )
+            certificate = self.saved["certificate"]
+            self.proof = certifier.check(certificate, self.report, self.changed, self.config.probe_tolerance)
+        for line in self.proof.lines(context.world_size):
+            log.info("  %s", line)
+
+    def open_metrics(self, run_dir: RunDirectory, checkpoints: CheckpointDirectory, context: Context) -> MetricsWriter:
+        """Archive later checkpoints, cut later metrics, write resume.json and the event, and judge `best`."""
+        if context.is_main:
+            # before anything else is written: no later checkpoint can be taken by mistake
+            for folder in checkpoints.archive_after(self.progress.step):
+                log.warning("archived as %s: this run resumes from step %d", folder.name, self.progress.step)
+        path = run_dir.path if context.is_main else None
+        writer = MetricsWriter(path, self.progress.step, run_dir.writing, self.progress.validation_owed)
+        if context.is_main:
+            self._write_report(run_dir)
+            writer.resume(self.progress.step, self.path)
+        return writer
+
+    def _write_report(self, run_dir: RunDirectory) -> None:
+        assert self.proof is not None, "written after the proof"
+        run_dir.write_json(
+            REPORT,
+            {
+                "from": str(self.path),
+                "asked": self.config.resume,
+                **dataclasses.asdict(self.progress),
+                **self.report.to_dict(),
+                "proof": self.proof.to_dict(),
+            },
+        )
+
+    def begin(self, trainer: Trainer, checkpoints: CheckpointDirectory, context: Context) -> None:
+        """Check `best`, save where another run's checkpoint was resumed, and validate if the config asks for it."""
+        keep_or_forget_best(self.progress, checkpoints, self.config, context)
+        if not checkpoints.is_parent_of(self.path):
+            trainer.output.saver.save(self.progress.step, is_best=False)  # the run no longer needs the other's folder
+        if self.config.validate_on_resume:
+            trainer.validate_restored()
+
+
+def read_start(config: CheckpointConfig, checkpoints: CheckpointDirectory, context: Context) -> NewRun:
+    """Find and read what checkpoint.resume and checkpoint.init_from ask for; rank 0 alone opens files.
 
     Raises:
         RunDirectoryError: resume=never, or another run's checkpoint, in a directory that holds checkpoints.
         ResumeRefused: a checkpoint is damaged.
-        MissingPath: a path is not there.
+        MissingPath: a path does not exist.
     """
-    start = Start("new")
+    found = None
     with context.together("reading the checkpoint"):
         if context.is_main:
             checkpoints.clean_up()
-            start = _read_start(config, checkpoints)
-    kind, path = context.broadcast_object((start.kind, start.path))
-    return Start(kind, path, share_outline(context, start.state) if kind != "new" else None)
+            found = _find_start(config, checkpoints)
+    kind, path = context.broadcast_object(found and found[:2]) or (NewRun, None)
+    if path is None:
+        return NewRun()
+    saved = share_outline(context, found[2] if found else None)
+    return kind(path, saved, config)
 
 
-def _read_start(config: CheckpointConfig, checkpoints: CheckpointDirectory) -> Start:
+def _find_start(
+    config: CheckpointConfig, checkpoints: CheckpointDirectory
+) -> tuple[type[FineTune | Resume], Path, dict[str, Any]] | None:
     if config.resume == "never" and checkpoints.traces():
         raise RunDirectoryError(
             f"checkpoint.resume: never, but {checkpoints.path} holds {', '.join(checkpoints.traces())}: "
@@ -69,48 +268,48 @@ def _read_start(config: CheckpointConfig, checkpoints: CheckpointDirectory) -> S
     asked_before = _was_asked_before(config.resume, checkpoints)
     if config.resume == "auto" or asked_before:
         named = asked_before and checkpoints.steps() and checkpoints.folder(checkpoints.steps()[-1])
-        newest = checkpoints.newest_whole(strict=named and _is_same(named, config.resume))
+        newest = checkpoints.newest_whole(strict=bool(named and _is_same(named, config.resume)))
         if newest is not None:
             if asked_before and not _is_same(newest[0], config.resume):
                 log.warning(
-                    "checkpoint.resume: this run started from %s before, and goes on from %s (to go back to it once "
-                    "more, remove %s)", config.resume, newest[0].name, checkpoints.path.parent / REPORT,
+                    "checkpoint.resume: this run started from %s before and resumes from %s (to go back to the former "
+                    "once more, remove %s)", config.resume, newest[0].name, checkpoints.path.parent / REPORT,
                 )  # fmt: skip
-            return Start("resume", *newest)
+            return Resume, *newest
     if config.resume not in ("auto", "never"):
-        return _read_named(Path(config.resume), checkpoints)
+        return Resume, *_read_named(Path(config.resume), checkpoints)
     if config.init_from is not None:
         path = find_checkpoint(Path(config.init_from), run_dir=checkpoints.path.parent)
         parts = ("model", "config", "data")
         whole = read_checkpoint(path, parts)
-        return Start("fine-tune", path, {part: whole[part] for part in parts})
-    return Start("new")
+        return FineTune, path, {part: whole[part] for part in parts}
+    return None
 
 
-def _read_named(path: Path, checkpoints: CheckpointDirectory) -> Start:
-    if os.path.isfile(path):  # False as well where we may not look
+def _read_named(path: Path, checkpoints: CheckpointDirectory) -> tuple[Path, dict[str, Any]]:
+    """Read the checkpoint that checkpoint.resume names: a folder, or the newest of a run directory."""
+    if os.path.isfile(path):  # False as well where permission is missing
         path = find_checkpoint(path, run_dir=checkpoints.path.parent)
     folder = CheckpointDirectory(path / "checkpoints" if os.path.isdir(path / "checkpoints") else path)
     found = folder.folder(folder.steps()[-1]) if folder.steps() else find_checkpoint(path)
     if checkpoints.steps() and found.parent.resolve() != checkpoints.path.resolve():
         raise RunDirectoryError(
             f"checkpoint.resume: {path} is of another run, and {checkpoints.path} holds checkpoints: "
-            "expected resume=auto to go on with those, or an empty run.dir"
+            "expected resume=auto to resume from those, or an empty run.dir"
         )
-    if folder.steps():
-        return Start("resume", *folder.newest_whole(strict=True))
-    return Start("resume", found, read_checkpoint(found))
+    newest = folder.newest_whole(strict=True) if folder.steps() else None
+    return newest or (found, read_checkpoint(found))
 
 
 def _was_asked_before(path: str, checkpoints: CheckpointDirectory) -> bool:
-    """Whether this run has started from `path` already and got on: then a requeued job goes on where it stopped."""
+    """Return whether this run has resumed from `path` before: a requeued job then resumes where it stopped."""
     report = checkpoints.path.parent / REPORT
     if path in ("auto", "never") or not report.is_file():
         return False
     try:
         return json.loads(report.read_bytes())["asked"] == path
     except (ValueError, KeyError, TypeError):
-        log.warning("%s: cannot be read: %s is taken as if it were asked for the first time", report, path)
+        log.warning("%s: unreadable: %s is taken as if it were asked for the first time", report, path)
         return False
 
 
@@ -118,188 +317,20 @@ def _is_same(folder: Path, named: str) -> bool:
     return folder.resolve() in (Path(named).resolve(), Path(named).resolve().parent)
 
 
-def adopt_saved(start: Start, config: Config) -> Config:
-    """The config with what the first start of the run resolved and this one leaves open."""
-    saved = start.state["config"]
-    model, optim = config.model, config.optim
-    if optim.schedule_length is None:
-        optim = dataclasses.replace(optim, schedule_length=saved["optim"]["schedule_length"])
-    if model.img_size is None and saved["model"]["img_size"] is not None:
-        model = dataclasses.replace(model, img_size=tuple(saved["model"]["img_size"]))
-    return dataclasses.replace(config, model=model, optim=optim)
-
-
-def require_same_channels(start: Start, config: Config) -> None:
-    """Refuse to fine-tune with other inputs or targets than those that the weights know by position.
-
-    Raises:
-        ConfigError: naming the first key that differs, unless checkpoint.allow_changed lists it.
-    """
-    if start.kind != "fine-tune":
-        return
-    saved, now = start.state["config"]["data"], config_to_dict(config)["data"]
-    for key in ("variables", "targets", "availability"):
-        listed = any(fnmatch.fnmatchcase(f"data.{key}", pattern) for pattern in config.checkpoint.allow_changed)
-        if saved[key] != now[key] and not listed:
-            raise ConfigError(
-                f"data.{key}: {saved[key]} -> {now[key]}: expected as in {start.path}: its weights know these channels "
-                "by their order (checkpoint.allow_changed may list what may differ)"
-            )
-
-
-def require_resumable(start: Start, config: Config, data: ForecastData, steps_per_epoch: int) -> list[str]:
-    """Refuse a resume with another config or other data than the checkpoint's, unless checkpoint.allow_changed says so.
-
-    Returns:
-        The config keys that differ as checkpoint.allow_changed permits.
-
-    Raises:
-        ResumeRefused: naming every key that differs, with both values.
-    """
-    if start.kind != "resume":
-        return []
-    allowed = (*config.checkpoint.allow_changed, *(ADDS_NAMES if config.checkpoint.allow_new else ()))
-    refused, accepted = changed_on_resume(start.state["config"], config, allowed)
-    now = {"fingerprint": data.source.fingerprint, "mask_fingerprint": data.mask_fingerprint}
-    for name, value in now.items():
-        if start.state["data"][name] != value:
-            listed = any(fnmatch.fnmatchcase(f"data.{name}", pattern) for pattern in allowed)
-            line = f"data.{name}: {start.state['data'][name][:12]} -> {value[:12]}"
-            (accepted if listed else refused).append(line)
-    if refused:
-        raise ResumeRefused(
-            f"checkpoint {start.path}: its config or data differ from this run's: {'; '.join(refused)}: "
-            "expected the same, or checkpoint.allow_changed to list what may differ"
-        )
-    for line in accepted:
-        log.warning("changed since the checkpoint, as checkpoint.allow_changed or allow_new says: %s", line)
-    _require_place_in_epoch(start.state["progress"]["samples_in_epoch"], config.train, steps_per_epoch)
-    keys = [line.partition(":")[0] for line in accepted]
-    return [key for key in keys if any(fnmatch.fnmatchcase(key, p) for p in config.checkpoint.allow_changed)]
-
-
-def _require_place_in_epoch(samples: int, config: TrainConfig, steps_per_epoch: int) -> None:
-    """With other data or another batch size, if allowed, the position may be inside a batch or past the end."""
-    if samples % config.global_batch_size or samples >= steps_per_epoch * config.global_batch_size:
-        raise ResumeRefused(
-            f"{samples} samples of the epoch are done, which is no place between two steps of an epoch of "
-            f"{steps_per_epoch} batches of train.global_batch_size = {config.global_batch_size}: "
-            "expected sizes that fit, or a checkpoint from the end of an epoch"
-        )
-
-
-def keeps_normalization(start: Start, config: Config) -> bool:
-    """Whether the checkpoint's constants stay: the weights know them, also where the user lets the data differ."""
-    if start.kind != "resume":
-        return False
-    saved, now = start.state["config"]["data"], config_to_dict(config)["data"]
-    return all(saved[key] == now[key] for key in ("normalization", "variables", "targets", "availability"))
-
-
 def keep_or_forget_best(
     progress: TrainProgress, checkpoints: CheckpointDirectory, config: CheckpointConfig, context: Context
 ) -> None:
-    """Point `best` to the checkpoint that the restored progress calls the best, or judge anew where it is not here."""
+    """Let `best` name the checkpoint that the restored progress calls best; without it, forget its loss."""
     here = None
     with context.together("the best checkpoint"):
         if context.is_main:
             if config.keep_best and progress.best_step in checkpoints.steps():
                 here = checkpoints.folder(progress.best_step)
                 if not (checkpoints.path / "best").exists():
-                    log.warning("checkpoint pointer %s: is missing: made anew", checkpoints.path / "best")
+                    log.warning("checkpoint pointer %s: missing; written again", checkpoints.path / "best")
             checkpoints.point("best", here)
     if context.broadcast_object(here) is None and config.keep_best and progress.best_step is not None:
-        log.warning("the best checkpoint, of step %d, is not in this run: the next validation is", progress.best_step)
+        log.warning(
+            "best checkpoint (step %d) not found in this run; the next validation sets a new best", progress.best_step
+        )
         progress.best_validation_loss, progress.best_step, progress.validations_since_best = None, None, 0
-
-
-def restore_start(
-    start: Start, state: TrainState, config: Config, changed: Sequence[str], context: Context
-) -> RestoreReport:
-    """Put what the run starts from into `state`, by name, on every rank.
-
-    Args:
-        changed: config keys that differ from the checkpoint's with the user's permission.
-
-    Raises:
-        ResumeRefused: something could not be restored; the message names it.
-    """
-    if start.kind == "new":
-        return RestoreReport()
-    with context.together("restoring the checkpoint"):
-        if start.kind == "fine-tune":
-            restore = plan_weights(state.model, start.state["model"], config.checkpoint.allow_new)
-        else:
-            from_config = any(fnmatch.fnmatchcase(key, pattern) for key in changed for pattern in ALTERS_RATES)
-            parts = (state.model, state.optimizer, state.scheduler)
-            restore = plan_state(start.state, *parts, config.checkpoint.allow_new, from_config)
-    deliver(context, restore.pairs)
-    restore.settle()
-    what, how = "fine-tune from", "weights only, step 0"
-    if start.kind == "resume":
-        state.progress = TrainProgress(**start.state["progress"])
-        what, how = "resume from", "everything"
-    log.info("%s %s (%s)", what, start.path, how)
-    for line in restore.report.lines():
-        log.info("  %s", line)
-    return restore.report
-
-
-def prove(
-    start: Start,
-    certifier: Certifier,
-    report: RestoreReport,
-    config: CheckpointConfig,
-    changed: Sequence[str],
-    context: Context,
-) -> Proof | None:
-    """Hold the restored state of every rank against the checkpoint's certificate.
-
-    Raises:
-        ResumeRefused: on every rank alike, if a tensor, a rate, a coming sample or the probe loss of any rank is not
-            the certified one.
-    """
-    if start.kind != "resume":
-        return None
-    with context.together("proof of the resume"):
-        if "certificate" not in start.state:
-            raise ResumeRefused(
-                f"checkpoint {start.path}: of format {start.state['format']}, without a certificate: no proof that a "
-                "resume is right: expected one of this version, or checkpoint.init_from to take its weights only"
-            )
-        proof = certifier.check(start.state["certificate"], report, changed, config.probe_tolerance)
-    for line in proof.lines(context.world_size):
-        log.info("  %s", line)
-    return proof
-
-
-def set_later_aside(start: Start, state: TrainState, checkpoints: CheckpointDirectory) -> None:
-    """On rank 0, once all is proved, before anything else is written: no later checkpoint can be taken by mistake."""
-    if start.kind == "resume":
-        for folder in checkpoints.set_aside_after(state.progress.step):
-            log.warning("set aside as %s: this run goes on from step %d", folder.name, state.progress.step)
-
-
-def say_restored(
-    start: Start,
-    state: TrainState,
-    report: RestoreReport,
-    proof: Proof | None,
-    config: CheckpointConfig,
-    directory: RunDirectory,
-    writer: MetricsWriter,
-) -> None:
-    """On rank 0, last: resume.json, and the event."""
-    if start.kind != "resume":
-        return
-    directory.write_json(
-        REPORT,
-        {
-            "from": str(start.path),
-            "asked": config.resume,
-            **dataclasses.asdict(state.progress),
-            **report.to_dict(),
-            "proof": proof.to_dict(),
-        },
-    )
-    writer.resume(state.progress.step, start.path)

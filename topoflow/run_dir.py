@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from topoflow.config import Config
 from topoflow.config_io import dump_config
-from topoflow.errors import EXIT_DONE, ConfigError, Refusal, RunDirectoryError, StopRequested
+from topoflow.errors import EXIT_DONE, ConfigError, Refusal, RunDirectoryError
 from topoflow.launch import Launch
 from topoflow.logs import close_logging
 
@@ -105,20 +105,6 @@ class StopFlag:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-    def require_unasked(self, gather: Callable[[str | None], list[str | None]], phase: str) -> None:
-        """End here if a signal arrived on any rank: `phase` has nothing that this would lose. Call on all ranks.
-
-        Args: gather, gives every rank what each says, in the order of ranks.
-
-        Raises:
-            StopRequested: on every rank alike.
-        """
-        asked = [name for name in gather(self.signal_name) if name]
-        if asked:
-            refusal = StopRequested(f"stopped by {asked[0]} during {phase}")
-            refusal.shared = True
-            raise refusal
 
     def _note(self, number: int, frame: object) -> None:
         self.signal_name = self.signal_name or signal.Signals(number).name

@@ -1,4 +1,4 @@
-"""What training changes and what it reads, and the proof that all ranks hold the same of it."""
+"""What training changes, what it reads, and the proof that all ranks hold the same."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from topoflow.checkpoint.fingerprint import state_fingerprints
+from topoflow.config import TrainConfig
 from topoflow.data.dataset import ForecastDataset
 from topoflow.data.sampling import BatchPlan
 from topoflow.ranks import Context
@@ -13,7 +14,7 @@ from topoflow.ranks import Context
 
 @dataclass
 class TrainProgress:
-    """Where a run stands; all of it is in a checkpoint."""
+    """The position of a run; a checkpoint holds all of it."""
 
     step: int = 0
     updates: int = 0
@@ -22,9 +23,9 @@ class TrainProgress:
     samples_in_epoch: int = 0
     validation_loss: float | None = None
     validated_step: int | None = None
-    """The step after which that was the loss."""
+    """The step after which validation_loss was measured."""
     validation_owed: bool = False
-    """The validation after this step was broken off by a request to stop."""
+    """The validation after this step was interrupted by a request to stop."""
     best_validation_loss: float | None = None
     best_step: int | None = None
     validations_since_best: int = 0
@@ -32,12 +33,13 @@ class TrainProgress:
 
 @dataclass
 class TrainState:
-    """What training changes."""
+    """What training changes, and the limit of the gradient's norm in an update (None: no clipping)."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LambdaLR
     progress: TrainProgress
+    grad_clip_norm: float | None
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,12 @@ class TrainData:
     plan: BatchPlan
     elevation_m: torch.Tensor
     workers: int
+
+
+def total_steps(config: TrainConfig, plan: BatchPlan) -> int:
+    """Return the length of the run in optimizer steps: max_steps or max_epochs, whichever ends first."""
+    by_epochs = config.max_epochs and config.max_epochs * plan.steps_per_epoch
+    return min(steps for steps in (config.max_steps, by_epochs) if steps)
 
 
 def verify_ranks(context: Context, state: TrainState, data: TrainData, when: str) -> None:

@@ -19,15 +19,15 @@ from topoflow.loss import loss_sums
 from topoflow.ranks import Context
 from topoflow.reduction import CanonicalReduction, DdpReduction
 from topoflow.reproducibility import seed_draws
-from topoflow.run_dir import StopFlag
-from topoflow.train_state import TrainData, TrainState, verify_ranks
+from topoflow.text import shorten
+from topoflow.train_state import TrainData, TrainState, total_steps, verify_ranks
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step, and what was asked for.
+    """The result of one optimizer step.
 
     loss: the mean over the global batch (nan: nothing in it counted), None where it was not asked for.
     """
@@ -36,6 +36,14 @@ class StepResult:
     grad_norm: float
     learning_rates: dict[str, float]
     stop: bool
+
+
+@dataclass(frozen=True)
+class RunOutput:
+    """Where a run writes its checkpoints and its metrics."""
+
+    saver: CheckpointSaver
+    writer: MetricsWriter
 
 
 class Trainer:
@@ -48,20 +56,11 @@ class Trainer:
         reduction: DdpReduction | CanonicalReduction,
         data: TrainData,
         config: TrainConfig,
-        *,
-        seed: int,
-        grad_clip_norm: float | None,
-        total_steps: int,
-        save_every_steps: int | None,
-        verify_every_steps: int | None,
-        saver: CheckpointSaver,
-        writer: MetricsWriter,
-        stop: StopFlag,
+        output: RunOutput,
     ):
-        self.context, self.state, self.reduction, self.data, self.config = context, state, reduction, data, config
-        self.seed, self.grad_clip_norm, self.total_steps = seed, grad_clip_norm, total_steps
-        self.save_every_steps, self.verify_every_steps = save_every_steps, verify_every_steps
-        self.saver, self.writer, self.stop = saver, writer, stop
+        self.context, self.state, self.reduction, self.data = context, state, reduction, data
+        self.config, self.output = config, output
+        self.total_steps = total_steps(config, data.plan)
         self.parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
         self._micro_batches: Iterator[Batch] | None = None
 
@@ -75,7 +74,7 @@ class Trainer:
 
         Raises:
             TrainingDiverged: a loss or the gradient is not finite on any rank; weights are as before the step.
-            RunDirectoryError: an earlier checkpoint could not be written, see `CheckpointSaver.settle`; likewise.
+            RunDirectoryError: an earlier checkpoint could not be written, see `CheckpointSaver`; likewise.
         """
         step = self.state.progress.step + 1
         if not self.state.model.training:  # after a validation, or a probe
@@ -83,7 +82,7 @@ class Trainer:
         rows = []
         for index, batch in enumerate(batches):
             self.context.watch.mark("forward and backward")
-            seed_draws(self.seed, "train", step, self.context.rank * len(batches) + index)
+            seed_draws(self.data.plan.seed, "train", step, self.context.rank * len(batches) + index)
             with self.reduction.micro_batch(index):
                 sums, counts = loss_sums(self.reduction.forward, batch, self.data.elevation_m, self.config.precision)
                 sums.sum().backward()
@@ -92,9 +91,9 @@ class Trainer:
         to_sum = self.reduction.finish()
         gradients = [parameter.grad for parameter in self.parameters]
         norm = torch.nn.utils.get_total_norm(gradients)
-        count, not_finite, stops, failed_saves, norm = self.context.agree(self._say(losses), norm)
+        count, not_finite, stops, failed_saves, norm = self.context.agree(self._step_flags(losses), norm)
         if failed_saves:
-            self.saver.settle()
+            self.output.saver.handle_failed_save()
         if not_finite:
             self._refuse_loss(step, batches, losses)
         grad_norm = self._apply_gradient(step, gradients, norm, to_sum / count) if count else 0.0
@@ -103,11 +102,11 @@ class Trainer:
         self.state.scheduler.step()
         return StepResult(self._mean_loss(losses) if with_loss else None, grad_norm, rates, stops > 0)
 
-    def _say(self, losses: torch.Tensor) -> torch.Tensor:
-        """What is summed over ranks in each step: [values that count, losses not finite, stops asked, saves failed]."""
-        asked = self.stop.signal_name is not None, self.saver.poll()
+    def _step_flags(self, losses: torch.Tensor) -> torch.Tensor:
+        """Return what ranks sum in each step: [valid values, losses not finite, stop requests, failed saves]."""
+        here = self.context.stop.signal_name is not None, self.output.saver.poll()
         # filled in on the device: a copy from the host would make it wait
-        flags = [losses.new_full((), float(flag)) for flag in asked]
+        flags = [losses.new_full((), float(flag)) for flag in here]
         return torch.stack([losses[:, 1].sum(), (~losses[:, 0].isfinite()).any().double(), *flags])
 
     def _mean_loss(self, losses: torch.Tensor) -> float:
@@ -126,8 +125,8 @@ class Trainer:
         norm *= scale
         if not math.isfinite(norm):
             self._refuse_gradient(step, norm)
-        if self.grad_clip_norm is not None:
-            scale *= min(1.0, self.grad_clip_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+        if self.state.grad_clip_norm is not None:
+            scale *= min(1.0, self.state.grad_clip_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
         torch._foreach_mul_(gradients, scale)
         self.state.optimizer.step()
         self.state.progress.updates += 1
@@ -140,12 +139,12 @@ class Trainer:
         names = [self.data.train.sample_identity(int(i)) for row in mine for i in batches[row]["index"]]
         samples = [name for part in self.context.gather_objects(names) for name in part]
         ranks = ", ".join(map(str, sorted({row // len(batches) for row in bad})))
-        self._refuse(f"step {step}: the loss is not finite on rank(s) {ranks}, in samples {_shorten(samples)}")
+        self._refuse(f"step {step}: the loss is not finite on rank(s) {ranks}, in samples {shorten(samples)}")
 
     def _refuse_gradient(self, step: int, norm: float) -> None:
         named = self.state.model.named_parameters()
         bad = [name for name, parameter in named if not torch.isfinite(parameter.grad).all()]
-        where = f"in {_shorten(bad)}" if bad else "in its norm, though each element is finite"
+        where = f"in {shorten(bad)}" if bad else "in its norm, though each element is finite"
         self._refuse(f"step {step}: the gradient is not finite ({norm}) on all ranks after their sum, {where}")
 
     def _refuse(self, message: str) -> None:
@@ -173,7 +172,7 @@ class Trainer:
         with torch.inference_mode():
             for index, batch in loader:
                 self.context.watch.tick()
-                if self._is_asked_to_stop():
+                if self.context.stop_requested() is not None:
                     mine = None
                     break
                 batch = self._to_device(batch)
@@ -192,20 +191,16 @@ class Trainer:
         loss = (sums.sum() / counts.sum()).item()
         return loss, dict(zip(self.data.validation.target_names, by_target, strict=True))
 
-    def _is_asked_to_stop(self) -> bool:
-        """Whether this rank was, or has heard of another: what is broken off should be on all."""
-        if self.stop.signal_name is not None:
-            self.context.watch.ask_to_stop(self.stop.signal_name)
-        return self.context.watch.stop_asked is not None or self.stop.signal_name is not None
-
     def validate_restored(self) -> None:
         """Validate before the first step of a resumed run, and log the loss beside the checkpoint's."""
         if self.data.validation is not None and (result := self.validate()) is not None:
             loss, progress = result[0], self.state.progress
-            saved = "has none"
+            saved = "none"
             if progress.validation_loss is not None:
-                saved = f"says {progress.validation_loss:.6f} after step {progress.validated_step}"
-            log.info("validation on resume, after step %d: loss %.6f; the checkpoint %s", progress.step, loss, saved)
+                saved = f"{progress.validation_loss:.6f} after step {progress.validated_step}"
+            log.info(
+                "validation on resume, after step %d: loss %.6f; in the checkpoint: %s", progress.step, loss, saved
+            )
 
     # ---- the run
 
@@ -221,7 +216,7 @@ class Trainer:
         first_step = progress.step
         bar = Progress(first_step, self.total_steps, self.context.is_main)
         # weights and two moments
-        self.saver.prepare(3 * sum(tensor.nbytes for tensor in self.state.model.state_dict().values()))
+        self.output.saver.prepare(3 * sum(tensor.nbytes for tensor in self.state.model.state_dict().values()))
         owed = progress.validation_owed = progress.validation_owed and self.data.validation is not None
         try:
             if owed:
@@ -235,12 +230,12 @@ class Trainer:
                 assert progress.step > before, "an epoch without a step never ends"
             if progress.step > first_step or owed:
                 self.context.watch.enter(f"save after step {progress.step}")
-                self.saver.require_saved(progress.step, "the end of the run")
+                self.output.saver.require_saved(progress.step, "the end of the run")
             early = progress.step < self.total_steps
-            self.writer.end(progress.step, "early stopping" if early else "all steps done")
+            self.output.writer.end(progress.step, "early stopping" if early else "all steps done")
         finally:
             self._micro_batches = None  # ends the loader's workers
-            self.saver.close()
+            self.output.saver.close()
             bar.close()
 
     def _is_over(self) -> bool:
@@ -275,7 +270,8 @@ class Trainer:
         epoch_ended = progress.samples_in_epoch >= plan.steps_per_epoch * plan.global_batch_size
         if epoch_ended:
             progress.epoch, progress.samples_in_epoch = progress.epoch + 1, 0
-        if self.verify_every_steps and progress.step % self.verify_every_steps == 0:
+        verify_every = self.context.config.verify_every_steps
+        if verify_every and progress.step % verify_every == 0:
             verify_ranks(self.context, self.state, self.data, f"after step {progress.step}")
         if (summary := self.context.watch.end_setup()) is not None:
             log.info("%s", summary)
@@ -290,17 +286,16 @@ class Trainer:
             result = self.validate()
             is_stopping = result is None
             is_best = not is_stopping and self._compare(*result)
-        save_due = self.save_every_steps and progress.step % self.save_every_steps == 0
-        if (is_best and self.saver.keeps_best) or save_due or is_stopping:
+        if self.output.saver.is_due(progress.step, is_best) or is_stopping:
             self.context.watch.mark("saving")
-            self.saver.save(progress.step, is_best)
+            self.output.saver.save(progress.step, is_best)
         if is_stopping:
             self._stop()
 
     def _log_step(self, result: StepResult, seconds: float, bar: Progress) -> None:
         progress, size = self.state.progress, self.data.plan.global_batch_size
         if result.loss is not None:
-            self.writer.train_step(
+            self.output.writer.train_step(
                 step=progress.step,
                 epoch=progress.epoch,
                 samples=(progress.epoch * self.data.plan.steps_per_epoch * size) + progress.samples_in_epoch,
@@ -322,7 +317,7 @@ class Trainer:
         """Log a validation, and note whether its loss is the lowest so far."""
         progress = self.state.progress
         progress.validation_owed = False
-        self.writer.validation(progress.step, loss, by_target)
+        self.output.writer.validation(progress.step, loss, by_target)
         log.info("validation after step %d: loss %.5f", progress.step, loss)
         if not math.isfinite(loss):
             refusal = TrainingDiverged(f"validation after step {progress.step}: the loss is not finite ({loss})")
@@ -337,18 +332,13 @@ class Trainer:
 
     def _stop(self) -> None:
         self.context.watch.enter(f"save after step {self.state.progress.step}")
-        names = [name for name in self.context.gather_objects(self.stop.signal_name) if name]
+        names = [name for name in self.context.gather_objects(self.context.stop.signal_name) if name]
         step = self.state.progress.step
-        self.saver.require_saved(step, f"stopped by {names[0]}")
-        self.writer.end(step, f"stopped by {names[0]}")
+        self.output.saver.require_saved(step, f"stopped by {names[0]}")
+        self.output.writer.end(step, f"stopped by {names[0]}")
         refusal = StopRequested(f"stopped by {names[0]} after step {step}; its checkpoint is committed")
         refusal.shared = True
         raise refusal
 
     def _to_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.context.device, non_blocking=True) for name, tensor in batch.items()}
-
-
-def _shorten(names: Sequence[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

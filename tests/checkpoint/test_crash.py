@@ -148,7 +148,7 @@ def test_killed_while_later_checkpoints_are_set_aside(template):
 
     def check(directory):
         directory.clean_up()
-        directory.set_aside_after(10)
+        directory.archive_after(10)
         assert directory.steps() == [5, 10]
         assert sorted(path.name for path in directory.path.glob("abandoned-*")) == [
             "abandoned-step-00000015",
@@ -157,7 +157,7 @@ def test_killed_while_later_checkpoints_are_set_aside(template):
         assert directory.pointer("last") == directory.folder(10)
         assert directory.pointer("best") is None
 
-    killed_everywhere(template, lambda directory: directory.set_aside_after(10), check)
+    killed_everywhere(template, lambda directory: directory.archive_after(10), check)
 
 
 def test_all_is_flushed_before_it_is_relied_on(tmp_path, monkeypatch):

@@ -101,7 +101,7 @@ def test_a_named_run_whose_newest_is_damaged_is_refused(directory):
 
 
 def test_nothing_starts_from_scratch_where_checkpoints_were(directory):
-    directory.set_aside_after(0)
+    directory.archive_after(0)
     with pytest.raises(ResumeRefused, match=r"holds abandoned-step-00000005, .*but no checkpoint to go on from"):
         directory.newest_whole()
     for entry in directory.path.iterdir():
@@ -138,7 +138,7 @@ def test_nothing_goes_while_it_is_unknown_which_is_the_best(directory, caplog):
 
 
 def test_later_checkpoints_are_set_aside(directory):
-    assert [path.name for path in directory.set_aside_after(5)] == [
+    assert [path.name for path in directory.archive_after(5)] == [
         "abandoned-step-00000010",
         "abandoned-step-00000015",
     ]
@@ -147,7 +147,7 @@ def test_later_checkpoints_are_set_aside(directory):
     assert directory.pointer("last") == directory.folder(5)
     assert directory.newest_whole()[0] == directory.folder(5)
     save(directory, 10)
-    assert [path.name for path in directory.set_aside_after(5)] == ["abandoned-step-00000010-2"]
+    assert [path.name for path in directory.archive_after(5)] == ["abandoned-step-00000010-2"]
 
 
 def test_what_a_killed_process_left_goes_and_what_it_was_replacing_comes_back(directory):
@@ -198,7 +198,7 @@ def test_every_change_of_what_others_see_is_guarded(directory, monkeypatch):
     save(guarded, 20)
     guarded.prune(1)
     save(guarded, 25)
-    guarded.set_aside_after(20)
+    guarded.archive_after(20)
     guarded.point("best", None)
     assert {name for name, _, _ in changes} == set(CHANGES)
     assert [change for change in changes if not change[2]] == []
@@ -216,7 +216,7 @@ def test_a_guard_that_refuses_lets_nothing_happen(directory):
         lambda: save(guarded, 15),
         lambda: save(guarded, 20),
         lambda: guarded.prune(1),
-        lambda: guarded.set_aside_after(5),
+        lambda: guarded.archive_after(5),
         lambda: guarded.point("last", guarded.folder(5)),
     ):
         with pytest.raises(RunDirectoryError, match="taken over"):
@@ -238,7 +238,7 @@ def test_a_start_that_cannot_change_the_folder_is_refused_in_one_line(directory,
 
     for name in CHANGES:
         monkeypatch.setattr(os, name, fail)
-    for change in (lambda: directory.set_aside_after(5), lambda: directory.point("best", None)):
+    for change in (lambda: directory.archive_after(5), lambda: directory.point("best", None)):
         with pytest.raises(RunDirectoryError, match=r"checkpoints: a checkpoint cannot be .*: Read-only file system"):
             change()
 

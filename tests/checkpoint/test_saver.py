@@ -148,7 +148,7 @@ def test_a_failed_write_stops_the_run(start):
     run.save()
     assert run.wait()
     with pytest.raises(RunDirectoryError, match="checkpoints: not written: No space left on device; older ones") as end:
-        run.saver.settle()
+        run.saver.handle_failed_save()
     assert end.value.shared
     assert run.commits == []
 
@@ -157,7 +157,7 @@ def test_a_failed_write_is_said_and_training_goes_on(start, caplog):
     run = start(errors=[FULL], on_error="continue")
     run.save()
     assert run.wait()
-    run.saver.settle()
+    run.saver.handle_failed_save()
     assert "No space left on device" in caplog.text
     assert "training goes on (checkpoint.on_error=continue)" in caplog.text
     assert not run.saver.poll()
@@ -196,7 +196,7 @@ def test_a_run_that_is_not_ours_any_more_stops_whatever_on_error_says(start):
     run.save()
     run.wait()
     with pytest.raises(RunDirectoryError, match=r"^run: taken over by process 7$"):
-        run.saver.settle()
+        run.saver.handle_failed_save()
 
 
 def test_a_defect_comes_out_with_the_traceback_of_the_thread(start):
@@ -204,7 +204,7 @@ def test_a_defect_comes_out_with_the_traceback_of_the_thread(start):
     run.save()
     assert run.wait()
     with pytest.raises(RuntimeError, match=r"KeyError\('a defect'\)") as end:
-        run.saver.settle()
+        run.saver.handle_failed_save()
     assert "raise error" in "".join(traceback.format_exception(end.value))
 
 
@@ -214,7 +214,7 @@ def test_no_memory_for_the_copy_is_a_failed_save(start, monkeypatch):
     run.save()
     assert run.saver.poll()
     with pytest.raises(RunDirectoryError, match="not written"):
-        run.saver.settle()
+        run.saver.handle_failed_save()
 
 
 def test_close_waits_and_says_what_nobody_asked_for(start, caplog):

@@ -1,13 +1,22 @@
+import dataclasses
+
 import pytest
 
-from topoflow.config_io import changed_on_resume, config_from_dict, config_to_dict, override_config
+from topoflow.config import NOTHING, Alters, Config
+from topoflow.config_io import changed_keys, config_from_dict, config_to_dict, override_config
 
 TREE = {"data": {"path": "world", "train": [2013]}, "train": {"max_steps": 10}}
 
 
-def changes(*overrides, allowed=()):
+def changes(*overrides):
     saved = config_to_dict(config_from_dict(TREE))
-    return changed_on_resume(saved, override_config(TREE, overrides, "a test"), allowed)
+    return changed_keys(saved, override_config(TREE, overrides, "a test"))
+
+
+def test_every_key_states_what_a_change_of_it_alters():
+    for section in dataclasses.fields(Config):
+        for field in dataclasses.fields(section.type):
+            assert isinstance(field.metadata["alters"], Alters), f"{section.name}.{field.name}"
 
 
 @pytest.mark.parametrize(
@@ -18,32 +27,42 @@ def changes(*overrides, allowed=()):
         "distributed.timeout_seconds=5",
     ],
 )  # fmt: skip
-def test_what_does_not_alter_the_mathematics_may_change(override):
-    assert changes(override) == ([], [])
+def test_keys_that_alter_nothing_may_change(override):
+    assert changes(override) == []
 
 
 @pytest.mark.parametrize(
-    "override",
+    ("override", "alters"),
     [
-        "optim.learning_rate=1e-3", "run.seed=4", "data.train=[2014]", "data.lead_times_hours=[12]",
-        "train.global_batch_size=64", "train.micro_batch_size=8", "train.precision=bf16", "model.drop_rate=0.2",
-        "distributed.reduction=canonical",
+        ("optim.learning_rate=1e-3", Alters.RATES),
+        ("run.seed=4", Alters.ORDER),
+        ("data.train=[2014]", Alters.ORDER | Alters.RATES),
+        ("data.lead_times_hours=[12]", Alters.ORDER | Alters.RATES),
+        ("train.global_batch_size=64", Alters.ORDER | Alters.RATES),
+        ("train.micro_batch_size=8", Alters.MATHEMATICS),
+        ("train.precision=bf16", Alters.ARITHMETIC),
+        ("model.drop_rate=0.2", Alters.MATHEMATICS),
+        ("model.terrain=none", Alters.NETWORK | Alters.NAMES),
+        ("distributed.reduction=canonical", Alters.MATHEMATICS),
     ],
-)  # fmt: skip
-def test_what_alters_the_mathematics_is_refused_unless_listed(override):
-    key = override.partition("=")[0]
-    refused, accepted = changes(override)
-    assert [line.partition(":")[0] for line in refused] == [key]
-    assert accepted == []
-    refused, accepted = changes(override, allowed=[key])
-    assert refused == []
-    assert [line.partition(":")[0] for line in accepted] == [key]
-    assert changes(override, allowed=[key.partition(".")[0] + ".*"])[0] == []
+)
+def test_a_change_that_alters_the_run_is_listed_with_its_effect(override, alters):
+    [change] = changes(override)
+    assert (change.key, change.alters) == (override.partition("=")[0], alters)
+    assert str(change).startswith(f"{change.key}: ")
 
 
 def test_a_key_that_is_younger_than_the_checkpoint_has_its_default_there():
     saved = config_to_dict(config_from_dict(TREE))
     del saved["distributed"]["reduction"]
-    assert changed_on_resume(saved, config_from_dict(TREE)) == ([], [])
-    other = override_config(TREE, ["distributed.reduction=canonical"], "a test")
-    assert changed_on_resume(saved, other) == (["distributed.reduction: 'ddp' -> 'canonical'"], [])
+    assert changed_keys(saved, config_from_dict(TREE)) == []
+    [change] = changed_keys(saved, override_config(TREE, ["distributed.reduction=canonical"], "a test"))
+    assert str(change) == "distributed.reduction: 'ddp' -> 'canonical'"
+
+
+def test_a_key_that_the_program_no_longer_has_alters_the_mathematics():
+    saved = config_to_dict(config_from_dict(TREE))
+    saved["optim"]["momentum"] = 0.9
+    [change] = changed_keys(saved, config_from_dict(TREE))
+    assert (change.key, change.was, change.now, change.alters) == ("optim.momentum", 0.9, "absent", Alters.MATHEMATICS)
+    assert change.alters != NOTHING

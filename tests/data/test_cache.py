@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from topoflow.config_io import FREE_ON_RESUME
+from topoflow.config import NOTHING
+from topoflow.config_io import alters_of
 from topoflow.data.assembly import open_forecast_data
 from topoflow.tools.prepare.packing import PackOptions, pack
 
@@ -135,7 +136,7 @@ def test_packed_data_need_no_cache(folder, open_counted, tmp_path):
 
 
 def test_the_cache_is_free_to_change_on_resume():
-    assert "data.cache" in FREE_ON_RESUME
+    assert alters_of("data.cache") == NOTHING
 
 
 def test_the_same_hours_of_other_data_are_another_entry(folder, make_fields, write_store, open_counted, tmp_path):

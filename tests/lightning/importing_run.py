@@ -8,6 +8,7 @@ import torch
 from tests.lightning.restated import TARGETS, VARIABLES
 from topoflow.checkpoint.state import restore_state
 from topoflow.config_io import config_from_dict, config_to_dict
+from topoflow.data.sampling import BatchPlan
 from topoflow.launch import Launch
 from topoflow.model.topoflow import build_model
 from topoflow.optim import build_optimizer, build_scheduler
@@ -15,7 +16,7 @@ from topoflow.ranks import Context
 from topoflow.reduction import DdpReduction
 from topoflow.tools.lightning.conversion import Destination, convert
 from topoflow.train_state import TrainProgress, TrainState
-from topoflow.trainer import Trainer
+from topoflow.trainer import RunOutput, Trainer
 
 
 def build_config(model, optim=None, batch=(4, 2), **checkpoint):
@@ -70,13 +71,11 @@ class ImportingRun:
         train = self.config.train
         accumulation = train.global_batch_size // train.micro_batch_size
         reduction = DdpReduction(self.model, context, accumulation)
-        state = TrainState(self.model, self.optimizer, self.scheduler, self.progress)
-        trainer = Trainer(
-            context, state, reduction, SimpleNamespace(elevation_m=self.elevation_m), train,
-            seed=0, grad_clip_norm=self.config.optim.grad_clip_norm, total_steps=100, save_every_steps=None,
-            verify_every_steps=None, saver=SimpleNamespace(poll=lambda: False), writer=None,
-            stop=SimpleNamespace(signal_name=None),
-        )  # fmt: skip
+        state = TrainState(self.model, self.optimizer, self.scheduler, self.progress, self.config.optim.grad_clip_norm)
+        plan = BatchPlan(train.global_batch_size, 0, train.global_batch_size, train.micro_batch_size, 0, 1)
+        data = SimpleNamespace(elevation_m=self.elevation_m, plan=plan)
+        output = RunOutput(SimpleNamespace(poll=lambda: False), writer=None)
+        trainer = Trainer(context, state, reduction, data, train, output)
         forecasts, norms, rates = [], [], []
         hook = self.model.register_forward_hook(lambda model, inputs, output: forecasts.append(output.detach()))
         for first in range(0, len(batches), accumulation):

@@ -90,19 +90,19 @@ def assert_stopped(program, done, status, words, steps=SAVED_STEP):
 ON_ONE_PROCESS = {
     "two_moments_of_one_shape_swapped": [
         "exp_avg_sq of blocks.0.attn.qkv.weight",
-        "the checkpoint says float32[48, 16]",
+        "expected float32[48, 16]",
     ],
     "moments_zeroed": ["exp_avg of "],
     "steps_of_adam_restarted": ["step of "],
-    "rates_reset": ["learning rate of group ", "the checkpoint says "],
-    "scheduler_not_restored": ["scheduler position is 0, the checkpoint says 6"],
+    "rates_reset": ["learning rate of group ", ", expected "],
+    "scheduler_not_restored": ["scheduler position is 0, expected 6"],
     "stale_buffer": ["blocks.0.attn.H_scale"],
     "wrong_normalization": ["normalization fingerprint"],
-    "order_of_another_seed": ["next sample 1 is 2018-10-", "the checkpoint says 2018-10-"],
+    "order_of_another_seed": ["next sample 1 is 2018-10-", "expected 2018-10-"],
 }
 ON_TWO_PROCESSES = {
-    "weights_on_rank_0_only": ["rank 1, proof of the resume", "var_embed is float32", "the checkpoint says float32"],
-    "moments_on_rank_0_only": ["rank 1, proof of the resume", "step of ", " is absent, the checkpoint says "],
+    "weights_on_rank_0_only": ["rank 1, proof of the resume", "var_embed is float32", "expected float32"],
+    "moments_on_rank_0_only": ["rank 1, proof of the resume", "step of ", " is absent, expected "],
     "one_ulp_in_one_weight_of_rank_1": ["rank 1, proof of the resume", "head.0.weight is float32"],
 }
 
@@ -133,7 +133,7 @@ def test_another_data_set_is_refused_by_its_fingerprint_and_by_its_contents(resu
     other = tmp_path / "other"
     make_demo_data(other, days=10, grid=(8, 12), seed=1, progress=False)
     done = resume("another_data_set_unnoticed", f"data.path={other}")
-    assert_stopped(program, done, 3, ["contents of next sample 2018-10-", ", the checkpoint says "])
+    assert_stopped(program, done, 3, ["contents of next sample 2018-10-", ", expected "])
     again = program.train(f"data.path={other}")
     assert again.returncode == 3
     assert "data.fingerprint" in again.stderr

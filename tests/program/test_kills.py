@@ -28,7 +28,7 @@ IN_SAVES_AND_RESUMES = [
     ("between rename and pointers", 5, "file.py:write_checkpoint"),
     ("in the move of a pointer", 6, "directory.py:save"),
     ("after the file was read", 0, "file.py:read_checkpoint"),
-    ("in the restore", 0, "resume.py:restore_start"),
+    ("in the restore", 0, "resume.py:restore"),
     ("in the proof of the resume", 0, "certificate.py:probe"),
     ("between the pointers", 8, "directory.py:save"),
     ("while an old checkpoint goes", 9, "directory.py:prune"),
@@ -73,7 +73,7 @@ def test_one_of_two_ranks_or_both_killed(forked, program, assert_same_run):
     kills = [
         ("in the optimizer's step", 2, "adam.py:step", 0, True),
         ("in the backward pass", 5, "_tensor.py:backward", 1, False),
-        ("in the restore", 0, "resume.py:restore_start", 1, False),
+        ("in the restore", 0, "resume.py:restore", 1, False),
         ("between rename and pointers", 7, "file.py:write_checkpoint", 0, True),
     ]
     kill_and_resume(forked, program, 2, kills, "checkpoint.every_steps=2")

@@ -221,7 +221,7 @@ def test_a_checkpoint_that_was_asked_for_before_is_said_not_to_be_taken_again(pr
     again = program.train(rewind, "train.max_steps=5")
     assert again.returncode == 0
     assert "started from" in again.stderr
-    assert "goes on from step-00000003" in again.stderr
+    assert "resumes from step-00000003" in again.stderr
     newest = f"checkpoint.resume={folder / 'step-00000005'}"
     assert program.train(newest, "train.max_steps=5").returncode == 0
     state = folder / "step-00000005" / "state.pt"
@@ -236,7 +236,7 @@ def test_a_report_of_an_earlier_resume_that_cannot_be_read(program):
     (program.folder / "run" / "resume.json").write_bytes(b"")
     done = program.train(f"checkpoint.resume={program.folder / 'run'}", "train.max_steps=3")
     assert done.returncode == 0, done.stderr
-    assert "resume.json: cannot be read" in done.stderr
+    assert "resume.json: unreadable" in done.stderr
 
 
 def test_a_resume_of_another_run_with_no_step_left_stands_on_its_own(program):

@@ -134,7 +134,7 @@ def test_validation_on_resume_repeats_the_checkpoints_loss(program):
     assert program.train("train.max_steps=8").returncode == 0
     loss = program.events(kind="validation")[0]["loss"]
     done = program.train("train.max_steps=9", "checkpoint.validate_on_resume=true")
-    assert f"after step 8: loss {loss:.6f}; the checkpoint says {loss:.6f} after step 8" in done.stderr
+    assert f"step 8: loss {loss:.6f}; in the checkpoint: {loss:.6f} after step 8" in done.stderr
 
 
 def test_the_manifest_and_state_hold_what_the_design_says(program):

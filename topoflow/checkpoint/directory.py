@@ -124,7 +124,7 @@ class CheckpointDirectory:
         pattern = rf"{FOLDER_NAME}|abandoned-{FOLDER_NAME}(-\d+)?|{'|'.join(POINTERS)}"
         return [name for name in self._names() if re.fullmatch(pattern, name)]
 
-    def set_aside_after(self, step: int) -> list[Path]:
+    def archive_after(self, step: int) -> list[Path]:
         """Rename checkpoints of later steps to abandoned-step-N: a run that goes on from `step` must never take them.
 
         `last` then names the checkpoint of `step`, and `best` none of those. Returns the new names.

@@ -81,11 +81,25 @@ def captured_tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def seal(state: dict[str, Any]) -> None:
-    """Complete the certificate of a captured state by the fingerprints of its tensors.
+    """Complete the certificate of a captured state: fingerprints of its tensors, and how many updates moments have had.
 
-    It is done on the copy that is written, not on the live state: so the loop does not wait for it.
+    It is computed from the copy that is written, not from the live state, so the loop does not wait for it.
     """
+    moments = state["optimizer"]["state"]
     state["certificate"]["tensors"] = fingerprints(captured_tensors(state))
+    state["certificate"]["moment_updates"] = {name: int(entry["step"]) for name, entry in moments.items()}
+
+
+def moment_updates(optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Return how many updates the moments of each parameter have had, by name; one transfer from the device."""
+    steps = {
+        name: optimizer.state[parameter]["step"]
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+        if parameter in optimizer.state
+    }
+    counts = torch.stack([step.reshape(()) for step in steps.values()]).tolist() if steps else []
+    return dict(zip(steps, map(int, counts), strict=True))
 
 
 def state_fingerprints(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> dict[str, str]:

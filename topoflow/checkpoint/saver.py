@@ -118,7 +118,7 @@ class CheckpointSaver:
     """Writes checkpoints of one run into its directory, and deletes those that need not stay.
 
     The loop waits for a copy of the state to host memory only. One write is in flight at a time, in a thread of rank 0.
-    What goes wrong there waits for `settle`, in which all ranks act on it together.
+    What goes wrong there waits for `handle_failed_save`, in which all ranks act on it together.
 
     Args:
         capture: returns the whole content of a checkpoint, live tensors on any device; called on rank 0 only.
@@ -145,10 +145,10 @@ class CheckpointSaver:
         """Of the last save of a best one, in flight, committed or failed."""
         self._failure: BaseException | None = None
 
-    @property
-    def keeps_best(self) -> bool:
-        """Whether a new lowest validation loss is worth a checkpoint of its own."""
-        return self._config.keep_best
+    def is_due(self, step: int, is_best: bool) -> bool:
+        """Return whether the state after `step` steps is to be saved: by checkpoint.every_steps, or as a new best."""
+        every = self._config.every_steps
+        return bool(every and step % every == 0) or (is_best and self._config.keep_best)
 
     def prepare(self, nbytes: int) -> None:
         """Have host memory for a copy of about this size made ready while training begins."""
@@ -175,15 +175,15 @@ class CheckpointSaver:
         except (OSError, DataError) as error:  # no memory, or the samples of the certificate could not be read
             self._note_failure(error)
         else:
-            self._write = self._thread.submit(self._commit, state, step == self._best_step and self.keeps_best)
+            self._write = self._thread.submit(self._commit, state, step == self._best_step and self._config.keep_best)
 
     def poll(self) -> bool:
-        """Note a write that has ended. Returns whether one has failed; all ranks must then call `settle`."""
+        """Note a write that has ended; return whether one failed. All ranks must then call `handle_failed_save`."""
         if self._write is not None and self._write.done():
             self._note_write()
         return self._failure is not None
 
-    def settle(self) -> None:
+    def handle_failed_save(self) -> None:
         """Act on a failed write. Every rank calls it, because rank 0's `poll` was true.
 
         Raises:

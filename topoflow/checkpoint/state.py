@@ -1,6 +1,5 @@
 """The state of a run by name: taken from a model, an optimizer and a scheduler, and put back on every rank."""
 
-import fnmatch
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from topoflow.checkpoint.file import read_checkpoint
 from topoflow.checkpoint.fingerprint import MOMENTS
 from topoflow.errors import ResumeRefused
 from topoflow.ranks import Context
+from topoflow.text import matches
 
 GROUP_SETTINGS = ("lr", "initial_lr", "weight_decay", "betas", "eps")
 
@@ -60,7 +60,7 @@ class Restore:
 
     report: RestoreReport
     pairs: list[Pair]
-    settle: Callable[[], None] = lambda: None
+    finish: Callable[[], None] = lambda: None
     """Hand moments, rates and position to the optimizer and the scheduler."""
 
 
@@ -129,7 +129,7 @@ def plan_state(
 ) -> Restore:
     """Put weights, buffers, moments, steps, rates and the scheduler's position back, each by name.
 
-    Nothing is changed before the plan's pairs are copied, and its `settle` is called.
+    Nothing is changed before the plan's pairs are copied, and its `finish` is called.
 
     Args:
         state: as `capture_state` returns it, with `progress`; of its tensors only shape and dtype are looked at.
@@ -168,7 +168,7 @@ def plan_state(
     report.weight_decay = {group["name"]: group["weight_decay"] for group in optimizer.param_groups}
     report.scheduler_steps = steps
 
-    def settle() -> None:
+    def finish() -> None:
         optimizer.state.clear()
         optimizer.state.update({parameters[name]: entry for name, entry in fresh.items()})
         scheduler.last_epoch, scheduler._step_count = steps, steps + 1
@@ -176,7 +176,7 @@ def plan_state(
             group["lr"] = rates[group["name"]]
         scheduler._last_lr = list(rates.values())
 
-    restore.settle = settle
+    restore.finish = finish
     return restore
 
 
@@ -184,7 +184,7 @@ def restore_state(state: dict[str, Any], model: nn.Module, *parts: Any, **option
     """`plan_state`, carried out in this process."""
     restore = plan_state(state, model, *parts, **options)
     copy_pairs(restore.pairs)
-    restore.settle()
+    restore.finish()
     return restore.report
 
 
@@ -194,7 +194,7 @@ def _allowed_new(expected: list[str], found: list[str], allow_new: Sequence[str]
     if left_over:
         raise ResumeRefused(f"{what} {', '.join(left_over)}: in the checkpoint, but this model has no such name")
     new = [name for name in expected if name not in set(found)]
-    refused = [name for name in new if not any(fnmatch.fnmatchcase(name, pattern) for pattern in allow_new)]
+    refused = [name for name in new if not matches(name, allow_new)]
     if refused:
         raise ResumeRefused(
             f"{what} {', '.join(refused)}: not in the checkpoint: "

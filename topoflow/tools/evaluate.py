@@ -7,8 +7,8 @@ from pathlib import Path
 from topoflow.build import build_network, open_data
 from topoflow.checkpoint.directory import find_checkpoint
 from topoflow.checkpoint.state import deliver, plan_weights, read_everywhere
-from topoflow.config import Config
-from topoflow.config_io import changed_on_resume, override_config
+from topoflow.config import CHANNELS, NETWORK, Config
+from topoflow.config_io import changed_keys, override_config
 from topoflow.data.normalization import Normalization
 from topoflow.errors import ConfigError, RunDirectoryError
 from topoflow.evaluation import evaluate_model
@@ -18,11 +18,6 @@ from topoflow.reproducibility import set_deterministic
 from topoflow.run_dir import StopFlag
 
 log = logging.getLogger(__name__)
-
-FREE_TO_SCORE = (
-    "run.*", "data.train", "data.validation", "data.mask", "data.lead_times_hours", "train.*", "optim.*",
-)  # fmt: skip
-"""Keys that may differ between a checkpoint and an evaluation of it, beside those that may on a resume."""
 
 
 def score_checkpoint(
@@ -76,9 +71,11 @@ def score_checkpoint(
 
 
 def _require_same_network(saved: dict, config: Config, path: Path) -> None:
-    refused, _ = changed_on_resume(saved, config, FREE_TO_SCORE)
+    refused = [change for change in changed_keys(saved, config) if change.alters & (NETWORK | CHANNELS)]
     if refused:
-        raise ConfigError(f"{'; '.join(refused)}: expected as in {path}: its weights know these channels and no others")
+        raise ConfigError(
+            f"{'; '.join(map(str, refused))}: expected as in {path}: its weights know these channels and no others"
+        )
 
 
 def _make_folder(folder: Path) -> None:
