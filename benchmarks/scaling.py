@@ -29,7 +29,7 @@ import numpy as np
 import yaml
 
 from benchmarks.forked_runs import ForkedRuns
-from benchmarks.phases import METHODS, PHASES, WHOLE, record_phases
+from benchmarks.phases import METHODS, PHASES, STEP, WHOLE, record_phases
 from benchmarks.scaling_model import print_model
 from topoflow.tools.demo.world import make_demo_data
 
