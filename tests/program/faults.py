@@ -9,6 +9,7 @@ import sys
 
 import torch
 
+import topoflow.certificate
 import topoflow.resume
 import train
 from topoflow.data.normalization import Normalization
@@ -125,6 +126,23 @@ def one_ulp_in_one_weight_of_rank_1():
             add_one_ulp(model.get_parameter("head.0.weight"))
 
     after_restore(spoil)
+
+
+def best_loss_forgotten():
+    """The next validation, whatever it finds, would be taken for the best."""
+    restore = topoflow.resume.Resume.restore
+
+    def restore_and_forget(self, state, context):
+        restore(self, state, context)
+        state.progress.best_validation_loss = None
+
+    topoflow.resume.Resume.restore = restore_and_forget
+
+
+def another_activation():
+    """The weights are right and the network is not: ReLU in place of GELU, in sources that differ from before."""
+    torch.nn.functional.gelu = lambda x, **_: torch.relu(x)
+    topoflow.certificate.hash_sources = lambda *parts: "the hash of other sources"
 
 
 def stale_buffer():

@@ -14,6 +14,8 @@ import torch
 import zarr
 
 from topoflow.certificate import Certifier
+from topoflow.checkpoint.file import read_checkpoint, write_checkpoint
+from topoflow.checkpoint.fingerprint import seal
 from topoflow.model.topoflow import TopoFlow
 from topoflow.tools.demo.world import make_demo_data
 
@@ -96,6 +98,8 @@ ON_ONE_PROCESS = {
     "steps_of_adam_restarted": ["step of "],
     "rates_reset": ["learning rate of group ", ", expected "],
     "scheduler_not_restored": ["scheduler position is 0, expected 6"],
+    "best_loss_forgotten": ["progress.best_validation_loss is None, expected "],
+    "another_activation": ["probe loss ", "allowed 1e-05: sources of the network "],
     "stale_buffer": ["blocks.0.attn.H_scale"],
     "wrong_normalization": ["normalization fingerprint"],
     "order_of_another_seed": ["next sample 1 is 2018-10-", "expected 2018-10-"],
@@ -158,6 +162,22 @@ def test_only_what_an_allowed_change_must_show_in_goes_unjudged(resume, program)
 def test_rates_from_the_config_are_proved_too(resume, program):
     other = ("optim.eta_min=1e-5", "checkpoint.allow_changed=[optim.eta_min]")
     assert_stopped(program, resume("rates_reset", *other), 3, ["learning rate of group "])
+
+
+def test_a_checkpoint_whose_moments_never_had_an_update_is_refused(resume, program):
+    """As one that was imported from a file without moments: consistent in itself, and of no use to the optimizer."""
+
+    def strip_moments():
+        folder = program.folder / "run" / "checkpoints" / f"step-{SAVED_STEP:08d}"
+        state = read_checkpoint(folder)
+        for entry in state["optimizer"]["state"].values():
+            for tensor in entry.values():
+                tensor.zero_()
+        seal(state)
+        write_checkpoint(folder, state)
+
+    done = resume("nothing", before=strip_moments)
+    assert_stopped(program, done, 3, [f"the weights have had {SAVED_STEP} updates and the optimizer's moments none"])
 
 
 def test_a_refused_resume_changes_nothing_but_its_exit_record_and_log(resume, saved, program):
