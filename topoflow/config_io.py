@@ -356,12 +356,17 @@ def field_docstrings(kind: type) -> dict[str, str]:
 
 def config_help(width: int = 112) -> str:
     """Return a text with every section and key of the config: type, default, docstring."""
-    lines = ["config keys (in CONFIG, or as section.key=value on the command line):"]
+    lines = [
+        "config keys (in CONFIG, or as section.key=value on the command line), with what a change alters on resume:"
+    ]
     for section, kind in typing.get_type_hints(schema.Config).items():
         lines += ["", f"{section}: {inspect.getdoc(kind)}"]
         hints, docstrings = typing.get_type_hints(kind), field_docstrings(kind)
         for field in dataclasses.fields(kind):
-            lines.append(f"  {section}.{field.name}  ({describe(hints[field.name])}; {_default(field)})")
+            alters = "|".join(effect.name.lower() for effect in field.metadata["alters"]) or "nothing"
+            lines.append(
+                f"  {section}.{field.name}  ({describe(hints[field.name])}; {_default(field)}; alters {alters})"
+            )
             lines += textwrap.wrap(docstrings[field.name], width, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
 
