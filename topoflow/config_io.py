@@ -343,15 +343,15 @@ class HelpfulParser(argparse.ArgumentParser):
 
 def field_docstrings(kind: type) -> dict[str, str]:
     """Return the string below each field of a dataclass: {field: docstring}."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body
-    return {
-        field.target.id: inspect.cleandoc(text.value.value)
-        for field, text in itertools.pairwise(body)
-        if isinstance(field, ast.AnnAssign)
-        and isinstance(text, ast.Expr)
-        and isinstance(text.value, ast.Constant)
-        and isinstance(text.value.value, str)
-    }
+    docstrings: dict[str, str] = {}
+    definition = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    assert isinstance(definition, ast.ClassDef), kind
+    for field, text in itertools.pairwise(definition.body):
+        if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+            continue
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str):
+            docstrings[field.target.id] = inspect.cleandoc(text.value.value)
+    return docstrings
 
 
 def config_help(width: int = 112) -> str:
@@ -390,7 +390,9 @@ def _as_written(value: object) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m topoflow.config_io", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m topoflow.config_io", description="Print one resolved value of a config."
+    )
     parser.add_argument("--print", required=True, dest="key", metavar="SECTION.KEY", help="the key to print")
     parser.add_argument("config", help="a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

@@ -28,7 +28,8 @@ def set_deterministic(config: RunConfig, compile: bool) -> None:
         torch.use_deterministic_algorithms(True)
     else:
         torch.set_deterministic_debug_mode("error")  # the same, without the import of the compiler
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
+    # filling costs time, and nothing here reads uninitialized memory; torch sets the attribute through a module class
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     torch.backends.cudnn.benchmark = False
 
 

@@ -250,11 +250,11 @@ def read_start(config: CheckpointConfig, checkpoints: CheckpointDirectory, conte
         if context.is_main:
             checkpoints.clean_up()
             found = _find_start(config, checkpoints)
-    kind, path = context.broadcast_object(found and found[:2]) or (NewRun, None)
-    if path is None:
+    kind_and_path = context.broadcast_object(found and found[:2])
+    if kind_and_path is None:
         return NewRun()
-    saved = share_outline(context, found[2] if found else None)
-    return kind(path, saved, config)
+    kind, path = kind_and_path
+    return kind(path, share_outline(context, found and found[2]), config)
 
 
 def _find_start(
@@ -267,8 +267,8 @@ def _find_start(
         )
     asked_before = _was_asked_before(config.resume, checkpoints)
     if config.resume == "auto" or asked_before:
-        named = asked_before and checkpoints.steps() and checkpoints.folder(checkpoints.steps()[-1])
-        newest = checkpoints.newest_whole(strict=bool(named and _is_same(named, config.resume)))
+        last = checkpoints.folder(checkpoints.steps()[-1]) if asked_before and checkpoints.steps() else None
+        newest = checkpoints.newest_whole(strict=last is not None and _is_same(last, config.resume))
         if newest is not None:
             if asked_before and not _is_same(newest[0], config.resume):
                 log.warning(

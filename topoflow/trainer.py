@@ -89,7 +89,7 @@ class Trainer:
             rows.append(torch.stack([sums.detach().double(), counts.double()]))
         losses = torch.stack(rows)  # [micro-batches, (sum, count), targets]
         to_sum = self.reduction.finish()
-        gradients = [parameter.grad for parameter in self.parameters]
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         count, not_finite, stops, failed_saves, norm = self.context.agree(self._step_flags(losses), norm)
         if failed_saves:
@@ -110,24 +110,24 @@ class Trainer:
         return torch.stack([losses[:, 1].sum(), (~losses[:, 0].isfinite()).any().double(), *flags])
 
     def _mean_loss(self, losses: torch.Tensor) -> float:
-        """Over all ranks, which sum the same rows in the same order, whoever computed them."""
+        """Return the mean over all ranks. Each sums the same rows in the same order, so all get the same bits."""
         table = self.context.gather_rows(losses).cpu()
         total, count = table[:, 0].sum().item(), table[:, 1].sum().item()
         return total / count if count else math.nan
 
     def _apply_gradient(self, step: int, gradients: list[torch.Tensor], norm: float, scale: float) -> float:
-        """Scale the gradient by `scale`, to that of the mean, clip it, and step; returns its norm before clipping.
+        """Scale the gradient by `scale`, to that of the mean, clip it, and step; return its norm before clipping.
 
-        The gradient of the mean is that of the sum over all that counts, divided by their count; the clip coefficient
-        goes into the same pass. (A batch in which nothing counts says nothing about the weights: they, and the moments,
-        stay.) norm: of the gradient as it is.
+        The gradient of the mean is the gradient of the sum over all valid values, divided by their count; the clip
+        coefficient is applied in the same pass. A batch without a valid value leaves weights and moments unchanged.
+        norm: of the gradient before scaling.
         """
         norm *= scale
         if not math.isfinite(norm):
             self._refuse_gradient(step, norm)
         if self.state.grad_clip_norm is not None:
             scale *= min(1.0, self.state.grad_clip_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
-        torch._foreach_mul_(gradients, scale)
+        torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateImportUsage] (torch's own optimizers use it)
         self.state.optimizer.step()
         self.state.progress.updates += 1
         return norm
@@ -143,7 +143,7 @@ class Trainer:
 
     def _refuse_gradient(self, step: int, norm: float) -> None:
         named = self.state.model.named_parameters()
-        bad = [name for name, parameter in named if not torch.isfinite(parameter.grad).all()]
+        bad = [name for name, p in named if p.grad is not None and not torch.isfinite(p.grad).all()]
         where = f"in {shorten(bad)}" if bad else "in its norm, though each element is finite"
         self._refuse(f"step {step}: the gradient is not finite ({norm}) on all ranks after their sum, {where}")
 
@@ -155,13 +155,14 @@ class Trainer:
     # ---- validation
 
     def validate(self) -> tuple[float, dict[str, float]] | None:
-        """Mean loss over the whole validation split, and for each target; each sample counts once on any world size.
+        """Return the mean loss over the whole validation split, and that of each target.
 
-        None on all ranks if any broke off, because it was asked to stop.
+        Each sample counts once on any number of ranks. None on all ranks if one of them was asked to stop.
         """
+        assert self.data.validation is not None, "called without a validation split"
         self.context.watch.enter(f"validation after step {self.state.progress.step}")
         self.state.model.eval()
-        mine = {}
+        mine: dict[int, torch.Tensor] | None = {}
         loader = build_eval_loader(
             self.data.validation,
             self.config.micro_batch_size,
@@ -192,7 +193,7 @@ class Trainer:
         return loss, dict(zip(self.data.validation.target_names, by_target, strict=True))
 
     def validate_restored(self) -> None:
-        """Validate before the first step of a resumed run, and log the loss beside the checkpoint's."""
+        """Validate before the first step of a resumed run, and log the loss next to the checkpoint's."""
         if self.data.validation is not None and (result := self.validate()) is not None:
             loss, progress = result[0], self.state.progress
             saved = "none"
@@ -279,13 +280,13 @@ class Trainer:
         self._validate_and_save(result.stop)
 
     def _validate_and_save(self, is_stopping: bool) -> None:
-        """What is due after a step, be it just made or the last one of the run that is resumed."""
+        """Do what is due after a step, whether it was just made or is the last one of the run that is resumed."""
         progress = self.state.progress
         is_best = False
         if progress.validation_owed and not is_stopping:
             result = self.validate()
             is_stopping = result is None
-            is_best = not is_stopping and self._compare(*result)
+            is_best = result is not None and self._compare(*result)
         if self.output.saver.is_due(progress.step, is_best) or is_stopping:
             self.context.watch.mark("saving")
             self.output.saver.save(progress.step, is_best)

@@ -254,8 +254,8 @@ def share_outline(context: Context, state: dict[str, Any] | None) -> dict[str, A
     There every tensor is on the meta device: it has a shape and a dtype and takes no memory. `deliver` fills what is
     made after it.
     """
-    outline = context.broadcast_object(_outline(state) if context.is_main else None)
-    return state if context.is_main else outline
+    outline = context.broadcast_object(_outline(state))
+    return outline if state is None else state
 
 
 def read_everywhere(context: Context, find: Callable[[], Path], parts: Sequence[str]) -> tuple[Path, dict[str, Any]]:
