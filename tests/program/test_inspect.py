@@ -1,4 +1,4 @@
-"""`inspect` on what train.py left behind."""
+"""`topoflow inspect` on a run of train.py."""
 
 import json
 
@@ -10,11 +10,11 @@ def test_a_run_and_two_of_its_checkpoints(program, capsys):
     run = program.folder / "run"
     capsys.readouterr()
     assert cli.main(["inspect", str(run)]) == 0
-    shown = capsys.readouterr().out
-    assert shown.count("whole") >= 2
-    assert "next_samples" in shown
+    printed = capsys.readouterr().out
+    assert printed.count("whole") >= 2
+    assert "next_samples" in printed
     loss = program.state(step=2)["certificate"]["probe"]["loss"]
-    assert f"loss {loss!r}, loss_hex {loss.hex()}" in shown
+    assert f"loss {loss!r}, loss_hex {loss.hex()}" in printed
     first, second = (run / "checkpoints" / f"step-{step:08d}" for step in (1, 2))
     assert cli.main(["inspect", str(first), str(second), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
