@@ -12,7 +12,7 @@ data=$("$python" -m topoflow.config_io --print data.path configs/demo.yaml "$@")
 if [ ! -e "$data" ]; then
   # under another name until it is whole
   rm -rf "$data.partial"
-  "$python" -m topoflow make-demo-data "$data.partial"
+  "$python" -m topoflow demo-data "$data.partial"
   mv "$data.partial" "$data"
 fi
 # ends with the table of scores and the folder of the plots

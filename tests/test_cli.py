@@ -41,8 +41,8 @@ def test_grid_stations_writes_cell_means(tmp_path, stations, capsys):
         (["grid-stations", "nowhere.nc", "-o", "OUT"], "nowhere.nc"),
         (["grid-stations", "STATIONS", "-o", "OUT", "--degrees", "0.3", "--box", "20,22,100,102"], "0.3"),
         (["grid-stations", "STATIONS", "-o", "STATIONS"], "stations.nc"),
-        (["make-demo-data", "STATIONS"], "stations.nc"),
-        (["make-demo-data", "OUT", "--days", "0"], "--days 0"),
+        (["demo-data", "STATIONS"], "stations.nc"),
+        (["demo-data", "OUT", "--days", "0"], "--days 0"),
         (["evaluate", "nowhere"], "nowhere"),
         (["pack", "nowhere", "-o", "OUT"], "nowhere"),
         (["pack", "STATIONS", "-o", "STATIONS"], "stations.nc: is no packed data"),
@@ -53,9 +53,9 @@ def test_grid_stations_writes_cell_means(tmp_path, stations, capsys):
 def test_a_command_that_cannot_be_done_is_one_line_and_status_2(tmp_path, stations, capsys, arguments, word):
     named = {"STATIONS": str(stations), "OUT": str(tmp_path / "out")}
     assert cli.main([named.get(argument, argument) for argument in arguments]) == 2
-    said = capsys.readouterr().err
-    assert word in said
-    assert len(said.strip().splitlines()) == 1
+    printed = capsys.readouterr().err
+    assert word in printed
+    assert len(printed.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -65,20 +65,20 @@ def test_pack_says_what_it_made_and_verify_what_is_damaged(tmp_path, capsys, opt
     out = tmp_path / "packed"
     for written in ("2018", "none: all years are there"):
         assert cli.main(["pack", str(tmp_path / "world"), "-o", str(out), *option]) == 0
-        said = capsys.readouterr().out
-        assert "11 variables as float" in said
-        assert f"on 8 x 12 cells, 0.00 GB; written now: {written}" in said
-        assert ("psfc" in said) is bool(option)
+        printed = capsys.readouterr().out
+        assert "11 variables as float" in printed
+        assert f"on 8 x 12 cells, 0.00 GB; written now: {written}" in printed
+        assert ("psfc" in printed) is bool(option)
     assert cli.main(["pack", "--verify", str(out)]) == 0
-    assert "6 files are what the manifest says" in capsys.readouterr().out
+    assert "6 files match the manifest" in capsys.readouterr().out
     with open(out / "fields_2018.npy", "r+b") as file:
         file.seek(1000)
         file.write(b"x")
     assert cli.main(["pack", "--verify", str(out)]) == 2
-    said = capsys.readouterr()
-    assert said.out == f"{out / 'fields_2018.npy'}: 2018-10-01 does not match its hash\n"
-    assert said.err.startswith(f"topoflow: {out}: damaged in 1 place(s)")
-    assert len(said.err.splitlines()) == 1
+    printed = capsys.readouterr()
+    assert printed.out == f"{out / 'fields_2018.npy'}: 2018-10-01 does not match its hash\n"
+    assert printed.err.startswith(f"topoflow: {out}: damaged in 1 place(s)")
+    assert len(printed.err.splitlines()) == 1
 
 
 def test_pack_into_a_place_that_cannot_be_written(tmp_path, capsys):
@@ -96,7 +96,7 @@ def test_pack_into_a_place_that_cannot_be_written(tmp_path, capsys):
         ["pack", "in"],
         ["pack", "-o", "out"],
         ["pack", "in", "--verify", "out"],
-        ["make-demo-data", "x", "--grid", "24"],
+        ["demo-data", "x", "--grid", "24"],
         ["grid-stations", "x"],
     ],
 )
@@ -110,7 +110,7 @@ def test_bad_usage_is_status_2(arguments, capsys):
 def test_the_default_demo_world_is_that_of_the_demo_config(monkeypatch, capsys):
     made = []
     monkeypatch.setattr("topoflow.tools.demo.world.make_demo_data", lambda *args, **more: made.append(args))
-    assert cli.main(["make-demo-data", "world"]) == 0
+    assert cli.main(["demo-data", "world"]) == 0
     defaults = {name: p.default for name, p in inspect.signature(make_demo_data).parameters.items()}
     assert made == [(Path("world"), defaults["days"], defaults["grid"], defaults["seed"])]
     capsys.readouterr()

@@ -1,6 +1,6 @@
-"""The commands beside training: `python -m topoflow COMMAND ...`, also installed as `topoflow`.
+"""The commands apart from training: `python -m topoflow COMMAND ...`, installed as `topoflow`.
 
-Each command imports what it needs when it runs, so that one that needs no torch does not wait for it.
+Each command imports what it needs when it runs, so that those without torch start quickly.
 """
 
 import argparse
@@ -10,22 +10,22 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from topoflow.config_io import HelpfulParser, config_help
-from topoflow.errors import Refusal, ResumeRefused
+from topoflow.config_io import config_help
+from topoflow.errors import ConfigError, DataError, Refusal, ResumeRefused
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit status."""
-    parser = HelpfulParser(prog="topoflow", description="Forecasts of air pollutants: data and scores.")
+    """Run a command and return its exit status."""
+    parser = argparse.ArgumentParser(prog="topoflow", description="Air pollution forecasts: data, scores and tools.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    _add_make_demo_data(commands)
+    _add_demo_data(commands)
     _add_grid_stations(commands)
     _add_pack(commands)
     _add_evaluate(commands)
     _add_inspect(commands)
     _add_import_lightning(commands)
     _add_doctor(commands)
-    # argparse gives a list of positional arguments only what stands before the first option
+    # argparse takes overrides before the first option only; those after it end up in `rest`
     options, rest = parser.parse_known_args(arguments)
     if rest and ("overrides" not in options or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -39,21 +39,21 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("topoflow: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader, such as head, has seen enough: the rest must not be written at exit either
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
+    except BrokenPipeError:  # a reader such as head closed the pipe: Python must not flush to it at exit
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
         return 0
 
 
-def _add_make_demo_data(commands) -> None:
-    parser = commands.add_parser("make-demo-data", help="simulate a small world, in the format of real data")
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to make, with data_YYYY.zarr")
+def _add_demo_data(commands) -> None:
+    parser = commands.add_parser("demo-data", help="simulate a small world, in the format of real data")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to create, with data_YYYY.zarr")
     parser.add_argument("--days", type=int, default=180, metavar="N", help="length (default %(default)s)")
     parser.add_argument("--grid", type=_grid_size, default=(24, 32), metavar="HxW", help="cells (default 24x32)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of terrain, towns, weather (default 0)")
-    parser.set_defaults(run=_make_demo_data)
+    parser.set_defaults(run=_demo_data)
 
 
-def _make_demo_data(options: argparse.Namespace) -> int:
+def _demo_data(options: argparse.Namespace) -> int:
     from topoflow.tools.demo.world import make_demo_data
 
     _log_to_terminal()
@@ -65,9 +65,9 @@ def _make_demo_data(options: argparse.Namespace) -> int:
 def _add_grid_stations(commands) -> None:
     parser = commands.add_parser("grid-stations", help="average station measurements over the cells of a grid")
     parser.add_argument("inputs", nargs="+", metavar="IN.nc", type=Path, help="CF timeSeries files (time, station)")
-    parser.add_argument("-o", "--output", required=True, metavar="OUT", type=Path, help="folder to make")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", type=Path, help="folder to create")
     parser.add_argument("--degrees", type=float, default=1.0, help="side of a cell (default %(default)g)")
-    parser.add_argument("--box", type=_box, metavar="S,N,W,E", help="edges in degrees (default: round the stations)")
+    parser.add_argument("--box", type=_box, metavar="S,N,W,E", help="edges in degrees (default: around the stations)")
     parser.add_argument("--terrain", type=Path, metavar="FILE.nc", help="terrain heights that cover the box")
     parser.set_defaults(run=_grid_stations)
 
@@ -84,34 +84,33 @@ def _grid_stations(options: argparse.Namespace) -> int:
 def _add_pack(commands) -> None:
     parser = commands.add_parser(
         "pack",
-        help="lay a data set out for fast reading of samples, or verify one that is",
-        epilog="Interrupted, the same command goes on. Run again with more years in IN, it appends what OUT lacks.",
+        help="write a data set in the packed format that is fast to read, or verify a packed one",
+        epilog="If interrupted, run the same command again to resume. With more years in IN, it appends them to OUT.",
     )
-    parser.add_argument("data", nargs="?", metavar="IN", help="a data set, as data.path takes it")
+    parser.add_argument("data", nargs="?", metavar="IN", help="a data set, as for data.path")
     target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("-o", "--output", metavar="OUT", type=Path, help="folder to make, or to append years to")
+    target.add_argument("-o", "--output", metavar="OUT", type=Path, help="folder to create, or to append years to")
     target.add_argument("--verify", metavar="OUT", type=Path, help="read packed data again and name what is damaged")
-    parser.add_argument("--variables", metavar="A,B,...", help="default: all that IN has")
+    parser.add_argument("--variables", metavar="A,B,...", help="default: all variables of IN")
     parser.add_argument("--grid", type=_grid_size, metavar="HxW", help="rows and columns (default: those of IN)")
     parser.add_argument(
         "--method",
         choices=("area", "bilinear"),
         default="area",
-        help="of --grid; area: mean over the new cell by area (population: the sum); bilinear: between the four "
-        "nearest centres, as the published program (default: %(default)s)",
+        help="how --grid resamples; area: mean over the new cell by area (population: the sum); bilinear: between the "
+        "four nearest centres, as in the published program (default: %(default)s)",
     )
     parser.add_argument(
         "--dtype",
         choices=("float32", "float16"),
         default="float32",
-        help="float32: the values as they are; float16: half the size, at an error that is reported (default: float32)",
+        help="float32: exact values; float16: half the size, with a rounding error that is reported (default: float32)",
     )
-    parser.add_argument("--mask", metavar="FILE", type=Path, help="cells of IN that count, as data.mask takes it")
+    parser.add_argument("--mask", metavar="FILE", type=Path, help="cells of IN to use, as for data.mask")
     parser.set_defaults(run=lambda options: _pack(options, parser))
 
 
 def _pack(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    from topoflow.errors import DataError
     from topoflow.tools.prepare.packing import PackOptions, pack
     from topoflow.tools.prepare.verification import verify
 
@@ -123,26 +122,27 @@ def _pack(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         if damage:
             print("\n".join(damage))
             raise DataError(f"{options.verify}: damaged in {len(damage)} place(s), the first: {damage[0]}")
-        print(f"{options.verify}: {len(manifest.files())} files are what the manifest says")
+        print(f"{options.verify}: {len(manifest.files())} files match the manifest")
         return 0
     _log_to_terminal()
     names = options.variables.split(",") if options.variables else None
-    wanted = PackOptions(names, options.grid, options.method, options.dtype, options.mask)
-    print("\n".join(pack(options.data, options.output, wanted, shown).lines()))
+    settings = PackOptions(names, options.grid, options.method, options.dtype, options.mask)
+    print("\n".join(pack(options.data, options.output, settings, shown).lines()))
     return 0
 
 
-def _add_evaluate(commands) -> None:
-    parser = commands.add_parser(
-        "evaluate",
-        help="score a checkpoint next to the baselines",
-        epilog=config_help,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _add_with_config_help(commands, name: str, help: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name, help=help, epilog=config_help(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def _add_evaluate(commands) -> None:
+    parser = _add_with_config_help(commands, "evaluate", "score a checkpoint and compare it with the baselines")
     parser.add_argument("source", metavar="CHECKPOINT-OR-RUN", type=Path, help="of a run: its best, else its last")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="what differs from its config")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the checkpoint's config")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="default: test")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: auto")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: the run's evaluation folder")
     parser.set_defaults(run=_evaluate)
 
@@ -156,27 +156,27 @@ def _evaluate(options: argparse.Namespace) -> int:
     from topoflow.tools.evaluate import score_checkpoint
 
     launch = read_launch()
-    device = choose_device(options.device or "auto", launch)
+    device = choose_device(options.device, launch)
 
-    def body() -> None:
+    def run() -> None:
         with ExitStack() as stack:
             stop = stack.enter_context(StopFlag().listening())
             context = stack.enter_context(distributed_context(launch, DistributedConfig(), device))
             setup_logging(None, context.is_main)
             score_checkpoint(context, options.source, options.split, stop, options.overrides, options.output)
 
-    return run_to_exit(body, launch)
+    return run_to_exit(run, launch)
 
 
 def _add_inspect(commands) -> None:
     parser = commands.add_parser(
         "inspect",
-        help="say what is in a checkpoint or a run, or compare two checkpoints",
-        epilog="Ends with 0, also where two differ; with 2 where a path is missing; with 3 where anything is damaged.",
+        help="report what a checkpoint or a run holds, or compare two checkpoints",
+        epilog="Exit status: 0 also if two differ; 2 if a path is missing; 3 if anything is damaged.",
     )
     parser.add_argument("path", metavar="PATH", type=Path, help="a checkpoint, its state.pt, or a run directory")
     parser.add_argument("other", nargs="?", metavar="B", type=Path, help="compare PATH with this; a run means its last")
-    parser.add_argument("--json", action="store_true", help="print JSON (a number that is not finite is null)")
+    parser.add_argument("--json", action="store_true", help="print JSON (null for a number that is not finite)")
     parser.set_defaults(run=_inspect)
 
 
@@ -192,22 +192,18 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _add_import_lightning(commands) -> None:
-    parser = commands.add_parser(
-        "import-lightning",
-        help="make a run that goes on from a checkpoint of the Lightning programs",
-        epilog=config_help,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = _add_with_config_help(
+        commands, "import-lightning", "turn a checkpoint of the Lightning programs into a run that can be resumed"
     )
     parser.add_argument("source", metavar="IN.ckpt", type=Path, help="of the published program or its predecessor")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="what differs from the config")
-    parser.add_argument("--config", required=True, metavar="CONFIG", help="of the run that goes on, with its data")
-    parser.add_argument("-o", "--output", required=True, metavar="RUN", help="run directory to make")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to CONFIG")
+    parser.add_argument("--config", required=True, metavar="CONFIG", help="of the run to resume, with its data")
+    parser.add_argument("-o", "--output", required=True, metavar="RUN", help="run directory to create")
     parser.set_defaults(run=_import_lightning)
 
 
 def _import_lightning(options: argparse.Namespace) -> int:
     from topoflow.config_io import load_config
-    from topoflow.errors import ConfigError
     from topoflow.launch import choose_device, read_launch
     from topoflow.ranks import distributed_context
     from topoflow.reproducibility import set_deterministic
@@ -222,20 +218,17 @@ def _import_lightning(options: argparse.Namespace) -> int:
     with distributed_context(launch, config.distributed, choose_device(config.run.device, launch)) as context:
         print("\n".join(import_run(options.source, config, context)))
     words = ["python", "train.py", options.config, *options.overrides, f"run.dir={options.output}"]
-    print(f"go on with: {shlex.join(words)}")
+    print(f"resume with: {shlex.join(words)}")
     return 0
 
 
 def _add_doctor(commands) -> None:
-    parser = commands.add_parser(
-        "doctor",
-        help="examine the nodes of a job, before it is sent: under srun, torchrun, or alone",
-        epilog=config_help,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = _add_with_config_help(
+        commands, "doctor", "check the nodes of a job before training: under srun, torchrun, or alone"
     )
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="default: a small model, no data set")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="what differs from the file")
-    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to CONFIG")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.set_defaults(run=_doctor)
 
 

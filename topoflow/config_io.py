@@ -332,42 +332,32 @@ def _flatten(tree: dict) -> dict[str, Any]:
     return {f"{name}.{key}": value for name, section in tree.items() for key, value in section.items()}
 
 
-class HelpfulParser(argparse.ArgumentParser):
-    """A parser whose epilog may be a function that makes the text: called when help is asked for, not at each start."""
-
-    def format_help(self) -> str:
-        if callable(self.epilog):
-            self.epilog = self.epilog()
-        return super().format_help()
-
-
-def field_docstrings(kind: type) -> dict[str, str]:
-    """Return the string below each field of a dataclass: {field: docstring}."""
-    docstrings: dict[str, str] = {}
-    definition = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
-    assert isinstance(definition, ast.ClassDef), kind
-    for field, text in itertools.pairwise(definition.body):
-        if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
-            continue
-        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str):
-            docstrings[field.target.id] = inspect.cleandoc(text.value.value)
+def field_docstrings() -> dict[str, dict[str, str]]:
+    """Return the string below each field of each class of the schema: {class: {field: docstring}}."""
+    docstrings: dict[str, dict[str, str]] = {}
+    for node in ast.parse(inspect.getsource(schema)).body:
+        if isinstance(node, ast.ClassDef):
+            found = docstrings.setdefault(node.name, {})
+            for field, text in itertools.pairwise(node.body):
+                match field, text:
+                    case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(docstring))):
+                        found[name] = inspect.cleandoc(docstring)
     return docstrings
 
 
 def config_help(width: int = 112) -> str:
-    """Return a text with every section and key of the config: type, default, docstring."""
-    lines = [
-        "config keys (in CONFIG, or as section.key=value on the command line), with what a change alters on resume:"
-    ]
+    """Return a text with every section and key of the config: type, default, what a change alters, docstring."""
+    lines = ["config keys, in CONFIG or as section.key=value, and what a change of each alters on resume:"]
+    docstrings = field_docstrings()
     for section, kind in typing.get_type_hints(schema.Config).items():
         lines += ["", f"{section}: {inspect.getdoc(kind)}"]
-        hints, docstrings = typing.get_type_hints(kind), field_docstrings(kind)
+        hints = typing.get_type_hints(kind)
         for field in dataclasses.fields(kind):
-            alters = "|".join(effect.name.lower() for effect in field.metadata["alters"]) or "nothing"
-            lines.append(
-                f"  {section}.{field.name}  ({describe(hints[field.name])}; {_default(field)}; alters {alters})"
-            )
-            lines += textwrap.wrap(docstrings[field.name], width, initial_indent="      ", subsequent_indent="      ")
+            alters = "|".join(str(effect.name).lower() for effect in field.metadata["alters"]) or "nothing"
+            kind_and_default = f"{describe(hints[field.name])}; {_default(field)}"
+            lines.append(f"  {section}.{field.name}  ({kind_and_default}; alters {alters})")
+            docstring = docstrings[kind.__name__][field.name]
+            lines += textwrap.wrap(docstring, width, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
 
 

@@ -57,7 +57,7 @@ def test_a_run_goes_on_from_an_imported_checkpoint(program, config, lightning, c
     assert "weights 45/45, buffers 1/1, moments 45/45" in said
     assert "the rest of the epoch follows ours" in said
     assert f"data.mask: 96 cells count, {int(lightning.mask.sum())} by the file's china_mask" in said
-    assert said.endswith(f"go on with: python train.py {config} run.dir={program.folder / 'run'}\n")
+    assert said.endswith(f"resume with: python train.py {config} run.dir={program.folder / 'run'}\n")
     report = json.loads((program.folder / "run" / "import.json").read_text())
     assert report["names"]["model.blocks.0.attn.alpha"] == "blocks.0.attn.elevation_alpha"
 

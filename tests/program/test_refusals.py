@@ -123,10 +123,8 @@ def test_another_batch_size_may_not_cut_a_batch_of_the_epoch(program):
 
 def test_another_data_set_is_refused(program, tmp_path):
     assert program.train("train.max_steps=2").returncode == 0
-    assert (
-        program.topoflow("make-demo-data", tmp_path / "other", "--days", 10, "--grid", "8x12", "--seed", 1).returncode
-        == 0
-    )
+    made = program.topoflow("demo-data", tmp_path / "other", "--days", 10, "--grid", "8x12", "--seed", 1)
+    assert made.returncode == 0
     done = program.train("train.max_steps=3", f"data.path={tmp_path / 'other'}")
     refused(done, 3, "data.fingerprint")
 

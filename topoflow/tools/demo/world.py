@@ -90,7 +90,7 @@ def make_demo_data(
             "time_zone": "local solar time",
         },
     )
-    with writer, tqdm(total=len(times), desc="make-demo-data", unit="h", disable=not progress) as bar:
+    with writer, tqdm(total=len(times), desc="demo-data", unit="h", disable=not progress) as bar:
         hourly = simulate(world)
         for block in writer.blocks(24 * 30):
             weather = weather_fields(
