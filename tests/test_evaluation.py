@@ -344,7 +344,7 @@ def test_case_is_the_one_with_the_highest_observed_mean(tmp_path):
     dataset = data.dataset("test", NORMALIZATION)
     evaluator = Evaluator(single_process(), Damped(), dataset, torch.zeros(SHAPE), "fp32", 4, 0, StopFlag())
     baselines = evaluator.fit_baselines(np.arange(24 * 6), np.arange(24 * 6 - 24))
-    case = evaluator.forecast_case(baselines, evaluator.sum_observations())
+    case = evaluator.select_case(baselines, evaluator.sum_observations())
     assert (case.start, case.lead_hours, case.name, case.unit) == (
         np.datetime64("2019-01-01") + np.timedelta64(200 - 24, "h"), 24, "PM2.5", "ug m-3",
     )  # fmt: skip

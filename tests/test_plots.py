@@ -1,4 +1,4 @@
-"""Pictures: that they show what they should, told from the pixels and the axes."""
+"""Plots show the right numbers and labels, read from the pixels and the axes."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ def record(target, lead, **scores):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that were saved, in order."""
+    """Return the list of saved figures, in order."""
     figures, save = [], Figure.savefig
 
     def keep(figure, *arguments, **options):
@@ -78,7 +78,7 @@ def test_skill_of_few_targets_and_one_lead(tmp_path, drawn, targets):
     assert [ax.get_visible() and ax.axison for ax in drawn[0].axes].count(True) == len(targets)
 
 
-def test_skill_says_where_nothing_was_observed(tmp_path, drawn):
+def test_skill_marks_targets_without_observations(tmp_path, drawn):
     empty = dict.fromkeys(("rmse_where_present", "persistence_rmse", "climatology_rmse_where_present"))
     records = [record("pm25", 12, **empty, damped_persistence_rmse=None), record("o3", 12)]
     plot_skill(records, tmp_path / "skill.png")
@@ -87,7 +87,7 @@ def test_skill_says_where_nothing_was_observed(tmp_path, drawn):
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_maps_have_north_up_whichever_way_the_rows_run(tmp_path, drawn, flip):
+def test_maps_have_north_up_in_either_order_of_rows(tmp_path, drawn, flip):
     case = make_case(wind_ms=None, elevation_m=None)
     if flip:
         rows = {name: getattr(case, name)[::-1] for name in ("lat2d", "lon2d", "truth", "forecast")}
@@ -104,7 +104,7 @@ def test_maps_have_north_up_whichever_way_the_rows_run(tmp_path, drawn, flip):
     assert top.mean() < bottom.mean() - 0.3
 
 
-def test_case_shows_units_times_error_and_what_it_draws(tmp_path, drawn):
+def test_case_labels_units_times_error_and_overlays(tmp_path, drawn):
     plot_case(make_case(), tmp_path / "case.png")
     truth, forecast, error = drawn[0].axes[:3]
     assert truth.get_title(loc="left") == "Truth, 2019-02-04 05 h"
@@ -112,7 +112,7 @@ def test_case_shows_units_times_error_and_what_it_draws(tmp_path, drawn):
     # 10 cells miss by 150, 69 by 30, one has no truth
     assert f"RMSE {np.sqrt((10 * 150**2 + 69 * 30**2) / 79):.3g} " in error.get_title(loc="left")
     words = " ".join(text.get_text() for text in drawn[0].texts)
-    assert "terrain at 500, 1000, 2000, 3000 m" in words  # it ends at 4500 m
+    assert "terrain at 500, 1000, 2000, 3000 m" in words  # the terrain ends at 4500 m
     assert "arrows: wind" in words
     labels = [ax.get_xlabel() for ax in drawn[0].axes]
     assert "PM$_{2.5}$ (\N{MICRO SIGN}g m$^{-3}$)" in labels

@@ -1,10 +1,10 @@
-"""Score records as files and as a table."""
+"""Score records written to files and formatted as a table."""
 
 import json
 
 import pytest
 
-from topoflow.metrics import format_table, write_scores
+from topoflow.metrics import format_scores, write_scores
 
 
 def record(target="pm25", lead=12, unit="ug m-3", **scores):
@@ -25,7 +25,7 @@ def test_table_marks_the_wins_on_the_same_samples():
         record("co", 12, "mg m-3", rmse=0.4, rmse_where_present=0.3811, persistence_rmse=0.3811),
         record("co", 24, "mg m-3", rmse=None, rmse_where_present=None, persistence_rmse=None, climatology_rmse=None),
     ]
-    lines = [" ".join(line.split()) for line in format_table(records).splitlines()]
+    lines = [" ".join(line.split()) for line in format_scores(records).splitlines()]
     assert lines[1] == "target unit lead model model* persistence climatology damped persistence"
     assert lines[2] == "PM2.5 ug m-3 12 h 20.00 19.00 30.00+ 25.00+ 18.50"
     # 19.0 where the present value exists beats 19.5, 20.0 on all samples does not
@@ -33,7 +33,7 @@ def test_table_marks_the_wins_on_the_same_samples():
     assert lines[4] == "CO mg m-3 12 h 0.400 0.381 0.381 25.000+ 18.500+"
     assert lines[5] == "24 h - - - - 18.50"
     assert lines[-1] == "The model beats persistence in 2 of 4, climatology in 2 of 4, damped persistence in 2 of 4."
-    assert max(map(len, format_table(records).splitlines())) <= 110
+    assert max(map(len, format_scores(records).splitlines())) <= 110
 
 
 def test_undefined_scores_are_null_and_an_empty_field(tmp_path):

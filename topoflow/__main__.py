@@ -1,4 +1,4 @@
-"""`python -m topoflow COMMAND`."""
+"""Run a command: `python -m topoflow COMMAND`."""
 
 import sys
 

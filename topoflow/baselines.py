@@ -1,8 +1,8 @@
-"""Forecasts that need no network, fitted on the training split: what a model has to beat.
+"""Baseline forecasts without a network, fitted on the training split.
 
 persistence         the present value
 climatology         the training mean of the cell by hour of day
-damped persistence  climatology, plus the present anomaly times the cell's slope sum(a_t a_t+L) / sum(a_t^2),
+damped persistence  climatology plus the present anomaly times the cell's slope sum(a_t a_t+L) / sum(a_t^2), summed
                     over the training start times t for which the longest lead fits and both anomalies exist
 """
 
@@ -16,16 +16,16 @@ HOURS = 24
 BLOCK_HOURS = 480
 """Time steps read at once while fitting."""
 DEGENERATE = 1e-9
-"""A cell whose squared anomalies are below this fraction of its squared values has none: the slope is 0."""
+"""Squared anomalies below this fraction of the squared values are rounding error: the slope of the cell is 0."""
 
 
 class Fields(Protocol):
-    """What fitting needs of a data source."""
+    """The part of a data source that fitting uses."""
 
     times: np.ndarray
 
     def read(self, name: str, indices: np.ndarray) -> np.ndarray:
-        """[n, H, W] physical values, NaN where missing."""
+        """Return physical values [n, H, W], NaN where missing."""
         ...
 
 
@@ -34,9 +34,9 @@ class Baselines:
     """Fitted baselines of some targets, in the units of the source, float64.
 
     Attributes:
-        climatology: [targets, 24, H, W] by hour of day. Where a cell has no training value at an hour, its mean over
-            all hours; where it has none at all, the mean over the cells by hour (or over everything). NaN only for a
-            target without any training value.
+        climatology: [targets, 24, H, W] by hour of day. A cell without training values at an hour gets its mean over
+            all hours; a cell without any training value gets the mean over cells at that hour, or over everything if
+            there is none either. NaN only for a target without any training value.
         filled: [targets, 24, H, W] 1 where the climatology is not the cell's own at that hour, else 0.
         slope: [targets, leads, H, W] 0 where the cell has no pair of values in training.
     """
@@ -46,11 +46,14 @@ class Baselines:
     slope: np.ndarray
 
     def forecast(self, present: np.ndarray, hours: np.ndarray, leads: np.ndarray, lead_hours: np.ndarray):
-        """Forecasts by name, and where the climatology is not the cell's own.
+        """Return the forecast of each baseline, and where the climatology is not the cell's own.
 
-        Args: present values [B, targets, H, W], NaN where missing; [B] each: hour of day of the start, index of the
-        lead and its length in hours. Returns: {name: [B, targets, H, W] float64}, NaN where there is none; bool of
-        the same shape.
+        Args:
+            present: [B, targets, H, W] values at the start, NaN where missing.
+            hours, leads, lead_hours: [B] each: hour of day of the start, index of the lead, its length in hours.
+
+        Returns:
+            {name: [B, targets, H, W] float64}, NaN where missing, and bool of the same shape.
         """
         at_target = (hours + lead_hours) % HOURS
         climatology = np.moveaxis(self.climatology[:, at_target], 1, 0)
@@ -61,7 +64,7 @@ class Baselines:
 
 
 def hour_of_day(times: np.ndarray) -> np.ndarray:
-    """Hour 0-23 of datetime64 times, as they are written in the data: int64, same shape."""
+    """Return the hour 0-23 of datetime64 times, int64 of the same shape, in the time zone of the data."""
     return times.astype("datetime64[h]").astype(np.int64) % HOURS
 
 
@@ -75,12 +78,16 @@ def fit_baselines(
     only: Sequence[str] | None = None,
     on_progress: Callable[[], None] = lambda: None,
 ) -> Baselines:
-    """Fit in one pass over the training split, a target after the other.
+    """Fit all baselines in one pass over the training split per target.
 
-    Args: indices into `source.times` of all training times and of the training start times (increasing int64; each
-    window from a start to its longest lead is hourly and lies in the training times); `mask` bool [H, W], the cells
-    that count; `only`: the targets to fit, the arrays of the others stay zero, so that arrays of several processes
-    that share the targets out can be added; `on_progress`: called for each block that is read.
+    Args:
+        training_times: indices of all training times in `source.times`, increasing int64.
+        training_starts: likewise of the start times; from each start to its longest lead, times are hourly and in
+            `training_times`.
+        mask: bool [H, W], the cells to fit.
+        only: the targets to fit. Arrays of other targets stay zero, so that the results of ranks that fit different
+            targets can be added.
+        on_progress: called for each block that is read.
     """
     names = targets if only is None else only
     shape = (len(targets), HOURS, *mask.shape)
@@ -98,17 +105,17 @@ def fit_baselines(
 
 
 def contiguous_blocks(indices: np.ndarray, length: int) -> Iterator[np.ndarray]:
-    """Cut increasing `indices` [n] where they skip, and then every `length`."""
+    """Split increasing `indices` [n] at gaps, and into blocks of at most `length`."""
     for run in np.split(indices, np.flatnonzero(np.diff(indices) != 1) + 1):
         for first in range(0, len(run), length):
             yield run[first : first + length]
 
 
 class _CellSums:
-    """Sums per cell by hour of day, from which climatology and slopes follow without a second look at the data.
+    """Sums per cell and hour of day that give climatology and slopes in a single pass over the data.
 
-    Values are taken relative to the cell's first one, so that little is lost to rounding. A start that lies in one
-    block with its target in the next finds its value in the tail that is kept of the rows before.
+    Values are taken relative to the cell's first one to limit rounding errors. The last rows of each block are kept in
+    `tail` for pairs of a start in one block and a target in the next.
     """
 
     def __init__(self, times: np.ndarray, leads: Sequence[int], starts: np.ndarray, cells: int):
@@ -124,7 +131,7 @@ class _CellSums:
         self.tail = np.zeros((2, 0, cells))
 
     def add(self, indices: np.ndarray, values: np.ndarray) -> None:
-        """Consecutive time indices [n] and their values [n, cells] float64, NaN where missing."""
+        """Add values [n, cells] float64, NaN where missing, at consecutive time indices [n]."""
         exists = np.isfinite(values)
         first = np.take_along_axis(values, exists.argmax(axis=0)[None], axis=0)[0]
         self.shift = np.where(np.isnan(self.shift), first, self.shift)
@@ -153,20 +160,20 @@ class _CellSums:
                     self.pairs[k, hour, i] += np.einsum("tc,tc->c", left, right)
 
     def climatology(self) -> tuple[np.ndarray, np.ndarray]:
-        """Means [24, cells], and 1 where a mean is not the cell's own at that hour."""
+        """Return means [24, cells], and 1 where a mean is not the cell's own at that hour."""
         with np.errstate(invalid="ignore"):
             own = self.shift + self.total / self.count
-            of_cell = self.shift + self.total.sum(axis=0) / self.count.sum(axis=0)
+            cell_mean = self.shift + self.total.sum(axis=0) / self.count.sum(axis=0)
         missing = ~(self.count > 0)
-        of_hour = np.full(HOURS, _mean(of_cell))
+        hour_mean = np.full(HOURS, _mean(cell_mean))
         for hour in range(HOURS):
             if not missing[hour].all():
-                of_hour[hour] = _mean(own[hour])
-        means = np.where(missing, np.where(np.isnan(of_cell), of_hour[:, None], of_cell), own)
+                hour_mean[hour] = _mean(own[hour])
+        means = np.where(missing, np.where(np.isnan(cell_mean), hour_mean[:, None], cell_mean), own)
         return means, missing.astype(np.float64)
 
     def slope(self) -> np.ndarray:
-        """Regression of the anomaly at the target on the anomaly at the start, through the origin: [leads, cells]."""
+        """Return slopes [leads, cells]: regression through the origin of the target's anomaly on the start's."""
         means = np.where(self.count > 0, self.total / np.maximum(self.count, 1), 0.0)
         slopes = np.zeros((len(self.leads), means.shape[1]))
         for k, lead in enumerate(self.leads):
@@ -180,6 +187,6 @@ class _CellSums:
 
 
 def _mean(values: np.ndarray) -> float:
-    """Mean of the finite values, NaN if there is none."""
+    """Return the mean of the finite values, NaN if there are none."""
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if len(finite) else float("nan")

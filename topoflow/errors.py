@@ -1,66 +1,66 @@
-"""The refusals that a user can meet, each with the exit status it ends the program with.
+"""Errors reported to the user in one line, each with the exit status of the program.
 
-Anything else that is raised is a defect of ours and keeps Python's traceback and status 1.
+Any other exception is a bug in this program and ends it with a traceback and status 1.
 """
 
 EXIT_DONE = 0
 
 
 class Refusal(Exception):
-    """The program stops on purpose: one line for the user, no traceback."""
+    """An expected error: the program reports it in one line and ends without a traceback."""
 
     exit_status = 1
     shared = False
-    """Every rank raises it alike, so rank 0 alone says it."""
+    """Whether all ranks raise the same error, so that only rank 0 reports it."""
 
 
 class ConfigError(Refusal, ValueError):
-    """A key, a value or a combination in the config or on the command line that cannot be used."""
+    """The config or the command line has an invalid key, value or combination of values."""
 
     exit_status = 2
 
 
 class DataError(Refusal, ValueError):
-    """A data set that is not what the config or the format says."""
+    """A data set does not match the config or its format."""
 
     exit_status = 2
 
 
 class MissingPath(Refusal, FileNotFoundError):
-    """A file or folder that was named and is not there."""
+    """A file or folder named by the user does not exist."""
 
     exit_status = 2
 
 
 class RunDirectoryError(Refusal):
-    """The run directory cannot be used as asked (not writable, in use, or holds another run)."""
+    """The run directory cannot be used: it is not writable, in use by another job, or holds another run."""
 
     exit_status = 2
 
 
 class ResumeRefused(Refusal):
-    """A checkpoint that cannot be restored whole."""
+    """A checkpoint cannot be restored completely."""
 
     exit_status = 3
 
 
 class CheckpointUnreadable(ResumeRefused):
-    """A checkpoint that is perhaps whole, and cannot be read here and now: never passed over for an older one."""
+    """A checkpoint cannot be read at the moment but may be intact: an older one is never used in its place."""
 
 
 class TrainingDiverged(Refusal):
-    """A loss or gradient that is not finite."""
+    """A loss, gradient or forecast is not finite."""
 
     exit_status = 4
 
 
 class RanksDisagree(Refusal):
-    """Processes that should hold the same state do not, or one of them was lost."""
+    """Ranks hold different states, or one of them stalled or was lost."""
 
     exit_status = 5
 
 
 class StopRequested(Refusal):
-    """A signal asked the run to stop, and a checkpoint was committed."""
+    """A signal stopped the run after a checkpoint of all finished steps was committed."""
 
     exit_status = 75

@@ -1,4 +1,4 @@
-"""Scores of a model on a split, in physical units, next to the baselines on the same samples."""
+"""Score a model on a split, in physical units, and compare it with the baselines on the same samples."""
 
 import logging
 import sys
@@ -22,14 +22,14 @@ from topoflow.data.splits import split_starts, split_times
 from topoflow.data.variables import VARIABLES
 from topoflow.errors import ConfigError, StopRequested
 from topoflow.forecast_case import ForecastCase
-from topoflow.metrics import Record, ScoreSums, format_table, write_scores
+from topoflow.metrics import Record, ScoreSums, format_scores, write_scores
 from topoflow.ranks import Context
 from topoflow.run_dir import StopFlag
 
 log = logging.getLogger(__name__)
 
 CASE_TARGET, CASE_LEAD_HOURS = "pm25", 24
-"""The case that is drawn is of this target and lead, or of the first there is."""
+"""Target and lead time of the case that is drawn; the first one of the data set if it lacks them."""
 
 
 def evaluate_model(
@@ -44,10 +44,10 @@ def evaluate_model(
 ) -> list[Record]:
     """Score `model` on a split; rank 0 writes scores.json, scores.csv, skill.png and case.png to `output`.
 
-    All ranks call it, with the model itself (not wrapped by DDP: ranks may hold different numbers of batches), and get
-    the same records, one per target and lead (see `topoflow.metrics`). Batches are of config.micro_batch_size, the
-    precision is config.precision. Neither batch size nor number of ranks changes a score, but for what the forward
-    pass itself makes of the size of a batch.
+    Call it on all ranks, with the model itself (not wrapped by DDP: ranks may have different numbers of batches).
+    Every rank gets the same records, one per target and lead (see `topoflow.metrics`). Batches have
+    config.micro_batch_size samples, the precision is config.precision. Scores do not depend on the number of ranks,
+    and on the batch size only as far as the network's own rounding does.
 
     Raises:
         ConfigError: the config gives no range for `split`.
@@ -77,23 +77,23 @@ def evaluate_model(
     records = evaluator.score(baselines, observed)
     if context.is_main:
         write_scores(records, output)
-        # here and not above: matplotlib takes 0.4 s and hundreds of files, and only rank 0 draws, when all is scored
+        # imported here: matplotlib takes 0.4 s and opens hundreds of files, and only rank 0 draws
         from topoflow.plots import plot_case, plot_skill
 
         plot_skill(records, output / "skill.png")
-        case = evaluator.forecast_case(baselines, observed)
+        case = evaluator.select_case(baselines, observed)
         if case is not None:
             plot_case(case, output / "case.png")
-        log.info("%s", format_table(records))
-        log.info("scores and plots are in %s", output)
+        log.info("%s", format_scores(records))
+        log.info("scores and plots written to %s", output)
     return records
 
 
 class PhysicalSamples(torch.utils.data.Dataset):
-    """A ForecastDataset whose samples also hold the targets in the units of the data, NaN where missing.
+    """A ForecastDataset whose samples also contain the targets in the units of the data, NaN where missing.
 
-    `present` at the start and `observed` at the lead, float32 [T, H, W] each: scores see what was measured, not what
-    came back from its normalized form.
+    `present` holds them at the start and `observed` at the lead, float32 [T, H, W] each, so that scores compare with
+    the measured values and not with values normalized and denormalized again.
     """
 
     def __init__(self, dataset: ForecastDataset):
@@ -118,7 +118,10 @@ class PhysicalSamples(torch.utils.data.Dataset):
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A model on the samples of one split. elevation_m: [H, W] on the device of the model, metres."""
+    """Evaluates a model on the samples of one split.
+
+    elevation_m: terrain height in metres, [H, W], on the device of the model. workers: processes that load batches.
+    """
 
     context: Context
     model: nn.Module
@@ -129,11 +132,11 @@ class Evaluator:
     workers: int
     stop: StopFlag
 
-    def go_on(self) -> None:
-        """Between two pieces of work: others see that there is progress, and a request to stop is heeded.
+    def report_progress_or_stop(self) -> None:
+        """Report progress to the other ranks, or stop if any rank was asked to; call it after each piece of work.
 
         Raises:
-            StopRequested: this rank has one.
+            StopRequested: a stop signal arrived on this rank, or on another as far as is known here.
         """
         watch = self.context.watch
         watch.tick()
@@ -141,10 +144,10 @@ class Evaluator:
             watch.ask_to_stop(self.stop.signal_name)
         name = self.stop.signal_name or watch.stop_asked
         if name is not None:
-            raise StopRequested(f"stopped by {name} during the evaluation, which starts anew next time")
+            raise StopRequested(f"stopped by {name} during the evaluation; the next start repeats it")
 
     def fit_baselines(self, training_times: np.ndarray, training_starts: np.ndarray) -> Baselines:
-        """The baselines of the targets, which ranks share out among them; arguments as `fit_baselines` has them."""
+        """Fit the baselines, each rank some of the targets; see `topoflow.baselines.fit_baselines`."""
         context, dataset = self.context, self.dataset
         with context.together("fitting the baselines"):
             baselines = fit_baselines(
@@ -155,16 +158,16 @@ class Evaluator:
                 training_starts,
                 dataset.mask,
                 only=dataset.target_names[context.rank :: context.world_size],
-                on_progress=self.go_on,
+                on_progress=self.report_progress_or_stop,
             )
         for array in (baselines.climatology, baselines.filled, baselines.slope):
             context.all_reduce_sum(torch.from_numpy(array))
         return baselines
 
     def sum_observations(self) -> np.ndarray:
-        """Sum and number of the observations that count, in the units of the data: float64 [2, starts, leads, targets].
+        """Return sum and number of observations, in the units of the data: float64 [2, starts, leads, targets].
 
-        Each hour is read once, by one rank.
+        Only cells in the mask count. Each hour is read once, by one rank.
         """
         context, dataset = self.context, self.dataset
         at_lead = dataset.starts[:, None] + np.asarray(dataset.lead_times_hours)  # [starts, leads]
@@ -173,7 +176,7 @@ class Evaluator:
         with context.together("reading the observations"):
             for number, block in enumerate(contiguous_blocks(hours, BLOCK_HOURS)):
                 if number % context.world_size == context.rank:
-                    self.go_on()
+                    self.report_progress_or_stop()
                     rows = np.searchsorted(hours, block)
                     for t, name in enumerate(dataset.target_names):
                         values = dataset.source.read(name, block)[:, dataset.mask].astype(np.float64)
@@ -183,7 +186,7 @@ class Evaluator:
         return sums[:, position.reshape(at_lead.shape)]
 
     def score(self, baselines: Baselines, observed: np.ndarray) -> list[Record]:
-        """Records of `ScoreSums.finish`, the same on every rank; `observed` as `sum_observations` gives it.
+        """Return the records of `ScoreSums.finish`, the same on every rank; `observed`: from `sum_observations`.
 
         Raises:
             TrainingDiverged: a forecast is not finite.
@@ -201,7 +204,8 @@ class Evaluator:
         shown = context.is_main and sys.stderr.isatty()
         with context.together("evaluation"):
             for _, batch in tqdm(loader, desc="evaluation", unit="batch", leave=False, disable=not shown):
-                self.go_on()
+                self.report_progress_or_stop()
+                normalized = self.forward(batch)  # a GPU computes while the baselines are computed here
                 samples = batch["index"].numpy()
                 starts, lead_hours = start_and_lead(dataset, samples)
                 lead = samples % len(dataset.lead_times_hours)
@@ -210,7 +214,7 @@ class Evaluator:
                 )
                 sums.add(
                     samples,
-                    scale * self.predict(batch),
+                    scale * self.to_physical(normalized),
                     scale * batch["observed"].double().numpy(),
                     batch["valid"].numpy(),
                     {name: scale * values for name, values in forecasts.items()},
@@ -219,26 +223,30 @@ class Evaluator:
         context.all_reduce_sum(torch.from_numpy(sums.rows))
         return sums.finish()
 
-    def predict(self, batch: Mapping[str, torch.Tensor]) -> np.ndarray:
-        """Forecasts [B, T, H, W] of a batch of samples, in the units of the data, float64.
-
-        As the network gives them: a concentration below zero is not set to zero.
-        """
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return normalized forecasts [B, T, H, W] on the device, without waiting for it to finish."""
         device, was_training = self.elevation_m.device, self.model.training
-        x, lead_time_hours = batch["x"].to(device), batch["lead_time_hours"].to(device)
-        wind_ms = batch["wind_ms"].to(device) if "wind_ms" in batch else None
+        x, lead_time_hours = (batch[name].to(device, non_blocking=True) for name in ("x", "lead_time_hours"))
+        wind_ms = batch["wind_ms"].to(device, non_blocking=True) if "wind_ms" in batch else None
         self.model.eval()
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             normalized = self.model(x, lead_time_hours, self.elevation_m, wind_ms)
         self.model.train(was_training)
+        return normalized
+
+    def to_physical(self, normalized: torch.Tensor) -> np.ndarray:
+        """Return forecasts [B, T, H, W] in the units of the data, float64; waits for the device.
+
+        Negative concentrations are kept as the network gives them.
+        """
         values = normalized.double().cpu().numpy()
         names, denormalize = self.dataset.target_names, self.dataset.normalization.denormalize
         return np.stack([denormalize(name, values[:, t]) for t, name in enumerate(names)], axis=1)
 
-    def forecast_case(self, baselines: Baselines, observed: np.ndarray) -> ForecastCase | None:
-        """The forecast whose observed mean is the highest of those with at least half of the most observations.
+    def select_case(self, baselines: Baselines, observed: np.ndarray) -> ForecastCase | None:
+        """Return the forecast with the highest observed mean, None if the target was never observed.
 
-        So it is chosen by the observations alone. None if the target was never observed.
+        Forecasts with less than half of the most observations are left out. The choice depends on observations alone.
         """
         dataset, source = self.dataset, self.dataset.source
         names, leads = dataset.target_names, dataset.lead_times_hours
@@ -249,9 +257,9 @@ class Evaluator:
             return None
         row = int(np.where(count >= count.max() / 2, total / np.maximum(count, 1), -np.inf).argmax())
         sample = PhysicalSamples(dataset)[row * len(leads) + k]
-        forecast = self.predict(torch.utils.data.default_collate([sample]))[0, t]
+        forecast = self.to_physical(self.forward(torch.utils.data.default_collate([sample])))[0, t]
         truth = np.where(sample["valid"][t].numpy(), sample["observed"][t].double().numpy(), np.nan)
-        # where the target was never observed in training, nothing told the network what is right
+        # the network could not learn cells where the target was never observed in training
         known = dataset.mask & (baselines.filled[t] == 0).any(axis=0)
         variable, start = VARIABLES[names[t]], int(dataset.starts[row])
         return ForecastCase(
@@ -269,6 +277,6 @@ class Evaluator:
 
 
 def start_and_lead(dataset: ForecastDataset, index: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Position of the start in the source's times, and lead time in hours, of sample(s) `index`."""
+    """Return the start's position in the source's times and the lead time in hours of sample(s) `index`."""
     leads = np.asarray(dataset.lead_times_hours)
     return dataset.starts[index // len(leads)], leads[index % len(leads)]

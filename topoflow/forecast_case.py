@@ -1,4 +1,4 @@
-"""One forecast that is drawn: what an evaluation chooses, and the plots show."""
+"""The forecast that an evaluation selects for a plot."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,15 @@ import numpy as np
 
 @dataclass(frozen=True)
 class ForecastCase:
-    """One forecast of one target beside what came true, [H, W] each, in display units, NaN where there is no value.
+    """One forecast of one target and the observed field, [H, W] each, rows in any order.
 
-    lat2d, lon2d: degrees. elevation_m: metres, or None. wind_ms: [2, H, W] at the start, m/s, or None. start: hour,
-    datetime64. Rows in any order.
+    Attributes:
+        lat2d, lon2d: coordinates in degrees.
+        elevation_m: terrain height in metres, or None.
+        truth, forecast: in display units, NaN where missing.
+        wind_ms: [2, H, W] wind at the start in m/s, or None.
+        name, unit: of the target, for display.
+        start: time at which the forecast starts, datetime64.
     """
 
     lat2d: np.ndarray

@@ -1,7 +1,7 @@
-"""Forecast scores, as sums that do not depend on how the samples were cut into batches or spread over ranks.
+"""Forecast scores from sums that do not depend on how samples are split into batches or over ranks.
 
-Each sample has a row of its own, in float64. A rank fills the rows of its samples and leaves the others at zero, so
-the sum over ranks is exact; `finish` then adds the rows exactly (math.fsum). Batch size and world size leave no trace.
+Each sample has its own row of sums in float64. A rank fills the rows of its samples and leaves the others at zero, so
+that the sum over ranks is exact; `finish` then adds the rows exactly (math.fsum).
 """
 
 import csv
@@ -14,14 +14,15 @@ import numpy as np
 
 from topoflow.data.variables import VARIABLES
 from topoflow.errors import TrainingDiverged
+from topoflow.text import format_table
 
 BASELINES = ("persistence", "climatology", "damped_persistence")
 
 COLUMNS = (
-    "scored",  # 1: how often the sample was added
-    "not_finite",  # forecasts that are NaN or infinite where an observation counts
+    "scored",  # number of times the sample was added: 1
+    "not_finite",  # NaN or infinite forecasts where an observation counts
     "n",
-    "observed",  # this and the next four: deviations from the observed mean
+    "observed",  # in this and the next four: deviations from the observed mean
     "forecast",
     "observed_squared",
     "forecast_squared",
@@ -34,7 +35,7 @@ COLUMNS = (
     "climatology_n",
     "climatology_squared_error",
     "climatology_filled",
-    "present_n",  # this and the rest: where the present value exists
+    "present_n",  # this and the rest: only where the present value exists
     "present_squared_error",
     "persistence_squared_error",
     "present_climatology_n",
@@ -43,14 +44,14 @@ COLUMNS = (
 )
 
 ROUNDING = 1e-13
-"""A variance below this fraction of the mean square is rounding: the values are constant."""
+"""A variance below this fraction of the mean square is rounding error: the values count as constant."""
 
 
 class ScoreSums:
-    """Sums over cells for each sample and target; sample i is start time i // leads, lead i % leads.
+    """Sums over cells for each sample and target; sample i has start time i // leads and lead i % leads.
 
     Attributes:
-        rows: float64 [samples, targets, len(COLUMNS)]. Sum it over ranks, in place, before `finish`.
+        rows: float64 [samples, targets, len(COLUMNS)]; to be summed over ranks in place before `finish`.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class ScoreSums:
         units: Mapping[str, str],
         observed_mean: np.ndarray,
     ):
-        """`observed_mean` [targets, leads]: mean of all observations that count, in the units in which scores are."""
+        """Start at zero; `observed_mean` [targets, leads]: mean of all observations that count, in `units`."""
         assert observed_mean.shape == (len(targets), len(lead_times_hours)), observed_mean.shape
         self.targets, self.lead_times_hours, self.units = tuple(targets), tuple(lead_times_hours), dict(units)
         self.observed_mean = observed_mean.astype(np.float64)
@@ -76,15 +77,19 @@ class ScoreSums:
         baselines: Mapping[str, np.ndarray],
         filled: np.ndarray,
     ) -> None:
-        """Add a batch: sample indices int64 [B], the rest [B, T, H, W] in the units of `observed_mean`, float64.
+        """Add a batch.
 
-        `valid` bool says which observations count. `baselines` holds the forecasts named in BASELINES, NaN where
-        there is none; `filled` bool, where the climatology is not the cell's own.
+        Args:
+            samples: sample indices, int64 [B].
+            forecast, observed: [B, T, H, W] float64, in the units of `observed_mean`.
+            valid: [B, T, H, W] bool, which observations count.
+            baselines: forecasts by the names in BASELINES, [B, T, H, W] float64 each, NaN where missing.
+            filled: [B, T, H, W] bool, where the climatology is not the cell's own.
         """
         shift = self.observed_mean[:, samples % len(self.lead_times_hours)].T[:, :, None, None]
         finite = np.isfinite(forecast)
         counts = valid & finite
-        # where comes before the arithmetic: NaN x 0 is NaN; a value that does not count is at the mean, without error
+        # np.where before the arithmetic, as NaN x 0 is NaN; values that do not count become the mean, with error 0
         o = np.where(counts, observed, shift)
         f = np.where(counts, forecast, shift)
         o_deviation, f_deviation, error = o - shift, f - shift, f - o
@@ -119,17 +124,17 @@ class ScoreSums:
             "damped_persistence_squared_error": squared_error_of("damped_persistence", has_both),
         }
         for column, name in enumerate(COLUMNS[1:], start=1):
-            # one contiguous row of cells a sum: the order of its additions is the same in any batch
+            # each sum runs over one contiguous row of cells, so that batches do not change the order of additions
             self.rows[samples, :, column] += values[name].reshape(*forecast.shape[:2], -1).sum(axis=-1)
         self.rows[samples, :, 0] += 1
 
     def finish(self) -> list[dict[str, object]]:
-        """One record per target and lead, targets first; a score that is not defined is None.
+        """Return one record per target and lead, ordered by target; scores that are not defined are None.
 
         Raises:
             TrainingDiverged: a forecast was not finite where an observation counts.
         """
-        assert (self.rows[:, :, 0] == 1).all(), "each sample counts once: sum the rows over ranks before this"
+        assert (self.rows[:, :, 0] == 1).all(), "each sample must be added once: sum the rows over ranks first"
         leads = len(self.lead_times_hours)
         records = []
         for t, target in enumerate(self.targets):
@@ -138,8 +143,7 @@ class ScoreSums:
                 sums = {name: math.fsum(values) for name, values in zip(COLUMNS, columns, strict=True)}
                 if sums["not_finite"]:
                     raise TrainingDiverged(
-                        f"evaluation: {int(sums['not_finite'])} forecasts of {target} at {lead} h are not finite: "
-                        "expected numbers"
+                        f"evaluation: {int(sums['not_finite'])} forecasts of {target} at {lead} h are not finite"
                     )
                 head = {"target": target, "lead_hours": lead, "unit": self.units[target]}
                 records.append(head | scores_of(sums, float(self.observed_mean[t, k])))
@@ -147,16 +151,16 @@ class ScoreSums:
 
 
 def within_factor_2(forecast: np.ndarray, observed: np.ndarray) -> np.ndarray:
-    """Whether 0.5 <= f / o <= 2 (Chang & Hanna 2004, Meteorol. Atmos. Phys. 87), written without the division.
+    """Return whether 0.5 <= f / o <= 2 (Chang & Hanna 2004, Meteorol. Atmos. Phys. 87), computed without division.
 
-    So a zero observation is met by a zero forecast only, and no negative forecast or observation is within a factor
-    of 2 of anything.
+    Only a zero forecast is within a factor of 2 of a zero observation, and no negative value is within a factor of 2
+    of any other.
     """
     return (0.5 * observed <= forecast) & (forecast <= 2.0 * observed)
 
 
 def scores_of(sums: Mapping[str, float], observed_mean: float) -> dict[str, object]:
-    """The scores of one target and lead from its sums by column name; those that are not defined are None.
+    """Return the scores of one target and lead from its sums by column name; those that are not defined are None.
 
     Index of agreement: 1 - sum (f - o)^2 / sum (|f - mean(o)| + |o - mean(o)|)^2, Willmott 1981 (Phys. Geogr. 2).
     Normalized mean bias: sum (f - o) / sum o, a fraction. Correlation: Pearson, over all samples and cells at once.
@@ -207,7 +211,7 @@ Record = dict[str, object]
 
 
 def write_scores(records: Sequence[Record], folder: Path) -> None:
-    """scores.json (null where a score is not defined) and scores.csv (empty there), each replaced in one move."""
+    """Write scores.json and scores.csv, each atomically; a score that is not defined is null or an empty field."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("scores.json", "scores.csv"):
         temporary = folder / f"{name}.tmp"
@@ -223,42 +227,41 @@ def write_scores(records: Sequence[Record], folder: Path) -> None:
 
 
 COMPARED = (
-    # column of the table, the baseline's score, the model's score on the same samples
+    # column of the table, score of the baseline, score of the model on the same samples
     ("persistence", "persistence_rmse", "rmse_where_present"),
     ("climatology", "climatology_rmse", "rmse"),
     ("damped persistence", "damped_persistence_rmse", "rmse_where_present"),
 )
 
 
-def format_table(records: Sequence[Record]) -> str:
-    """RMSE of the model and of the baselines per target and lead, and in how many of them the model wins."""
-    lines = [
-        "RMSE of the model and of each baseline; + marks a baseline that the model beats on the same samples",
-        f"{'target':<8}{'unit':<8}{'lead':>6}{'model':>9}{'model*':>9}"
-        + "".join(f"{label:>{len(label) + 2}} " for label, *_ in COMPARED),
-    ]
+def format_scores(records: Sequence[Record]) -> str:
+    """Return a table of the RMSE of model and baselines per target and lead, and the number of wins of the model."""
+    rows = []
     for record in records:
         decimals = 3 if record["rmse"] is not None and record["rmse"] < 1 else 2
-        cells = [_number(record[key], 9, decimals) for key in ("rmse", "rmse_where_present")]
-        for label, baseline, model in COMPARED:
-            mark = "+" if beats(record, baseline, model) else " "
-            cells.append(_number(record[baseline], len(label) + 2, decimals) + mark)
         first = record["lead_hours"] == records[0]["lead_hours"]
         name, unit = (VARIABLES[record["target"]].long_name, record["unit"]) if first else ("", "")
-        lines.append((f"{name:<8}{unit:<8}{record['lead_hours']:>4} h" + "".join(cells)).rstrip())
+        cells = [_number(record[key], decimals) for key in ("rmse", "rmse_where_present")]
+        for _, baseline, model in COMPARED:
+            cells.append(_number(record[baseline], decimals) + ("+" if beats(record, baseline, model) else " "))
+        rows.append((name, unit, f"{record['lead_hours']} h", *cells))
     wins = [
         f"{label} in {sum(beats(record, baseline, model) for record in records)} of {len(records)}"
         for label, baseline, model in COMPARED
     ]
-    lines += ["* model and both persistences where the present value exists", f"The model beats {', '.join(wins)}."]
+    lines = [
+        "RMSE of the model and of each baseline; + marks a baseline that the model beats on the same samples",
+        *format_table(("target", "unit", "lead", "model", "model*", *(f"{label} " for label, *_ in COMPARED)), rows),
+        "* model, on the samples of persistence and damped persistence: where the present value exists",
+        f"The model beats {', '.join(wins)}.",
+    ]
     return "\n".join(lines)
 
 
 def beats(record: Record, baseline: str, model: str) -> bool:
-    """Whether the model's RMSE is below the baseline's; never if one of them is not defined."""
+    """Return whether the model's RMSE is below the baseline's; False if one of them is not defined."""
     return record[model] is not None and record[baseline] is not None and record[model] < record[baseline]
 
 
-def _number(value: float | None, width: int, decimals: int) -> str:
-    """A dash for what is not defined."""
-    return f"{'-':>{width}}" if value is None else f"{value:>{width}.{decimals}f}"
+def _number(value: float | None, decimals: int) -> str:
+    return "-" if value is None else f"{value:.{decimals}f}"

@@ -1,7 +1,6 @@
-"""Pictures of an evaluation, as PNG files, drawn without a display.
+"""Plots of an evaluation as PNG files, drawn without a display.
 
-Colours are those of Okabe and Ito (2008) and ColorBrewer's YlOrBr and RdBu, which stay apart for readers who are
-colour-blind.
+The colours of Okabe and Ito (2008) and ColorBrewer's YlOrBr and RdBu can be told apart by colour-blind readers.
 """
 
 import re
@@ -27,7 +26,7 @@ ARROWS_ACROSS = 22
 """Wind arrows along the longer side of a map."""
 
 LINES = (
-    # label, the RMSE where the present value exists, colour, line, marker
+    # label, key of the RMSE on samples with a present value, colour, line, marker
     ("TopoFlow", "rmse_where_present", "#0072B2", "-", "o"),
     ("damped persistence", "damped_persistence_rmse", "#D55E00", "--", "s"),
     ("climatology", "climatology_rmse_where_present", "#009E73", ":", "^"),
@@ -35,7 +34,7 @@ LINES = (
 
 
 def plot_skill(records: Sequence[Record], path: Path) -> None:
-    """Skill 1 - RMSE / RMSE of persistence against lead time, a panel for each target, all on the same samples."""
+    """Plot the skill 1 - RMSE / RMSE of persistence over lead time, one panel per target, all on the same samples."""
     targets = list(dict.fromkeys(record["target"] for record in records))
     columns = min(3, len(targets))
     rows = -(-len(targets) // columns)
@@ -88,7 +87,7 @@ def _skill(rmse: float | None, persistence_rmse: float | None) -> float:
 
 
 def plot_case(case: ForecastCase, path: Path) -> None:
-    """Maps of the truth, the forecast and its error, north up, with terrain and the wind at the start if known."""
+    """Plot maps of truth, forecast and error, north up, with terrain and the wind at the start if available."""
     lat, lon = case.lat2d, case.lon2d
     aspect = 1.0 / np.cos(np.deg2rad(lat.mean()))
     height = 3.6 * aspect * np.ptp(lat) / np.ptp(lon)
@@ -96,17 +95,17 @@ def plot_case(case: ForecastCase, path: Path) -> None:
     axes = figure.subplots(1, 3, sharex=True, sharey=True)
     error, name, unit = case.forecast - case.truth, _name_text(case.name), _unit_text(case.unit)
     values = np.concatenate([field[np.isfinite(field)] for field in (case.truth, case.forecast)])
-    # the strongest percent may saturate, so that one cell does not take the colours from all others
+    # the top percent may saturate, so that a single cell does not stretch the colour scale
     low, high = np.percentile(values, [0.5, 99.5]) if len(values) else (0.0, 1.0)
-    # concentrations are shown from zero, unless that would waste the colours
+    # start the scale at zero unless that would leave most colours unused
     scale = Normalize(min(low, 0.0) if low < 0.2 * high else low, high if high > low else low + 1.0)
     finite = np.abs(error[np.isfinite(error)])
     limit = float(np.percentile(finite, 99)) if len(finite) else 1.0
     both = Normalize(-(limit or 1.0), limit or 1.0)
     valid = case.start + np.timedelta64(case.lead_hours, "h")
     meshes = [
-        _draw_map(axes[0], case, case.truth, f"Truth, {_moment(valid)}", "YlOrBr", scale),
-        _draw_map(axes[1], case, case.forecast, f"Forecast from {_moment(case.start)}", "YlOrBr", scale),
+        _draw_map(axes[0], case, case.truth, f"Truth, {_format_time(valid)}", "YlOrBr", scale),
+        _draw_map(axes[1], case, case.forecast, f"Forecast from {_format_time(case.start)}", "YlOrBr", scale),
         _draw_map(axes[2], case, error, f"Error, RMSE {_rmse_text(error)} {unit}", "RdBu_r", both),
     ]
     bars = {"orientation": "horizontal", "shrink": 0.6, "aspect": 32, "pad": 0.02}
@@ -122,12 +121,12 @@ def plot_case(case: ForecastCase, path: Path) -> None:
     _save(figure, path)
 
 
-def _draw_map(ax: Axes, case: ForecastCase, field: np.ndarray, title: str, colours: str, scale: Normalize) -> QuadMesh:
+def _draw_map(ax: Axes, case: ForecastCase, field: np.ndarray, title: str, colormap: str, scale: Normalize) -> QuadMesh:
     lat, lon = case.lat2d, case.lon2d
     ax.set_facecolor(MISSING_COLOUR)
-    # cells are placed by their coordinates, so north is up whichever way the rows run
+    # cells are placed by their coordinates: north is up in either order of rows
     mesh = ax.pcolormesh(
-        lon, lat, np.ma.masked_invalid(field), cmap=colours, norm=scale, shading="nearest", rasterized=True
+        lon, lat, np.ma.masked_invalid(field), cmap=colormap, norm=scale, shading="nearest", rasterized=True
     )
     levels = _terrain_levels(case)
     if levels:
@@ -144,7 +143,7 @@ def _draw_map(ax: Axes, case: ForecastCase, field: np.ndarray, title: str, colou
 
 
 def _terrain_levels(case: ForecastCase) -> list[int]:
-    """Heights in metres at which contours are drawn: those that the terrain crosses."""
+    """Return the heights in metres of the contours that the terrain crosses."""
     if case.elevation_m is None:
         return []
     return [level for level in TERRAIN_LEVELS_M if case.elevation_m.min() < level < case.elevation_m.max()]
@@ -160,12 +159,12 @@ def _legend_text(case: ForecastCase) -> str:
 
 
 def _name_text(name: str) -> str:
-    """With the index of a formula set low: NO2, PM2.5."""
+    """Return a name with the trailing number as a subscript: NO2, PM2.5."""
     return re.sub(r"(?<=[A-Z])([0-9.]+)$", r"$_{\1}$", name)
 
 
 def _unit_text(unit: str) -> str:
-    """With raised exponents and the micro sign: ug m-3."""
+    """Return a unit such as ug m-3 with superscripts and the micro sign."""
     return re.sub(r"-([0-9])", r"$^{-\1}$", re.sub(r"^ug\b", "\N{MICRO SIGN}g", unit))
 
 
@@ -174,7 +173,7 @@ def _rmse_text(error: np.ndarray) -> str:
     return f"{np.sqrt(np.mean(finite**2)):.3g}" if len(finite) else "-"
 
 
-def _moment(time: np.datetime64) -> str:
+def _format_time(time: np.datetime64) -> str:
     return str(time.astype("datetime64[h]")).replace("T", " ") + " h"
 
 

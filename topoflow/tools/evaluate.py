@@ -1,4 +1,4 @@
-"""A model as a checkpoint describes it: its config, its weights and its normalization, on data of the user's choice."""
+"""`topoflow evaluate`: score a checkpoint with its own config and normalization, on data of the user's choice."""
 
 import logging
 from collections.abc import Sequence
@@ -28,13 +28,13 @@ def score_checkpoint(
     overrides: Sequence[str] = (),
     output: Path | None = None,
 ) -> list[Record]:
-    """Score the checkpoint (or the run's best, else last) `source` on a split; all ranks call it.
+    """Score a checkpoint, or the best (else the last) one of a run, on a split; call on all ranks.
 
-    Scores and plots go to `output`; by default to the evaluation folder of the run that the checkpoint lies in, or
-    beside the checkpoint, and for another split than test to a folder of its name in it.
+    Scores and plots are written to `output`, by default to `evaluation` in the run directory or, without one, in the
+    folder that holds the checkpoint. Splits other than test get a subfolder named after the split.
 
     Raises:
-        MissingPath, ResumeRefused: the checkpoint is not there, or damaged.
+        MissingPath, ResumeRefused: the checkpoint is missing or damaged.
         ConfigError, DataError: an override or the data cannot be used.
         StopRequested: a signal arrived on any rank.
     """
@@ -54,7 +54,7 @@ def score_checkpoint(
             )
         model = build_network(config, data)
     if data.source.fingerprint != saved["data"]["fingerprint"]:
-        log.warning("data.path: %s is not the data set of the training", config.data.path)
+        log.warning("data.path: %s differs from the data set used in training", config.data.path)
     model.to(context.device)
     with context.together("restoring the weights"):
         restore = plan_weights(model, saved["model"])
@@ -73,9 +73,7 @@ def score_checkpoint(
 def _require_same_network(saved: dict, config: Config, path: Path) -> None:
     refused = [change for change in changed_keys(saved, config) if change.alters & (NETWORK | CHANNELS)]
     if refused:
-        raise ConfigError(
-            f"{'; '.join(map(str, refused))}: expected as in {path}: its weights know these channels and no others"
-        )
+        raise ConfigError(f"{'; '.join(map(str, refused))}: expected as in {path}: its weights fit these channels only")
 
 
 def _make_folder(folder: Path) -> None:
