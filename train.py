@@ -139,7 +139,7 @@ def evaluate_best(
         restore = plan_weights(state.model, saved["model"])
     deliver(context, restore.pairs)
     log.info("scoring %s on the test split", path)
-    evaluate_model(context, state.model, data, normalization, "test", config.train, directory.evaluation, context.stop)
+    evaluate_model(context, state.model, data, normalization, "test", config.train, directory.evaluation)
 
 
 if __name__ == "__main__":

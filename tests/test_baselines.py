@@ -1,4 +1,4 @@
-"""Baselines against loops that follow their definitions, and against the published table for China 2019."""
+"""Baselines equal loops that follow their definitions, and the published table for China 2019."""
 
 from dataclasses import dataclass
 
@@ -44,12 +44,12 @@ def make_source(hours=24 * 12, shape=(2, 3), seed=0):
 
 
 def everything(source, leads=LEADS):
-    """All times, and all starts for which the longest lead fits."""
+    """Return all times, and all starts for which the longest lead fits."""
     return np.arange(len(source.times)), np.arange(len(source.times) - max(leads))
 
 
 def by_definition(source, name, leads, training_times, training_starts):
-    """Climatology {(cell, hour): mean} and slope {(lead, cell)}, in loops over float64."""
+    """Compute climatology {(cell, hour): mean} and slope {(lead, cell)}, in loops over float64."""
     values = source.fields[name].astype(np.float64)
     hours = [int(str(time)[11:13]) for time in source.times]
     cells = list(np.ndindex(values.shape[1:]))
@@ -84,7 +84,7 @@ def check(fit, source, training_times, training_starts):
 
 
 @pytest.mark.parametrize("block", [17, 100, 1000])
-def test_fit_follows_the_definition_wherever_blocks_are_cut(block, monkeypatch):
+def test_fit_equals_the_definition_for_any_blocks(block, monkeypatch):
     monkeypatch.setattr(module, "BLOCK_HOURS", block)
     source = make_source()
     check(
@@ -94,7 +94,7 @@ def test_fit_follows_the_definition_wherever_blocks_are_cut(block, monkeypatch):
     )
 
 
-def test_fit_reads_training_hours_only_and_each_once(monkeypatch):
+def test_fit_reads_each_training_hour_once_and_no_other(monkeypatch):
     monkeypatch.setattr(module, "BLOCK_HOURS", 50)
     source = make_source()
     days = [("2019-03-02", "2019-03-05"), ("2019-03-06", "2019-03-06"), ("2019-03-08", "2019-03-12")]
@@ -114,7 +114,7 @@ def test_fit_reads_training_hours_only_and_each_once(monkeypatch):
     check(fit, source, training_times, training_starts)
 
 
-def test_processes_that_share_the_targets_out_add_up_to_the_whole():
+def test_fits_of_different_targets_add_up():
     source, mask = make_source(), np.array([[True, True, False], [True, False, True]])
     whole = fit_baselines(source, ("pm25", "o3"), LEADS, *everything(source), mask)
     parts = [fit_baselines(source, ("pm25", "o3"), LEADS, *everything(source), mask, [n]) for n in ("pm25", "o3")]
@@ -164,7 +164,7 @@ def test_cell_without_anomalies_has_slope_zero_and_not_noise():
     assert np.all(fit.slope[0, :, 1] != 0)
 
 
-def test_forecasts_are_those_of_the_definition():
+def test_forecasts_equal_the_definition():
     rng = np.random.default_rng(5)
     fit = Baselines(rng.random((2, 24, 2, 3)), np.zeros((2, 24, 2, 3)), rng.random((2, 3, 2, 3)))
     fit.filled[1, 1, 0, 2] = 1
@@ -209,7 +209,7 @@ PRINTED_ONE_HIGHER = {("persistence_rmse", "no2", 48), ("damped_persistence_rmse
 
 
 def occupied_cells_of_2019(path):
-    """Means of the reporting stations in cells of 1 degree, in the file's units, as a grid of one row of cells."""
+    """Return means of the reporting stations in cells of 1 degree, in the file's units, as a grid with one row."""
     with xr.open_dataset(path) as stations:
         row, column = np.floor(stations.lat.values), np.floor(stations.lon.values)
         assert row.min() >= 18
@@ -228,7 +228,7 @@ def occupied_cells_of_2019(path):
         return ArraySource(stations.time.values.astype("datetime64[h]"), fields)
 
 
-def test_baselines_of_china_2019_are_those_published(shared_dir):
+def test_baselines_of_china_2019_equal_the_published_ones(shared_dir):
     source = occupied_cells_of_2019(shared_dir / "data" / "china_cnemc_2019_hourly.nc")
     months = [np.datetime64(f"2019-{month:02d}") for month in range(1, 13)]
     train = [(f"{month}-01", f"{month}-20") for month in months]
@@ -252,7 +252,7 @@ def test_baselines_of_china_2019_are_those_published(shared_dir):
 
 
 def scored_baselines(source, fit, starts, leads):
-    """Records in which the model is the climatology."""
+    """Return records in which the model is the climatology."""
     sums = ScoreSums(len(starts), POLLUTANTS, leads, dict.fromkeys(POLLUTANTS, ""), np.full((6, 4), 30.0))
     hours = hour_of_day(source.times)
     for first in range(0, 4 * len(starts), 96):

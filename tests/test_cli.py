@@ -50,7 +50,7 @@ def test_grid_stations_writes_cell_means(tmp_path, stations, capsys):
         (["pack", "--verify", "OUT"], "manifest.json: cannot be read: No such file"),
     ],
 )
-def test_a_command_that_cannot_be_done_is_one_line_and_status_2(tmp_path, stations, capsys, arguments, word):
+def test_unusable_arguments_give_one_line_and_status_2(tmp_path, stations, capsys, arguments, word):
     named = {"STATIONS": str(stations), "OUT": str(tmp_path / "out")}
     assert cli.main([named.get(argument, argument) for argument in arguments]) == 2
     printed = capsys.readouterr().err
@@ -60,7 +60,7 @@ def test_a_command_that_cannot_be_done_is_one_line_and_status_2(tmp_path, statio
 
 
 @pytest.mark.parametrize("option", [(), ("--dtype", "float16")])
-def test_pack_says_what_it_made_and_verify_what_is_damaged(tmp_path, capsys, option):
+def test_pack_reports_its_result_and_verify_names_damage(tmp_path, capsys, option):
     make_demo_data(tmp_path / "world", days=2, grid=(8, 12), progress=False)
     out = tmp_path / "packed"
     for written in ("2018", "none: all years are there"):

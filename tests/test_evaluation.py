@@ -1,4 +1,4 @@
-"""An evaluation against numpy on the same fields, and the same records however it is spread."""
+"""Evaluation records equal numpy's on the same fields, for any batch size and number of ranks."""
 
 import csv
 import json
@@ -32,12 +32,12 @@ NORMALIZATION = Normalization(
 
 @pytest.fixture
 def real_plots():
-    """For the tests that look at the pictures."""
+    """Request this fixture in tests that need the plots themselves."""
 
 
 @pytest.fixture(autouse=True)
 def plots_are_empty_files(request, monkeypatch):
-    """Drawing takes a second; the pictures have tests of their own."""
+    """Skip drawing, which takes a second; tests/test_plots.py tests the plots."""
     if "real_plots" not in request.fixturenames:
         for name in ("plot_skill", "plot_case"):
             monkeypatch.setattr(plots, name, lambda _, path: path.touch())
@@ -58,7 +58,7 @@ class Damped(nn.Module):
 
 
 def make_fields(wind=False):
-    """pm25 and co that wander, with holes."""
+    """Return random walks of pm25 and co with missing values."""
     rng = np.random.default_rng(8)
     fields = xr.Dataset(
         coords={
@@ -92,18 +92,18 @@ def open_fields(fields, folder, **changes):
     return open_forecast_data(config, with_wind="u" in fields, with_terrain=True)
 
 
-def single_process():
-    return Context(Launch("none", "a test"), torch.device("cpu"))
+def single_process(stop=None):
+    return Context(Launch("none", "a test"), torch.device("cpu"), stop=stop)
 
 
-def evaluate(data, output, model=None, batch_size=4, precision="fp32", context=None, stop=None):
+def evaluate(data, output, model=None, batch_size=4, precision="fp32", context=None):
     config = TrainConfig(max_steps=1, global_batch_size=batch_size, micro_batch_size=batch_size, precision=precision)
     context = context or single_process()
-    return evaluate_model(context, model or Damped(), data, NORMALIZATION, "test", config, output, stop or StopFlag())
+    return evaluate_model(context, model or Damped(), data, NORMALIZATION, "test", config, output)
 
 
 def expected_pairs(fields, name, lead, scale):
-    """(forecast, observed, present) of the test split in display units [starts, H, W], NaN where missing, float64."""
+    """Return (forecast, observed, present) of the test split in display units: float64 [starts, H, W]."""
     values = fields[name].values.astype(np.float64)
     starts = np.arange(24 * 6, HOURS - max(LEADS))
     present, observed = values[starts], values[starts + lead]
@@ -112,7 +112,7 @@ def expected_pairs(fields, name, lead, scale):
     return scale * forecast, scale * observed, scale * present
 
 
-def test_records_are_those_of_numpy_on_the_same_fields(tmp_path):
+def test_records_equal_numpys_on_the_same_fields(tmp_path):
     fields = make_fields()
     records = evaluate(open_fields(fields, tmp_path), tmp_path / "out")
     assert [(r["target"], r["lead_hours"], r["unit"]) for r in records] == [
@@ -160,13 +160,13 @@ def test_the_table_is_logged(tmp_path, caplog):
 
 
 class ThreadRanks:
-    """Ranks that are threads of this process."""
+    """Runs ranks as threads of this process."""
 
     def __init__(self, world_size):
         self.world_size, self.barrier, self.slots = world_size, threading.Barrier(world_size), [None] * world_size
 
     def run(self, body):
-        """body(context) on each rank; results, or the exceptions, in the order of ranks."""
+        """Call body(context) on each rank and return results or exceptions in the order of ranks."""
         results = [None] * self.world_size
 
         def work(rank):
@@ -189,6 +189,9 @@ class ThreadContext:
         self.ranks, self.rank, self.world_size, self.is_main = ranks, rank, ranks.world_size, rank == 0
         self.device = torch.device("cpu")
         self.watch = single_process().watch
+
+    def stop_requested(self):
+        return None
 
     def all_reduce_sum(self, tensor):
         self.ranks.slots[self.rank] = tensor.clone()
@@ -214,13 +217,13 @@ def test_records_do_not_depend_on_batch_size_nor_on_the_number_of_ranks(tmp_path
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_observations_are_summed_once_whoever_reads_them(tmp_path, world_size, monkeypatch):
+def test_observations_are_summed_once_over_ranks(tmp_path, world_size, monkeypatch):
     monkeypatch.setattr(evaluation, "BLOCK_HOURS", 10)
     fields = make_fields()
     dataset = open_fields(fields, tmp_path).dataset("test", NORMALIZATION)
 
     def body(context):
-        return Evaluator(context, Damped(), dataset, torch.zeros(SHAPE), "fp32", 4, 0, StopFlag()).sum_observations()
+        return Evaluator(context, Damped(), dataset, torch.zeros(SHAPE), "fp32", 4, 0).sum_observations()
 
     for sums in ThreadRanks(world_size).run(body):
         assert sums.shape == (2, len(dataset.starts), len(LEADS), 2)
@@ -241,7 +244,7 @@ def test_a_request_to_stop_ends_the_evaluation_and_writes_nothing(tmp_path):
 
     data = open_fields(make_fields(), tmp_path)
     with pytest.raises(StopRequested, match="SIGUSR1 during the evaluation") as refusal:
-        evaluate(data, tmp_path / "out", model=Interrupted(), stop=stop)
+        evaluate(data, tmp_path / "out", model=Interrupted(), context=single_process(stop))
     assert refusal.value.shared
     assert not (tmp_path / "out").exists()
 
@@ -260,7 +263,7 @@ def test_forecast_that_is_not_finite_stops_all_ranks(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_model_is_called_in_evaluation_mode_without_gradients_and_left_as_it_was(tmp_path):
+def test_model_runs_in_evaluation_mode_without_gradients_and_keeps_its_mode(tmp_path):
     model = Damped().train()
     evaluate(open_fields(make_fields(), tmp_path), tmp_path / "out", model=model)
     assert {call[:3] for call in model.seen} == {(False, False, False)}
@@ -342,7 +345,7 @@ def test_case_is_the_one_with_the_highest_observed_mean(tmp_path):
     fields["pm25"].values[210, 3] = 5000.0
     data = open_fields(fields, tmp_path)
     dataset = data.dataset("test", NORMALIZATION)
-    evaluator = Evaluator(single_process(), Damped(), dataset, torch.zeros(SHAPE), "fp32", 4, 0, StopFlag())
+    evaluator = Evaluator(single_process(), Damped(), dataset, torch.zeros(SHAPE), "fp32", 4, 0)
     baselines = evaluator.fit_baselines(np.arange(24 * 6), np.arange(24 * 6 - 24))
     case = evaluator.select_case(baselines, evaluator.sum_observations())
     assert (case.start, case.lead_hours, case.name, case.unit) == (

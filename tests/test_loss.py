@@ -42,7 +42,7 @@ def test_gradient_equals_closed_form_of_the_masked_mean():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["prediction", "y", "both"])
-def test_what_is_not_valid_has_zero_gradient_and_no_weight(bad, where):
+def test_invalid_values_have_zero_gradient_and_no_weight(bad, where):
     prediction, y, valid = make_batch(2)
     clean, _ = masked_squared_error(*as_tensors(prediction, y, valid))
     if where != "y":

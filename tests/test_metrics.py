@@ -1,4 +1,4 @@
-"""Scores against scipy and the formulas as they are printed; sums that no cut of the samples can change."""
+"""Scores equal scipy's and the published formulas, for any split of the samples into batches."""
 
 import numpy as np
 import pytest
@@ -48,19 +48,19 @@ def make_sums(world):
 
 
 def cut(size):
-    """All samples in batches of `size`, the last one what is left."""
+    """Return all samples in batches of `size`; the last one may be smaller."""
     samples = list(range(STARTS * len(LEADS)))
     return [samples[first : first + size] for first in range(0, len(samples), size)]
 
 
 def pairs(world, t, k):
-    """Forecast, observation and baselines of one target and lead where the observation counts, flat."""
+    """Return forecast, observation and baselines of one target and lead where the observation counts, flattened."""
     valid = world["valid"][k :: len(LEADS), t]
     flat = {name: values[k :: len(LEADS), t][valid] for name, values in world["baselines"].items()}
     return world["forecast"][k :: len(LEADS), t][valid], world["observed"][k :: len(LEADS), t][valid], flat
 
 
-def test_scores_are_those_of_the_printed_formulas(world):
+def test_scores_equal_the_published_formulas(world):
     records = add_batches(make_sums(world), world, cut(4)).finish()
     assert [(r["target"], r["lead_hours"], r["unit"]) for r in records] == [
         (target, lead, UNITS[target]) for target in TARGETS for lead in LEADS
@@ -98,7 +98,7 @@ def test_filled_climatology_is_counted_where_the_observation_counts(world):
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 15])
-def test_batch_size_leaves_no_trace(world, size):
+def test_scores_do_not_depend_on_batch_size(world, size):
     assert (
         add_batches(make_sums(world), world, cut(size)).finish()
         == add_batches(make_sums(world), world, cut(4)).finish()
@@ -106,7 +106,7 @@ def test_batch_size_leaves_no_trace(world, size):
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
-def test_sum_over_ranks_leaves_no_trace(world, world_size):
+def test_scores_do_not_depend_on_ranks(world, world_size):
     whole = add_batches(make_sums(world), world, cut(2))
     ranks = [add_batches(make_sums(world), world, cut(2)[rank::world_size]) for rank in range(world_size)]
     merged = make_sums(world)
@@ -115,7 +115,7 @@ def test_sum_over_ranks_leaves_no_trace(world, world_size):
     assert merged.finish() == whole.finish()
 
 
-def test_sample_that_is_missing_or_twice_is_noticed(world):
+def test_missing_or_repeated_samples_are_detected(world):
     batches = cut(3)
     with pytest.raises(AssertionError, match="once"):
         add_batches(make_sums(world), world, batches[:-1]).finish()
@@ -123,7 +123,7 @@ def test_sample_that_is_missing_or_twice_is_noticed(world):
         add_batches(make_sums(world), world, [*batches, batches[0]]).finish()
 
 
-def test_values_that_do_not_count_are_not_looked_at(world):
+def test_values_that_do_not_count_are_ignored(world):
     before = add_batches(make_sums(world), world, cut(5)).finish()
     for name in ("forecast", "observed"):
         world[name] = np.where(world["valid"], world[name], np.inf)
@@ -160,7 +160,7 @@ def test_no_observation_gives_none_and_never_nan(world):
     assert all(value is not None for record in records[: len(LEADS)] for value in record.values())
 
 
-def test_climatology_that_does_not_exist_gives_none(world):
+def test_missing_climatology_gives_none(world):
     for name in ("climatology", "damped_persistence"):
         world["baselines"][name][:] = np.nan
     for record in add_batches(make_sums(world), world, cut(4)).finish():
@@ -170,7 +170,7 @@ def test_climatology_that_does_not_exist_gives_none(world):
 
 
 def one_cell(forecast, observed):
-    """Record of a single target and lead from a list of pairs."""
+    """Return the record of a single target and lead from a list of pairs."""
     f, o = (np.array(values, np.float64).reshape(-1, 1, 1, 1) for values in (forecast, observed))
     sums = ScoreSums(len(f), ("o3",), (12,), {"o3": "ug m-3"}, np.array([[o.mean()]]))
     sums.add(np.arange(len(f)), f, o, np.ones(f.shape, bool), dict.fromkeys(BASELINES, f), np.zeros(f.shape, bool))

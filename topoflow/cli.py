@@ -161,9 +161,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     def run() -> None:
         with ExitStack() as stack:
             stop = stack.enter_context(StopFlag().listening())
-            context = stack.enter_context(distributed_context(launch, DistributedConfig(), device))
+            context = stack.enter_context(distributed_context(launch, DistributedConfig(), device, stop=stop))
             setup_logging(None, context.is_main)
-            score_checkpoint(context, options.source, options.split, stop, options.overrides, options.output)
+            score_checkpoint(context, options.source, options.split, options.overrides, options.output)
 
     return run_to_exit(run, launch)
 

@@ -24,7 +24,6 @@ from topoflow.errors import ConfigError, StopRequested
 from topoflow.forecast_case import ForecastCase
 from topoflow.metrics import Record, ScoreSums, format_scores, write_scores
 from topoflow.ranks import Context
-from topoflow.run_dir import StopFlag
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +39,6 @@ def evaluate_model(
     split: str,
     config: TrainConfig,
     output: Path,
-    stop: StopFlag,
 ) -> list[Record]:
     """Score `model` on a split; rank 0 writes scores.json, scores.csv, skill.png and case.png to `output`.
 
@@ -65,7 +63,6 @@ def evaluate_model(
         precision=config.precision,
         batch_size=config.micro_batch_size,
         workers=data.config.workers,
-        stop=stop,
     )
     log.info("evaluation of the %s split: %d samples from %d start times", split, len(dataset), len(dataset.starts))
     times = data.source.times
@@ -130,7 +127,6 @@ class Evaluator:
     precision: str
     batch_size: int
     workers: int
-    stop: StopFlag
 
     def report_progress_or_stop(self) -> None:
         """Report progress to the other ranks, or stop if any rank was asked to; call it after each piece of work.
@@ -138,11 +134,8 @@ class Evaluator:
         Raises:
             StopRequested: a stop signal arrived on this rank, or on another as far as is known here.
         """
-        watch = self.context.watch
-        watch.tick()
-        if self.stop.signal_name is not None:
-            watch.ask_to_stop(self.stop.signal_name)
-        name = self.stop.signal_name or watch.stop_asked
+        self.context.watch.tick()
+        name = self.context.stop_requested()
         if name is not None:
             raise StopRequested(f"stopped by {name} during the evaluation; the next start repeats it")
 

@@ -1,4 +1,4 @@
-"""`evaluate` on what train.py left behind."""
+"""`topoflow evaluate` on a run of train.py."""
 
 import json
 import pickle
@@ -23,7 +23,7 @@ def scores(folder):
     return json.loads((folder / "scores.json").read_text())
 
 
-def test_the_training_ends_with_the_scores_that_evaluate_gives_again(program, run):
+def test_evaluate_repeats_the_scores_at_the_end_of_training(program, run):
     at_the_end = scores(run / "evaluation")
     assert {(record["target"], record["lead_hours"]) for record in at_the_end} == {
         (target, lead) for target in ("pm25", "pm10", "so2", "no2", "co", "o3") for lead in (6, 12)
@@ -52,7 +52,7 @@ def test_two_processes_and_another_batch_size_give_the_same_scores(program, run)
             assert ours[key] == (pytest.approx(value, rel=1e-4, abs=1e-6) if isinstance(value, float) else value), key
 
 
-def test_a_checkpoint_and_another_split_can_be_named(program, run, capsys):
+def test_a_checkpoint_and_a_split_can_be_chosen(program, run, capsys):
     checkpoint = run / "checkpoints" / "step-00000006"
     assert cli.main(["evaluate", str(checkpoint), "--split", "validation"]) == 0
     assert "step-00000006 on the validation split" in capsys.readouterr().err
@@ -85,6 +85,6 @@ def test_model_options_that_the_checkpoint_does_not_fit_are_refused(program, run
 
 def test_an_output_that_cannot_be_made_is_refused_before_the_work(program, run, capsys):
     assert cli.main(["evaluate", str(run), "--output", str(program.config / "below")]) == 2
-    said = capsys.readouterr().err
-    assert "cannot be made" in said
-    assert "RMSE" not in said
+    printed = capsys.readouterr().err
+    assert "cannot be made" in printed
+    assert "RMSE" not in printed

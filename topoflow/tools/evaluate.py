@@ -15,7 +15,6 @@ from topoflow.evaluation import evaluate_model
 from topoflow.metrics import Record
 from topoflow.ranks import Context
 from topoflow.reproducibility import set_deterministic
-from topoflow.run_dir import StopFlag
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +23,6 @@ def score_checkpoint(
     context: Context,
     source: Path,
     split: str,
-    stop: StopFlag,
     overrides: Sequence[str] = (),
     output: Path | None = None,
 ) -> list[Record]:
@@ -67,7 +65,7 @@ def score_checkpoint(
         output = output if split == "test" else output / split
     with context.together("output"):
         _make_folder(output)
-    return evaluate_model(context, model, data, normalization, split, config.train, output, stop)
+    return evaluate_model(context, model, data, normalization, split, config.train, output)
 
 
 def _require_same_network(saved: dict, config: Config, path: Path) -> None:
