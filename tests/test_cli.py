@@ -1,4 +1,6 @@
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,8 @@ import xarray as xr
 
 from topoflow import cli
 from topoflow.tools.demo.world import make_demo_data
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -79,6 +83,34 @@ def test_pack_reports_its_result_and_verify_names_damage(tmp_path, capsys, optio
     assert printed.out == f"{out / 'fields_2018.npy'}: 2018-10-01 does not match its hash\n"
     assert printed.err.startswith(f"topoflow: {out}: damaged in 1 place(s)")
     assert len(printed.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", [["demo-data"], ["grid-stations", "STATIONS", "-o"]])
+def test_an_output_that_cannot_be_created_is_one_line_and_status_2(tmp_path, stations, capsys, command):
+    output = stations / "out"
+    assert cli.main([*(str(stations) if word == "STATIONS" else word for word in command), str(output)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"topoflow: {output}: cannot be written: File exists"
+
+
+INTERRUPT_AT_NUMPY = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numpy":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+from topoflow import cli
+sys.exit(cli.main(["inspect", "nowhere"]))
+"""
+
+
+@pytest.mark.parametrize("module", ["numpy", "torch.nn"])
+def test_ctrl_c_while_importing_is_one_line(module):
+    done = subprocess.run([sys.executable, "-c", INTERRUPT_AT_NUMPY, module], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "topoflow: interrupted\n")
 
 
 def test_pack_into_a_place_that_cannot_be_written(tmp_path, capsys):

@@ -81,8 +81,11 @@ class StoreWriter:
         self._partial: Path | None = None
 
     def __enter__(self) -> "StoreWriter":
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = Path(tempfile.mkdtemp(prefix=f".{self.output.name}.partial-", dir=self.output.parent))
+        try:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            self._partial = Path(tempfile.mkdtemp(prefix=f".{self.output.name}.partial-", dir=self.output.parent))
+        except OSError as error:
+            raise ConfigError(f"{self.output}: cannot be written: {error.strerror or error}") from None
         try:
             for year in np.unique(self._years):
                 self._groups[int(year)] = self._create_year(int(year))
