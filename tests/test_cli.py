@@ -49,7 +49,7 @@ def test_grid_stations_writes_cell_means(tmp_path, stations, capsys):
         (["demo-data", "OUT", "--days", "0"], "--days 0"),
         (["evaluate", "nowhere"], "nowhere"),
         (["pack", "nowhere", "-o", "OUT"], "nowhere"),
-        (["pack", "STATIONS", "-o", "STATIONS"], "stations.nc: is no packed data"),
+        (["pack", "STATIONS", "-o", "STATIONS"], "stations.nc: is not packed data"),
         (["pack", "STATIONS", "-o", "OUT", "--variables", "ozon"], "--variables: 'ozon'"),
         (["pack", "--verify", "OUT"], "manifest.json: cannot be read: No such file"),
     ],
@@ -67,11 +67,11 @@ def test_unusable_arguments_give_one_line_and_status_2(tmp_path, stations, capsy
 def test_pack_reports_its_result_and_verify_names_damage(tmp_path, capsys, option):
     make_demo_data(tmp_path / "world", days=2, grid=(8, 12), progress=False)
     out = tmp_path / "packed"
-    for written in ("2018", "none: all years are there"):
+    for written in ("2018", "none, all years exist"):
         assert cli.main(["pack", str(tmp_path / "world"), "-o", str(out), *option]) == 0
         printed = capsys.readouterr().out
         assert "11 variables as float" in printed
-        assert f"on 8 x 12 cells, 0.00 GB; written now: {written}" in printed
+        assert f"on 8 x 12 cells, 0.00 GB; years written: {written}" in printed
         assert ("psfc" in printed) is bool(option)
     assert cli.main(["pack", "--verify", str(out)]) == 0
     assert "6 files match the manifest" in capsys.readouterr().out

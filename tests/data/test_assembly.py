@@ -42,9 +42,10 @@ def test_from_config_to_samples(folder, make_config, make_fields):
     assert "wind_ms" in train[0]
     lines = data.summary()
     assert any(
-        "validation: 17 start times, 34 samples; 3 starts not used, their windows cross a gap" in line for line in lines
+        "validation: 17 start times, 34 samples; 3 starts skipped because their windows cross a gap" in line
+        for line in lines
     )
-    assert any("4 x 6 cells, north first, 24 of them count" in line for line in lines)
+    assert any("4 x 6 cells, north first, 24 of them in the mask" in line for line in lines)
 
 
 def test_only_what_is_needed_is_read(folder, make_config):

@@ -307,6 +307,6 @@ def test_numbers_that_cannot_be_used_are_refused(tmp_path, arguments, expected):
 
 def test_an_existing_output_is_refused_and_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="already exists"):
         make_demo_data(tmp_path, days=1, grid=(8, 8), seed=0, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

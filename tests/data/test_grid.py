@@ -64,7 +64,7 @@ def test_patch_that_does_not_divide_is_refused_with_the_sizes():
     ("lat", "lon", "message"),
     [
         ([10, 30, 20], [100, 101], "coordinate lat"),
-        ([10, 20], [101, 100], "coordinate lon does not rise"),
+        ([10, 20], [101, 100], "coordinate lon does not increase"),
         ([10, np.nan], [100, 101], "coordinate lat"),
         ([80, 91], [100, 101], "coordinate lat has values"),
         ([10], [100, 101], "1 x 2"),
@@ -117,7 +117,7 @@ def test_masks_that_are_refused_by_name(grid, tmp_path):
     refused(DataError, "nan.npy", "not finite", np.full((3, 2), np.nan))
     refused(DataError, "text.npy", "not finite", np.full((3, 2), "yes"))
     (tmp_path / "mask.txt").write_text("1")
-    refused(ConfigError, "mask.txt", "no known kind")
+    refused(ConfigError, "mask.txt", "unknown file type")
     for broken in ("broken.npy", "broken.nc"):
         (tmp_path / broken).write_text("nothing of the kind")
         refused(DataError, broken, "cannot be read")

@@ -61,7 +61,7 @@ def test_a_store_that_is_not_here_is_refused_and_not_read_as_missing_values(make
     index = index_source(str(path), NAMES)
     path.rename(tmp_path / "elsewhere")
     source = open_indexed(index, in_memory=False)
-    with pytest.raises(DataError, match=f"{path} does not exist here"):
+    with pytest.raises(DataError, match=f"{path} does not exist on this machine"):
         source.read("u", [0])
-    with pytest.raises(DataError, match=f"{path} does not exist here"):
+    with pytest.raises(DataError, match=f"{path} does not exist on this machine"):
         source.snapshot(("u",), 0)

@@ -307,7 +307,7 @@ def test_data_that_changed_meanwhile_are_not_mixed(store, fields, write_store, t
 
 def test_other_options_than_those_of_the_interrupted_run_are_refused(store, tmp_path):
     begin(store, tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"--dtype float16: .*\.out\.packing was begun .* with --dtype float32"):
+    with pytest.raises(ConfigError, match=r"--dtype float16: .*\.out\.packing was started .* with --dtype float32"):
         pack_quietly(store, tmp_path / "out", dtype="float16")
     pack_quietly(store, tmp_path / "out")
 
@@ -371,7 +371,7 @@ def test_a_year_that_changed_is_refused(store, fields, write_store, tmp_path):
     group.co[41, 2, 3] = 1.0
     shutil.rmtree(copied / "data_2018.zarr")
     write_store(group, copied / "data_2018.zarr")
-    with pytest.raises(DataError, match="2018-12-31 is packed with other values"):
+    with pytest.raises(DataError, match="2018-12-31 was packed with values that differ"):
         pack_quietly(copied, tmp_path / "out")
     shutil.rmtree(copied / "data_2018.zarr")
     write_store(group.isel(time=slice(0, 40)), copied / "data_2018.zarr")
@@ -401,7 +401,7 @@ def test_another_place_is_not_appended(store, fields, write_store, tmp_path):
     pack_quietly(store, tmp_path / "out")
     moved = fields.assign_coords(lat=fields.lat - 1, time=fields.time + np.timedelta64(365, "D"))
     write_store(moved, tmp_path / "moved.zarr")
-    with pytest.raises(DataError, match="differ from what is packed in 'lat2d'"):
+    with pytest.raises(DataError, match="'lat2d' differs between the data and what is packed"):
         pack_quietly(tmp_path / "moved.zarr", tmp_path / "out")
 
 
@@ -430,9 +430,9 @@ def test_what_is_there_already_is_not_touched(store, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("")
     for name in ("mine", "file"):
-        with pytest.raises(ConfigError, match=f"{name}: is no packed data"):
+        with pytest.raises(ConfigError, match=f"{name}: is not packed data"):
             pack_quietly(store, tmp_path / name)
-    with pytest.raises(ConfigError, match="in: is no packed data"):
+    with pytest.raises(ConfigError, match="in: is not packed data"):
         pack_quietly(store, store)
     (tmp_path / "empty").mkdir()
     pack_quietly(store, tmp_path / "empty")

@@ -200,5 +200,5 @@ def test_a_refusal_in_a_worker_arrives_as_itself(build, workers):
     with pytest.raises(DataError) as refusal:
         list(build_train_loader(dataset, plan_of(), epoch=0, workers=workers))
     assert str(refusal.value).startswith("data.path: ")
-    assert "variable 'u' holds infinite values" in str(refusal.value)
+    assert "variable 'u' has infinite values" in str(refusal.value)
     assert "\n" not in str(refusal.value)

@@ -97,7 +97,7 @@ def test_test_split_of_the_real_run_has_888_starts():
 @pytest.mark.parametrize("find", [split_times, lambda times, ranges, key: split_starts(times, ranges, [1], key)])
 def test_ranges_that_the_data_do_not_reach(given, message, find):
     times = np.concatenate([hours("2019-01-01T00", "2019-01-19T23"), hours("2019-01-22T00", "2019-02-10T23")])
-    with pytest.raises(DataError, match=f"data.train: {message} .*from 2019-01-01T00 to 2019-02-10T23"):
+    with pytest.raises(DataError, match=f"data.train: {message} .*cover 2019-01-01T00 to 2019-02-10T23"):
         find(times, [given], key="data.train")
 
 

@@ -239,7 +239,7 @@ def test_arguments_that_cannot_be_used_are_refused(tmp_path):
     assert not out.exists()
     out.mkdir()
     (out / "data_2019.zarr").mkdir()
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="already exists"):
         grid_stations([path], out, 1.0, BOX, progress=False)
 
 

@@ -101,7 +101,7 @@ def test_a_node_that_does_not_see_the_data_is_named(forked, program, world):
     ending = forked.run(program.command(*ON_DISK)[2:], 2, prepare=see_nothing)
     assert set(ending.statuses) == {2}, ending.said
     (store,) = world.glob("*.zarr")
-    assert f"rank 1, data: data.path: {store} does not exist here" in ending.said
+    assert f"rank 1, data: data.path: {store} does not exist on this machine" in ending.said
 
 
 def test_what_rank_0_refuses_is_said_once_and_in_its_own_words(forked, program):

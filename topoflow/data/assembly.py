@@ -93,13 +93,13 @@ class ForecastData:
         lines = [
             f"data: {self.config.path}, {len(times)} hours from {times[0]} to {times[-1]}, "
             f"{len(self.source.dynamic)} variables in {self.source.size_bytes / 1e9:.2f} GB, {self.source.where}",
-            f"grid: {rows} x {columns} cells, {order} first, {int(self.mask.sum())} of them count",
+            f"grid: {rows} x {columns} cells, {order} first, {int(self.mask.sum())} of them in the mask",
         ]
         for split, index in self.splits.items():
             n_samples = len(index.starts) * len(self.config.lead_times_hours)
             line = f"{split}: {len(index.starts)} start times, {n_samples} samples"
             if index.dropped_for_gaps:
-                line += f"; {index.dropped_for_gaps} starts not used, their windows cross a gap in time"
+                line += f"; {index.dropped_for_gaps} starts skipped because their windows cross a gap in time"
             lines.append(line)
         return lines
 

@@ -52,7 +52,7 @@ class ForecastDataset(torch.utils.data.Dataset):
         self.target_names = tuple(config.targets)
         dynamic = [name for name in self.input_names if VARIABLES[name].kind == "dynamic"]
         if config.availability and not dynamic:
-            raise ConfigError("data.availability: true: expected data.variables with one that changes in time")
+            raise ConfigError("data.availability: true: expected a variable that changes in time in data.variables")
         self._n_dynamic = len(dynamic)
         self._clock = [(row, name) for row, name in enumerate(self.input_names) if name.startswith(("hour_", "day_"))]
         self._static = [row for row, name in enumerate(self.input_names) if _is_static(name)]

@@ -77,9 +77,9 @@ def build_grid(lat2d: np.ndarray, lon2d: np.ndarray, where: str) -> Grid:
         lon2d = wrapped if np.ptp(wrapped) < np.ptp(lon2d) else lon2d
     southward, eastward = np.diff(lat2d, axis=0), np.diff(lon2d, axis=1)
     if not (np.all(southward < 0) or np.all(southward > 0)):
-        raise DataError(f"{where}: coordinate lat neither falls nor rises from row to row throughout the grid")
+        raise DataError(f"{where}: coordinate lat is not monotonic along the rows")
     if not np.all(eastward > 0):
-        raise DataError(f"{where}: coordinate lon does not rise from column to column: expected west to east")
+        raise DataError(f"{where}: coordinate lon does not increase along the columns: expected west to east")
     return Grid(lat2d, lon2d, north_first=bool(southward[0, 0] < 0))
 
 
@@ -101,7 +101,7 @@ def load_mask(path: str | None, grid: Grid, key: str = "data.mask") -> np.ndarra
     if values.shape != grid.shape:
         raise DataError(f"{key}: {path} has shape {values.shape}: expected that of the grid, {grid.shape}")
     if values.dtype.kind not in "biuf" or not np.all(np.isfinite(values)):
-        raise DataError(f"{key}: {path} holds values that are not finite numbers: expected 0 or 1 in each cell")
+        raise DataError(f"{key}: {path} contains values that are not finite: expected 0 or 1 in each cell")
     if not np.any(values):
         raise DataError(f"{key}: {path} is empty: expected at least one cell that counts")
     return values != 0
@@ -112,7 +112,7 @@ def _read_mask(path: Path, grid: Grid, key: str) -> np.ndarray:
         raise MissingPath(f"{key}: {path} does not exist: expected a .npy, .nc or .zarr file with the mask")
     engine = {".nc": "netcdf4", ".zarr": "zarr"}.get(path.suffix)
     if path.suffix != ".npy" and engine is None:
-        raise ConfigError(f"{key}: {path} is of no known kind: expected a .npy, .nc or .zarr file")
+        raise ConfigError(f"{key}: {path} has an unknown file type: expected a .npy, .nc or .zarr file")
     try:
         if path.suffix == ".npy":
             return np.load(path, allow_pickle=False)
@@ -126,5 +126,5 @@ def _read_mask(path: Path, grid: Grid, key: str) -> np.ndarray:
         raise DataError(f"{key}: {path} has no variable 'mask': it has {', '.join(dataset.variables) or 'none'}")
     for name, degrees in (("lat", grid.lat2d[:, 0]), ("lon", grid.lon2d[0])):
         if name in dataset.coords and dataset[name].ndim == 1 and not same_place(dataset[name].values, degrees):
-            raise DataError(f"{key}: {path} stands elsewhere: its {name} differ from those of the data")
+            raise DataError(f"{key}: {path} does not match the grid of the data: {name} differs")
     return dataset["mask"].values

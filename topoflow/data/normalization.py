@@ -95,7 +95,7 @@ def _moments_of_pieces(source: FieldSource, name: str, pieces: list[np.ndarray])
 
 def _constants(name: str, moments: Moments) -> tuple[float, float]:
     if moments.count == 0:
-        raise DataError(f"data.train: variable {name!r} has no value in the whole training split")
+        raise DataError(f"data.train: variable {name!r} has no values in the training split")
     if moments.squares == 0:  # exactly so where all are equal: the sum of a day of equal float32 values is exact
         raise DataError(
             f"data.train: variable {name!r} is {moments.mean:g} throughout the training split: expected values that "

@@ -140,7 +140,7 @@ def index_stores(path: str, variables: Sequence[str]) -> SourceIndex:
     without_units = sorted({name for content in contents for name in content.without_units})
     if without_units:
         expected = ", ".join(f"{name} in {VARIABLES[name].unit}" for name in without_units)
-        logger.warning("%s: no units attribute; taken to be %s", path, expected)
+        logger.warning("%s: no units attribute; assuming %s", path, expected)
     first = contents[0]
     grid = Grid(
         first.grid.lat2d,
@@ -159,17 +159,17 @@ def _check_agreement(contents: Sequence[StoreContent]) -> None:
         store, earlier = content.store, before.store
         if store.times[0] <= earlier.times[-1]:
             raise DataError(
-                f"data.path: {store.path} begins at {store.times[0]}, {earlier.path} ends at {earlier.times[-1]}: "
+                f"data.path: {store.path} starts at {store.times[0]}, {earlier.path} ends at {earlier.times[-1]}: "
                 "expected stores that do not overlap in time"
             )
         if not (same_place(content.grid.lat2d, first.grid.lat2d) and same_place(content.grid.lon2d, first.grid.lon2d)):
             raise DataError(
                 f"data.path: {store.path} ({_extent(content.grid)}) and {first.store.path} ({_extent(first.grid)}) "
-                "disagree in grid"
+                "have different grids"
             )
         for name, field in content.statics.items():
             if not np.array_equal(field, first.statics[name], equal_nan=True):
-                raise DataError(f"data.path: {store.path} and {first.store.path} disagree in variable {name!r}")
+                raise DataError(f"data.path: {store.path} and {first.store.path} differ in variable {name!r}")
 
 
 def _extent(grid: Grid) -> str:

@@ -76,7 +76,7 @@ def split_starts(
     if len(index.starts) == 0:
         raise DataError(
             f"{key}: no window of {window} hours fits into {', '.join(map(_show, ranges))} "
-            f"({dropped} would but for gaps in the data)"
+            f"({dropped} were dropped because of gaps in the data)"
         )
     return index
 
@@ -101,7 +101,7 @@ def _limits(times: np.ndarray, given: Range, key: str) -> tuple[int, int]:
     begin, stop = np.searchsorted(times, [start, end + _HOUR])
     outside = start < times[0] or end > times[-1]
     if begin == stop or (outside and not isinstance(given, int)):
-        raise DataError(f"{key}: {_show(given)} is not in the data, which reach from {times[0]} to {times[-1]}")
+        raise DataError(f"{key}: {_show(given)} is not in the data, which cover {times[0]} to {times[-1]}")
     return int(begin), int(stop)
 
 

@@ -45,7 +45,9 @@ class Store:
         """The store, opened. DataError if it is not here, as on a node that does not see the file system."""
         # looked for, since the parts of a Zarr array that are not there read as missing values
         if not self.path.exists():
-            raise DataError(f"data.path: {self.path} does not exist here: expected the store that the run began with")
+            raise DataError(
+                f"data.path: {self.path} does not exist on this machine: expected the same stores on all ranks"
+            )
         return OpenStore(self)
 
     def guard(self) -> list[str]:
@@ -96,7 +98,7 @@ class OpenStore:
         if np.isinf(fields).any():
             name = next(name for name, field in zip(names, fields, strict=True) if np.isinf(field).any())
             raise DataError(
-                f"data.path: {self._store.path}: variable {name!r} holds infinite values: expected numbers, or NaN for "
+                f"data.path: {self._store.path}: variable {name!r} has infinite values: expected numbers, or NaN for "
                 "none"
             )
 
@@ -154,10 +156,10 @@ def find_stores(path: str) -> list[Path]:
     netcdf = sorted(root.glob("*.nc"))
     if zarr and netcdf:
         raise DataError(
-            f"data.path: {path} holds Zarr ({zarr[0].name}) and NetCDF ({netcdf[0].name}): expected one kind"
+            f"data.path: {path} contains both Zarr ({zarr[0].name}) and NetCDF ({netcdf[0].name}): expected one kind"
         )
     if not zarr and not netcdf:
-        raise DataError(f"data.path: {path} holds no store: expected data_YYYY*.zarr or *.nc")
+        raise DataError(f"data.path: {path} contains no store: expected data_YYYY*.zarr or *.nc")
     return zarr or netcdf
 
 
@@ -290,7 +292,7 @@ def _coordinates(dataset: "xr.Dataset", rows: str, columns: str, path: Path) -> 
     if len(one_dimensional) == 2:
         regular = np.meshgrid(*one_dimensional, indexing="ij")
         if len(two_dimensional) == 2 and not all(map(same_place, regular, two_dimensional)):
-            raise DataError(f"data.path: {path}: coordinates lat, lon and lat2d, lon2d stand for different places")
+            raise DataError(f"data.path: {path}: coordinates lat, lon and lat2d, lon2d describe different places")
         return regular[0], regular[1]
     if len(two_dimensional) == 2:
         return two_dimensional[0], two_dimensional[1]
@@ -304,7 +306,7 @@ def _coordinates(dataset: "xr.Dataset", rows: str, columns: str, path: Path) -> 
 def _static_field(variable: "xr.Variable", name: str, rows: str, columns: str, path: Path) -> np.ndarray:
     values = variable.transpose(rows, columns).values.astype(np.float32)
     if np.isinf(values).any():
-        raise DataError(f"data.path: {path}: variable {name!r} holds infinite values")
+        raise DataError(f"data.path: {path}: variable {name!r} has infinite values")
     empty = int(np.isnan(values).sum())
     if name == "elevation" and empty:
         raise DataError(

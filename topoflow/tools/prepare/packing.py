@@ -60,7 +60,7 @@ def pack(data: str, output: Path, options: PackOptions, progress: bool = True) -
     """
     is_free = not (output.exists() or output.is_symlink()) or (output.is_dir() and not any(output.iterdir()))
     if not is_free and not is_packed(output):
-        raise ConfigError(f"{output}: is no packed data: expected a folder that is not there yet, or packed data")
+        raise ConfigError(f"{output}: is not packed data: expected a new or empty folder, or packed data")
     index = index_source(data, _choose_names(data, options))
     mask = index.mask if isinstance(index, PackedIndex) else None
     if options.mask is not None:
@@ -82,7 +82,7 @@ def _choose_names(data: str, options: PackOptions) -> tuple[str, ...]:
     for name in names:
         if name not in VARIABLES or VARIABLES[name].kind == "computed":
             known = ", ".join(name for name, variable in VARIABLES.items() if variable.kind != "computed")
-            raise ConfigError(f"--variables: {name!r} cannot be packed: expected among {known}")
+            raise ConfigError(f"--variables: {name!r} cannot be packed: expected one of {known}")
     if all(VARIABLES[name].kind == "static" for name in names):
         raise ConfigError(f"--variables {','.join(names)}: expected one that changes in time")
     if options.dtype not in DTYPES:
@@ -101,7 +101,7 @@ def _work_folder(output: Path) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"{output}: another process is packing into it ({work} is held)") from None
+            raise ConfigError(f"{output}: another process is packing into it ({work} is locked)") from None
         try:
             yield work
         finally:
@@ -174,9 +174,9 @@ class _Packing:
                 content = json.loads(plan.read_text())
                 begun = [PackedVariable(**variable) for variable in content["variables"]]
             except (ValueError, KeyError, TypeError):
-                raise DataError(f"{plan}: is damaged: expected {self.work} to be deleted, to begin anew") from None
-            said = f"the interrupted packing in {self.work} was begun (delete it to begin anew)"
-            _require_same_settings(self.settings, content["settings"], said)
+                raise DataError(f"{plan}: is damaged: delete {self.work} to start over") from None
+            where = f"the interrupted packing in {self.work} was started (delete it to start over)"
+            _require_same_settings(self.settings, content["settings"], where)
             return tuple(begun)
         chosen = choose_variables(self.source, self.dtype)
         plain = [vars(variable) for variable in chosen]
@@ -247,7 +247,7 @@ class _Packing:
         if not np.array_equal(packed.times, self.source.times[hours]):
             raise DataError(
                 f"{self.output}: {packed.year} is packed with {len(packed.times)} hours, the data have {len(hours)} "
-                "or others: expected years that stay as they were packed"
+                "or different ones: expected the same hours in packed years"
             )
         states = self._hash_source_files(hours)
         if states == packed.source_files:
@@ -256,7 +256,7 @@ class _Packing:
         days = read_days(self.output / packed.days.name, packed.days.sha256)
         for day, (_, values) in zip(days, self._blocks(hours, bar), strict=True):
             if hashlib.sha256(self._encode(variables, values)).hexdigest() != day.sha256:
-                raise DataError(f"{self.output}: {day.day} is packed with other values than the data have now")
+                raise DataError(f"{self.output}: {day.day} was packed with values that differ from the data")
         return replace(packed, source_files=states)
 
     def _hash_source_files(self, hours: np.ndarray) -> str:
@@ -295,7 +295,7 @@ def _tidy(output: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _require_same_settings(now: dict[str, Any], was: dict[str, Any], said: str) -> None:
+def _require_same_settings(now: dict[str, Any], was: dict[str, Any], subject: str) -> None:
     for option, value in now.items():
         if was.get(option) != value:
-            raise ConfigError(f"{option} {value}: {said} with {option} {was.get(option)}: expected the same")
+            raise ConfigError(f"{option} {value}: {subject} with {option} {was.get(option)}: expected the same")

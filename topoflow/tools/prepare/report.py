@@ -21,10 +21,10 @@ class PackReport:
         """For a person; with the cost in precision of each variable where there is one."""
         manifest, (rows, columns) = self.manifest, self.manifest.shape
         years, size = manifest.years, sum(file.size for file in manifest.files())
-        written = ", ".join(map(str, self.written)) or "none: all years are there"
+        written = ", ".join(map(str, self.written)) or "none, all years exist"
         text = (
             f"{self.output}: {years[0].times[0]} to {years[-1].times[-1]}, {len(manifest.variables)} variables as "
-            f"{np.dtype(manifest.dtype)} on {rows} x {columns} cells, {size / 1e9:.2f} GB; written now: {written}"
+            f"{np.dtype(manifest.dtype)} on {rows} x {columns} cells, {size / 1e9:.2f} GB; years written: {written}"
         )
         if manifest.dtype == "<f4":
             return [text]

@@ -27,7 +27,9 @@ def static_fields(grid: Grid, resampling: Resampling | None, mask: np.ndarray | 
     if mask is not None:
         fields["mask"] = mask if resampling is None else resampling.mean(mask.astype(np.float32)) >= 0.5
         if not fields["mask"].any():
-            raise ConfigError("--mask: no cell of the new grid counts: expected one with half of its area")
+            raise ConfigError(
+                "--mask: no cell of the new grid is covered: expected one with at least half of its area in the mask"
+            )
     return fields
 
 
@@ -37,7 +39,7 @@ def require_same_statics(fields: Mapping[str, np.ndarray], present: Manifest, fo
         stored = np.load(folder / present.statics[name].name)
         is_place = name in ("lat2d", "lon2d")
         if not (same_place(stored, field) if is_place else np.array_equal(stored, field, equal_nan=name != "mask")):
-            raise DataError(f"{folder}: the data differ from what is packed in {name!r}: expected the same grid")
+            raise DataError(f"{folder}: {name!r} differs between the data and what is packed: expected the same grid")
 
 
 def save_static(path: Path, field: np.ndarray) -> FileRecord:

@@ -109,7 +109,7 @@ def _grid_files(
     names = [name for name in VARIABLES if any(name in file.conversions for file in files)]
     skipped = tuple(dict.fromkeys(name for file in files for name in file.skipped))
     if skipped:
-        log.info("skipped variables that the format does not know: %s", ", ".join(skipped))
+        log.info("skipped variables that are not part of the format: %s", ", ".join(skipped))
     writer = StoreWriter(
         output,
         times=np.unique(np.concatenate([file.times for file in files])),
@@ -177,7 +177,7 @@ def _static_fields(
     fields = {"station_count": (Field("1", "stations in the cell", "int32"), count.reshape(cells.shape))}
     points = _terrain_points(files, cells, terrain)
     if points is None:
-        log.warning("elevation is not written: no terrain file was given, and not every input has station elevations")
+        log.warning("elevation is not written: no terrain file is given, and some inputs have no station elevations")
     else:
         field = Field("m", VARIABLES["elevation"].long_name)
         fields["elevation"] = (field, cell_means_of_points(cells, *points))
@@ -222,7 +222,7 @@ def _attributes(files: Sequence[StationFile]) -> dict[str, str]:
     for key in ("source", "time_zone"):
         values = dict.fromkeys(str(file.dataset.attrs[key]) for file in files if key in file.dataset.attrs)
         if len(values) > 1 and key == "time_zone":
-            log.warning("the inputs state different time zones, and times are used as they are: %s", "; ".join(values))
+            log.warning("the inputs declare different time zones; times are used unchanged: %s", "; ".join(values))
         if values:
             attributes[key] = "; ".join(values)
     return attributes

@@ -40,7 +40,7 @@ def refuse_existing(output: Path) -> None:
     if output.is_dir() and not any(output.iterdir()):
         return
     if output.exists() or output.is_symlink():
-        raise ConfigError(f"{output}: exists already: expected a folder that is not there yet (or is empty)")
+        raise ConfigError(f"{output}: already exists: expected a new or empty folder")
 
 
 class StoreWriter:
