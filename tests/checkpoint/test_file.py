@@ -1,5 +1,6 @@
 import hashlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -17,8 +18,7 @@ import pytest
 import torch
 
 from topoflow.checkpoint import file as checkpoint_file
-from topoflow.checkpoint import file as hashing
-from topoflow.checkpoint.file import read_checkpoint, write_checkpoint
+from topoflow.checkpoint.file import named_tensors, read_checkpoint, verify_checkpoint, write_checkpoint
 from topoflow.errors import MissingPath, ResumeRefused
 
 
@@ -90,12 +90,7 @@ def test_hashes_are_those_of_the_bytes(tmp_path):
     write_checkpoint(tmp_path / "step-00000004", {**make_state(4), "model": tensors})
     manifest = json.loads((tmp_path / "step-00000004" / "manifest.json").read_text())
     content = (tmp_path / "step-00000004" / "state.pt").read_bytes()
-    pieces, position = manifest["files"]["state.pt"]["pieces"], 0
-    for size, digest in pieces:
-        assert hashlib.sha256(content[position : position + size]).hexdigest() == digest
-        position += size
-    assert position == manifest["files"]["state.pt"]["size"] == len(content)
-    assert len(pieces) >= 5  # two large tensors, and what is before, between and behind them
+    assert manifest["files"]["state.pt"] == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     for name, tensor in tensors.items():
         entry = manifest["tensors"][f"model/{name}"]
         raw = tensor.float().numpy().tobytes() if name != "small" else tensor.view(torch.int16).numpy().tobytes()
@@ -106,22 +101,13 @@ def test_hashes_are_those_of_the_bytes(tmp_path):
     assert all(torch.equal(state["model"][name], tensor) for name, tensor in tensors.items())
 
 
-def test_a_tensor_is_hashed_once(tmp_path, monkeypatch):
-    """What was written from its own memory is not hashed again for the manifest's entry of the tensor."""
-    hashed, digest = [], hashing._digest
-    monkeypatch.setattr(hashing, "_digest", lambda data: (hashed.append(len(data)), digest(data))[1])
-    write_checkpoint(tmp_path / "step-00000004", {**make_state(4), "model": {"large": torch.randn(200, 300)}})
-    assert hashed.count(200 * 300 * 4) == 1
-
-
-def sign(folder, content):
-    """Let `content` be the checkpoint's state.pt, with a manifest that fits it in every respect."""
+def sign(folder, content, entry=None):
+    """Write `content` as the checkpoint's state.pt, with a manifest that matches it, or has `entry` for it."""
     (folder / "state.pt").write_bytes(content)
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["manifest_sha256"]
-    manifest["files"]["state.pt"] = {
-        "size": len(content), "pieces": [[len(content), hashlib.sha256(content).hexdigest()]],
-    }  # fmt: skip
+    whole = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest["files"]["state.pt"] = whole if entry is None else entry
     own = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps({**manifest, "manifest_sha256": own}, indent=1))
 
@@ -188,6 +174,7 @@ def test_what_misleads_the_loader_is_refused_in_one_line(folder):
         ({**make_state(), "format": 1}, "format 1"),
         ({**make_state(), "model": [1]}, "no model"),
         ({"format": (1, 1), "model": {}}, "no progress"),
+        ({**make_state(), "progress": {}}, "of step None"),
     ],
 )
 def test_a_signed_file_that_is_no_checkpoint_is_refused(folder, content, words):
@@ -197,22 +184,23 @@ def test_a_signed_file_that_is_no_checkpoint_is_refused(folder, content, words):
 
 
 def test_parts_that_a_reader_needs_are_asked_for(folder):
-    with pytest.raises(ResumeRefused, match=r"state\.pt has no data, config: expected a checkpoint of ours"):
+    with pytest.raises(ResumeRefused, match=r"state\.pt has no data, config: expected a TopoFlow checkpoint"):
         read_checkpoint(folder, ("model", "data", "config"))
 
 
 @pytest.mark.parametrize(
-    "entry",
-    [None, {}, {"size": 5}, {"size": 9, "pieces": []}, {"size": 9, "pieces": [[9]]}, {"size": 9, "pieces": [[8, "a"]]},
-     {"size": 9, "pieces": [[-1, "a"], [10, "b"]]}, {"size": 0, "pieces": 0}, {"size": "9", "sha256": "a"}],
+    ("entry", "words"),
+    [([], "does not describe"), ({}, "does not describe"), ({"size": 5}, "expected 5"), ({"size": "SIZE"}, "describe"),
+     ({"size": "SIZE", "sha256": "a"}, "hash"), ({"size": "SIZE", "pieces": []}, "hash"),
+     ({"size": "SIZE", "pieces": [[9]]}, "describe"), ({"size": "SIZE", "pieces": [["9", "a"]]}, "describe"),
+     ({"size": "SIZE", "pieces": 0}, "describe")],
 )  # fmt: skip
-def test_a_signed_manifest_that_does_not_describe_the_file_is_refused(folder, entry):
-    manifest = json.loads((folder / "manifest.json").read_text())
-    del manifest["manifest_sha256"]
-    manifest["files"]["state.pt"] = entry
-    own = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "manifest_sha256": own}, indent=1))
-    with pytest.raises(ResumeRefused, match=r"manifest\.json does not say what state\.pt must be"):
+def test_a_signed_manifest_that_does_not_describe_the_file_is_refused(folder, entry, words):
+    content = (folder / "state.pt").read_bytes()
+    if entry and entry["size"] == "SIZE":
+        entry = {**entry, "size": len(content)}
+    sign(folder, content, entry)
+    with pytest.raises(ResumeRefused, match=words):
         read_checkpoint(folder)
 
 
@@ -223,27 +211,71 @@ def test_a_manifest_that_says_nothing_is_refused(folder, text):
         read_checkpoint(folder)
 
 
+def pieces_of(content):
+    """The entry of state.pt as format 1.1 first had it: a hash for each piece."""
+    cuts = [0, 100, 700, len(content)]
+    pieces = [content[start:end] for start, end in itertools.pairwise(cuts)]
+    return {
+        "size": len(content), "pieces": [[len(piece), hashlib.sha256(piece).hexdigest()] for piece in pieces],
+    }  # fmt: skip
+
+
+def test_a_file_with_hashes_of_pieces_is_read_and_verified(folder):
+    content = (folder / "state.pt").read_bytes()
+    sign(folder, content, pieces_of(content))
+    assert read_checkpoint(folder)["progress"]["step"] == 3
+    for position in (50, 99, 100, 699, 700, len(content) - 1):
+        damaged = bytearray(content)
+        damaged[position] ^= 1
+        (folder / "state.pt").write_bytes(damaged)
+        with pytest.raises(ResumeRefused, match=r"state\.pt does not match its hash"):
+            read_checkpoint(folder)
+    lacks_the_end = pieces_of(content)
+    lacks_the_end["pieces"].pop()
+    sign(folder, content, lacks_the_end)
+    with pytest.raises(ResumeRefused, match=r"state\.pt does not match its hash"):
+        read_checkpoint(folder)
+
+
 def test_a_file_of_format_1_0_is_read(folder):
     content = zipped({**make_state(), "format": (1, 0)})
     sign(folder, content)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["state.pt"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    del manifest["manifest_sha256"]
-    own = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "manifest_sha256": own}, indent=1))
     assert read_checkpoint(folder)["progress"]["step"] == 3
     (folder / "state.pt").write_bytes(content[:-1] + b"?")
     with pytest.raises(ResumeRefused, match="damaged"):
         read_checkpoint(folder)
 
 
-def test_a_disk_that_cannot_read_is_damage(folder, monkeypatch):
-    def fail(*arguments):
-        raise OSError(5, "Input/output error")
+def test_verification_alone_finds_what_reading_finds(folder):
+    verify_checkpoint(folder)
+    (folder / "state.pt").write_bytes(b"x")
+    with pytest.raises(ResumeRefused, match=r"state\.pt has 1 bytes"):
+        verify_checkpoint(folder)
+    with pytest.raises(MissingPath):
+        verify_checkpoint(folder.with_name("step-00000099"))
 
-    monkeypatch.setattr(hashing.os, "preadv", fail)
-    with pytest.raises(ResumeRefused, match="step-00000003: cannot be read: Input/output error"):
+
+@pytest.mark.parametrize("read", [read_checkpoint, verify_checkpoint])
+def test_a_renamed_checkpoint_is_refused_by_name(folder, read):
+    renamed = folder.rename(folder.with_name("step-00000020"))
+    words = r"folder step-00000020, manifest\.json of step 3"
+    with pytest.raises(ResumeRefused, match=words):
+        read(renamed)
+    aside = renamed.rename(folder.with_name("abandoned-step-00000003-2"))
+    read(aside)
+    read(aside.rename(folder.with_name("pretrained")))  # a user's copy under a name without a step
+
+
+def test_a_state_of_another_step_than_its_manifest_is_refused(folder):
+    sign(folder, zipped(make_state(4)))
+    with pytest.raises(ResumeRefused, match=r"folder step-00000003, manifest\.json of step 3 and state\.pt of step 4"):
         read_checkpoint(folder)
+
+
+def test_progress_is_reported_while_a_checkpoint_is_written(tmp_path):
+    calls = []
+    write_checkpoint(tmp_path / "step-00000004", large_state(), on_progress=lambda: calls.append(1))
+    assert len(calls) > len(list(named_tensors(large_state())))
 
 
 def test_another_format_is_refused(tmp_path):

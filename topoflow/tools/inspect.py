@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from topoflow.checkpoint.directory import CheckpointDirectory, find_checkpoint
-from topoflow.checkpoint.file import MANIFEST, STATE, read_checkpoint, read_manifest, state_record
+from topoflow.checkpoint.file import MANIFEST, STATE, read_checkpoint, read_manifest
 from topoflow.errors import MissingPath, ResumeRefused
 from topoflow.text import format_table, shorten
 
@@ -132,7 +132,7 @@ def _describe_manifest(folder: Path) -> dict[str, Any] | None:
         return {
             "format": ".".join(map(str, manifest["format"])),
             "step": manifest["step"],
-            "bytes": state_record(manifest, folder).size,
+            "bytes": manifest["files"][STATE]["size"],
             "tensors": len(shapes),
             "elements": sum(map(math.prod, shapes)),
         }
