@@ -19,7 +19,7 @@ from topoflow.build import (
     require_same_program,
 )
 from topoflow.certificate import Certifier
-from topoflow.checkpoint.directory import CheckpointDirectory, find_checkpoint
+from topoflow.checkpoint.directory import CheckpointDirectory
 from topoflow.checkpoint.saver import CheckpointSaver
 from topoflow.checkpoint.state import deliver, plan_weights, read_everywhere
 from topoflow.config import Config
@@ -134,7 +134,8 @@ def evaluate_best(
     with context.together("run directory"):
         if context.is_main:
             directory.require_held()  # not to score a run that another job has taken over
-    path, saved = read_everywhere(context, lambda: find_checkpoint(directory.path), parts=("model",))
+    checkpoints = CheckpointDirectory(directory.checkpoints)
+    path, saved = read_everywhere(context, checkpoints.choose_for_scoring, parts=("model",))
     with context.together("restoring the weights"):
         restore = plan_weights(state.model, saved["model"])
     deliver(context, restore.pairs)

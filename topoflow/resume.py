@@ -10,14 +10,14 @@ from typing import Any
 from topoflow.build import resolve
 from topoflow.certificate import Certifier, Proof
 from topoflow.checkpoint.directory import CheckpointDirectory, find_checkpoint
-from topoflow.checkpoint.file import read_checkpoint
+from topoflow.checkpoint.file import read_checkpoint, verify_checkpoint
 from topoflow.checkpoint.state import RestoreReport, deliver, plan_state, plan_weights, share_outline
 from topoflow.config import CHANNELS, DATA_ALTERS, NAMES, RATES, CheckpointConfig, Config
 from topoflow.config_io import Change, changed_keys, combined_effect
 from topoflow.data.assembly import ForecastData
 from topoflow.data.normalization import Normalization
 from topoflow.data.sampling import BatchPlan
-from topoflow.errors import ConfigError, ResumeRefused, RunDirectoryError
+from topoflow.errors import CheckpointUnreadable, ConfigError, ResumeRefused, RunDirectoryError
 from topoflow.logs import MetricsWriter
 from topoflow.ranks import Context
 from topoflow.run_dir import RunDirectory
@@ -265,6 +265,7 @@ def _find_start(
             f"checkpoint.resume: never, but {checkpoints.path} holds {', '.join(checkpoints.traces())}: "
             "expected another run.dir, or resume=auto"
         )
+    checkpoints.require_not_lost()
     asked_before = _was_asked_before(config.resume, checkpoints)
     if config.resume == "auto" or asked_before:
         last = checkpoints.folder(checkpoints.steps()[-1]) if asked_before and checkpoints.steps() else None
@@ -321,16 +322,21 @@ def keep_or_forget_best(
     progress: TrainProgress, checkpoints: CheckpointDirectory, config: CheckpointConfig, context: Context
 ) -> None:
     """Let `best` name the checkpoint that the restored progress calls best; without it, forget its loss."""
-    here = None
+    here, problem = None, "not found in this run"
     with context.together("the best checkpoint"):
         if context.is_main:
             if config.keep_best and progress.best_step in checkpoints.steps():
                 here = checkpoints.folder(progress.best_step)
-                if not (checkpoints.path / "best").exists():
-                    log.warning("checkpoint pointer %s: missing; written again", checkpoints.path / "best")
+                try:
+                    if progress.best_step != progress.step:  # else it was verified when it was read
+                        verify_checkpoint(here)
+                except CheckpointUnreadable:
+                    raise
+                except ResumeRefused as damage:
+                    here, problem = None, f"is damaged: {damage}"
+            if here is not None and not (checkpoints.path / "best").exists():
+                log.warning("checkpoint pointer %s: missing; written again", checkpoints.path / "best")
             checkpoints.point("best", here)
     if context.broadcast_object(here) is None and config.keep_best and progress.best_step is not None:
-        log.warning(
-            "best checkpoint (step %d) not found in this run; the next validation sets a new best", progress.best_step
-        )
+        log.warning("best checkpoint (step %d) %s; the next validation sets a new best", progress.best_step, problem)
         progress.best_validation_loss, progress.best_step, progress.validations_since_best = None, None, 0

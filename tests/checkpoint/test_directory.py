@@ -1,8 +1,11 @@
 import errno
 import hashlib
+import json
 import os
 import shutil
+import tempfile
 from contextlib import contextmanager
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -87,7 +90,7 @@ def test_a_damaged_pointer_is_named_though_the_newest_is_found_without_it(direct
 def test_a_missing_checkpoint_or_pointer_is_named(directory, caplog):
     shutil.rmtree(directory.folder(15))
     assert directory.newest_whole()[0] == directory.folder(10)
-    assert "last: names 'step-00000015', which is not there" in caplog.text
+    assert "last: names 'step-00000015', which does not exist" in caplog.text
     (directory.path / "last").unlink()
     caplog.clear()
     assert directory.newest_whole()[0] == directory.folder(10)
@@ -102,7 +105,7 @@ def test_a_named_run_whose_newest_is_damaged_is_refused(directory):
 
 def test_nothing_starts_from_scratch_where_checkpoints_were(directory):
     directory.archive_after(0)
-    with pytest.raises(ResumeRefused, match=r"holds abandoned-step-00000005, .*but no checkpoint to go on from"):
+    with pytest.raises(ResumeRefused, match=r"holds abandoned-step-00000005, .*but no checkpoint to resume from"):
         directory.newest_whole()
     for entry in directory.path.iterdir():
         shutil.rmtree(entry)
@@ -113,6 +116,109 @@ def test_nothing_starts_from_scratch_where_checkpoints_were(directory):
     (directory.path / "last").unlink()
     (directory.path / ".writing-step-00000005-1a2b3c4d").mkdir()
     assert directory.newest_whole() is None
+
+
+def write_metrics(directory, *events):
+    lines = [json.dumps({"step": 5, **event}) for event in events]
+    (directory.path.parent / "metrics.jsonl").write_text("\n".join(lines) + '\n{"event": "tra')
+
+
+TRAINED, SAVED = {"event": "train"}, {"event": "checkpoint", "path": "run/checkpoints/step-00000005"}
+
+
+def unmount(directory, how):
+    directory.path.rename(directory.path.with_name("elsewhere"))
+    if how == "an empty folder":
+        directory.path.mkdir()
+    elif how == "a dangling link":
+        directory.path.symlink_to("/mnt/scratch/checkpoints")
+    elif how == "a file":
+        directory.path.write_text("")
+
+
+@pytest.mark.parametrize("how", ["missing", "an empty folder", "a dangling link", "a file"])
+def test_checkpoints_that_the_metrics_record_and_that_are_gone_are_a_refusal(directory, how):
+    write_metrics(directory, TRAINED, SAVED, TRAINED)
+    unmount(directory, how)
+    with pytest.raises(ResumeRefused, match=r"run/checkpoints: .* mounted.*another run\.dir"):
+        directory.newest_whole()
+    with pytest.raises(ResumeRefused):
+        directory.require_not_lost()
+
+
+@pytest.mark.parametrize("how", ["missing", "an empty folder"])
+def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_again(directory, how):
+    write_metrics(directory, TRAINED, {"event": "validation"}, TRAINED)
+    unmount(directory, how)
+    assert directory.newest_whole() is None
+
+
+def test_a_dangling_link_is_refused_also_before_the_first_checkpoint(directory):
+    unmount(directory, "a dangling link")
+    for read in (directory.newest_whole, directory.clean_up, directory.steps, directory.require_not_lost):
+        with pytest.raises(ResumeRefused, match="a link to /mnt/scratch/checkpoints, which does not exist"):
+            read()
+
+
+def test_a_resume_of_own_checkpoints_is_a_record_and_one_of_another_run_is_not(directory):
+    report = directory.path.parent / "resume.json"
+    unmount(directory, "missing")
+    report.write_text(json.dumps({"from": "/elsewhere/run/checkpoints/step-00000005"}))
+    assert directory.newest_whole() is None  # stopped before its own first checkpoint
+    report.write_text(json.dumps({"from": str(directory.folder(5))}))
+    with pytest.raises(ResumeRefused, match=r"resume\.json records a resume from step-00000005"):
+        directory.newest_whole()
+
+
+@contextmanager
+def as_another_user(folder):
+    """Without permission to read `folder`; root, whom permissions do not bind, becomes another user."""
+    folder.chmod(0)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+def test_a_folder_that_cannot_be_read_is_not_an_empty_one():
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        directory = CheckpointDirectory(Path(name) / "checkpoints")
+        save(directory, 5)
+        with as_another_user(directory.path):
+            for read in (directory.clean_up, directory.newest_whole, directory.require_not_lost, directory.steps):
+                with pytest.raises(ResumeRefused, match="checkpoints: cannot be read: Permission denied"):
+                    read()
+
+
+def test_the_best_is_scored_or_the_last_where_the_best_is_gone(directory, caplog):
+    assert directory.choose_for_scoring() == directory.folder(10)
+    (directory.folder(10) / "state.pt").write_bytes(b"x")
+    assert directory.choose_for_scoring() == directory.folder(15)
+    assert "step-00000010: state.pt has 1 bytes" in caplog.text
+    assert "scoring the last one instead" in caplog.text
+    shutil.rmtree(directory.folder(10))
+    assert directory.choose_for_scoring() == directory.folder(15)
+    (directory.path / "best").unlink()
+    assert directory.choose_for_scoring() == directory.folder(15)
+    (directory.path / "last").unlink()
+    assert directory.choose_for_scoring() == directory.folder(15)
+
+
+def test_a_renamed_checkpoint_is_named_and_not_resumed_from(directory, caplog):
+    directory.folder(10).rename(directory.folder(20))
+    (directory.path / "best").unlink()
+    with pytest.raises(
+        ResumeRefused, match=r"folder step-00000020, manifest\.json of step 10 and state\.pt of step 10"
+    ):
+        directory.newest_whole(strict=True)
+    assert directory.newest_whole()[0] == directory.folder(15)
+    assert "folder step-00000020, manifest.json of step 10" in caplog.text
 
 
 def test_a_file_in_the_place_of_a_checkpoint_is_damage(directory, caplog):

@@ -1,6 +1,7 @@
-"""The folder of a run's checkpoints: which there are, the pointers `last` and `best`, and which may go."""
+"""The checkpoints of a run: their folder, the pointers `last` and `best`, and which checkpoints are deleted."""
 
 import hashlib
+import json
 import logging
 import os
 import re
@@ -10,9 +11,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from topoflow.checkpoint.file import read_checkpoint, write_checkpoint
+from topoflow.checkpoint.file import read_checkpoint, verify_checkpoint, write_checkpoint
 from topoflow.errors import CheckpointUnreadable, MissingPath, ResumeRefused, RunDirectoryError
 from topoflow.run_dir import Guard, discard, flush_folder, replace_text
+from topoflow.text import shorten
 
 log = logging.getLogger(__name__)
 
@@ -21,36 +23,37 @@ POINTERS = ("last", "best")
 
 
 class CheckpointDirectory:
-    """`RUN/checkpoints`: folders step-00000042 and the small text files `last` and `best` that name one of them.
+    """`RUN/checkpoints`: folders step-00000042 and the small text files `last` and `best` that each name one of them.
 
-    A pointer's first line is the name of a folder, its second the SHA-256 of the first: no flipped byte can make it
-    name another checkpoint.
+    A pointer's first line is the name of a folder, its second the SHA-256 of the first, so that a flipped byte cannot
+    make it name another checkpoint.
 
     Args:
         guard: entered around every rename, pointer write and delete, see `topoflow.run_dir`.
-        on_progress: called while a checkpoint is being written, after each tensor.
+        on_progress: called repeatedly while a checkpoint is written.
     """
 
     def __init__(self, path: Path, guard: Guard = nullcontext, on_progress: Callable[[], None] = lambda: None):
         self.path, self._guard, self._on_progress = Path(path), guard, on_progress
 
     def steps(self) -> list[int]:
-        """Steps of all checkpoints, oldest first (whole or not: reading tells)."""
+        """Return the steps of all checkpoints, oldest first, damaged ones included."""
         matches = (re.fullmatch(FOLDER_NAME, name) for name in self._names())
         return sorted(int(match[1]) for match in matches if match)
 
     def folder(self, step: int) -> Path:
+        """Return the folder of the checkpoint after `step` steps."""
         return self.path / f"step-{step:08d}"
 
     def is_parent_of(self, folder: Path) -> bool:
-        """Whether a checkpoint is one of this directory."""
+        """Return whether a checkpoint lies in this directory."""
         return folder.resolve().parent == self.path.resolve()
 
     def pointer(self, name: str) -> Path | None:
-        """The checkpoint that `last` or `best` names; None if there is no such pointer.
+        """Return the checkpoint that `last` or `best` names; None if there is no such pointer.
 
         Raises:
-            ResumeRefused: the pointer is damaged, or names something that is not there.
+            ResumeRefused: the pointer is damaged, or names a folder that does not exist.
         """
         file = self.path / name
         try:
@@ -63,17 +66,17 @@ class CheckpointDirectory:
         if content != _pointer_text(target.name).encode():
             raise ResumeRefused(f"checkpoint pointer {file}: does not match its own hash: it is damaged")
         if not re.fullmatch(FOLDER_NAME, target.name) or not target.is_dir():
-            raise ResumeRefused(f"checkpoint pointer {file}: names {target.name!r}, which is not there")
+            raise ResumeRefused(f"checkpoint pointer {file}: names {target.name!r}, which does not exist")
         return target
 
     def save(self, state: dict[str, Any], is_best: bool) -> Path:
         """Write a checkpoint for its step, then move the pointers to it.
 
-        The folder is made if need be, but not the run directory: one that vanished is not made anew.
+        The folder is created when needed; the run directory is not, so that one that vanished does not reappear.
 
         Raises:
-            OSError: the file system refused; what was there before is untouched.
-            RunDirectoryError: the guard refused; likewise.
+            OSError: the file system refused; earlier checkpoints are intact.
+            RunDirectoryError: the guard refused; the same holds.
         """
         if not self.path.is_dir():
             with self._guard():
@@ -86,20 +89,21 @@ class CheckpointDirectory:
         return folder
 
     def newest_whole(self, strict: bool = False) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint that is whole, with its state; None if there never was one.
+        """Return the newest undamaged checkpoint with its state; None if the run never had a checkpoint.
 
-        Damage is passed over, with a warning that names it; a file system that refuses just now is no damage.
+        A damaged checkpoint is skipped with a warning that names it; one that the file system cannot read now is not.
 
         Args:
             strict: refuse if the newest, or a pointer, is damaged.
 
         Raises:
-            ResumeRefused: there are checkpoints and every one is damaged, or there were some and they are gone.
+            ResumeRefused: every checkpoint is damaged, or there were checkpoints and they are gone.
         """
+        self.require_not_lost()
         steps = self.steps()
         if not steps and self.traces():
             raise ResumeRefused(
-                f"{self.path}: holds {', '.join(self.traces())}, but no checkpoint to go on from: "
+                f"{self.path}: holds {shorten(self.traces())}, but no checkpoint to resume from: "
                 "expected the path of one in checkpoint.resume, or another run.dir"
             )
         self._check_pointers(strict)
@@ -117,24 +121,82 @@ class CheckpointDirectory:
         return None
 
     def traces(self) -> list[str]:
-        """Names of all that says that a checkpoint was committed here: checkpoints, those set aside, pointers.
+        """Return the names of everything that a committed checkpoint left here: checkpoints, archived ones, pointers.
 
-        What a killed save left behind is no trace: it was never committed.
+        What a killed save leaves does not count: it was never committed.
         """
         pattern = rf"{FOLDER_NAME}|abandoned-{FOLDER_NAME}(-\d+)?|{'|'.join(POINTERS)}"
         return [name for name in self._names() if re.fullmatch(pattern, name)]
 
-    def archive_after(self, step: int) -> list[Path]:
-        """Rename checkpoints of later steps to abandoned-step-N: a run that goes on from `step` must never take them.
-
-        `last` then names the checkpoint of `step`, and `best` none of those. Returns the new names.
+    def require_not_lost(self) -> None:
+        """Refuse to start where the run's files record a checkpoint of it but there are no checkpoints.
 
         Raises:
-            RunDirectoryError: something cannot be renamed.
+            ResumeRefused: the folder is missing or empty although the run had checkpoints (its file system may not be
+                mounted), or is a link to nothing, or cannot be read.
+        """
+        if self.traces():
+            return
+        record = self._record_of_checkpoint()
+        if record is not None:
+            found = "holds no checkpoint" if os.path.lexists(self.path) else "is missing"
+            raise ResumeRefused(
+                f"{self.path}: {found}, but {record[0]} records {record[1]}: expected the checkpoints (is their file "
+                f"system mounted?), another run.dir, or {record[0]} removed to start anew"
+            )
+
+    def _record_of_checkpoint(self) -> tuple[Path, str] | None:
+        """Return a file of the run that records a checkpoint in this folder, and what it records.
+
+        A `train` event is not enough: a run that was stopped before its first checkpoint starts again. Neither is a
+        resume from another run's checkpoint, since the run may have been stopped before its own first one.
+        """
+        metrics, report = self.path.parent / "metrics.jsonl", self.path.parent / "resume.json"
+        try:
+            lines = metrics.read_bytes().splitlines() if metrics.exists() else []
+            resumed = _parse_object(report.read_bytes()).get("from") if report.exists() else None
+        except OSError as error:
+            raise ResumeRefused(f"{error.filename}: cannot be read: {error.strerror}") from None
+        for event in map(_parse_object, reversed(lines)):
+            if event.get("event") == "checkpoint":
+                return metrics, f"a checkpoint of step {event.get('step')}"
+        if isinstance(resumed, str) and self.is_parent_of(Path(resumed)):
+            return report, f"a resume from {Path(resumed).name}"
+        return None
+
+    def choose_for_scoring(self) -> Path:
+        """Return the best checkpoint, or the last one where the best is missing or damaged; log which and why.
+
+        Raises:
+            MissingPath: there is neither.
+            ResumeRefused: `last` is damaged, too, or the best cannot be read now.
+        """
+        try:
+            best = self.pointer("best")
+            if best is not None:
+                verify_checkpoint(best)
+                return best
+            log.info("no best checkpoint: scoring the last one")
+        except CheckpointUnreadable:
+            raise
+        except ResumeRefused as damage:
+            log.warning("best checkpoint cannot be used: %s; scoring the last one instead", damage)
+        last = self.pointer("last") or (self.folder(self.steps()[-1]) if self.steps() else None)
+        if last is None:
+            raise MissingPath(f"{self.path}: holds no checkpoint")
+        return last
+
+    def archive_after(self, step: int) -> list[Path]:
+        """Rename checkpoints of later steps to abandoned-step-N: a run that resumes from `step` must never load them.
+
+        `last` then names the checkpoint of `step`, and `best` none of the later ones. Return the new paths.
+
+        Raises:
+            RunDirectoryError: a checkpoint cannot be renamed.
         """
         later = [later for later in self.steps() if later > step]
         renamed = []
-        with self._changing("set aside"):
+        with self._changing("archived"):
             if self.folder(step).is_dir():
                 self._point("last", self.folder(step))
             for name in POINTERS:
@@ -153,14 +215,14 @@ class CheckpointDirectory:
         return renamed[::-1]
 
     def prune(self, keep_last: int) -> list[Path]:
-        """Delete all but the newest `keep_last` checkpoints and the best; returns what went.
+        """Delete all but the newest `keep_last` checkpoints and the best; return the deleted ones.
 
-        As long as `best` is damaged nothing goes: it might be the best.
+        While the pointer `best` is damaged nothing is deleted, since any checkpoint may be the best.
         """
         try:
             best, folders = self.pointer("best"), [self.folder(step) for step in self.steps()]
         except ResumeRefused as damage:
-            log.warning("%s; no old checkpoint is deleted for now", damage)
+            log.warning("%s; no old checkpoint is deleted until it is repaired", damage)
             return []
         gone = [folder for folder in folders[:-keep_last] if folder != best]
         for folder in gone:
@@ -168,26 +230,25 @@ class CheckpointDirectory:
         return gone
 
     def clean_up(self) -> None:
-        """Remove what a killed process left behind; a checkpoint that it was about to replace comes back.
+        """Remove what a killed process left behind; restore a checkpoint that it was replacing.
 
         Raises:
             RunDirectoryError: that checkpoint cannot be renamed.
+            ResumeRefused: the folder cannot be read.
         """
-        if not self.path.is_dir():
-            return
-        with self._changing("brought back"):
-            for hidden in self.path.glob(".replaced-step-*"):
-                folder = self.path / re.sub(r"^\.replaced-(step-\d+)-.*$", r"\1", hidden.name)
-                if not folder.exists():
+        with self._changing("restored"):
+            for name in self._names():
+                replaced = re.fullmatch(rf"\.replaced-({FOLDER_NAME})-.*", name)
+                if replaced and not (self.path / replaced[1]).exists():
                     with self._guard():
-                        os.rename(hidden, folder)
+                        os.rename(self.path / name, self.path / replaced[1])
                     flush_folder(self.path)
-        for pattern in (".replaced-*", ".writing-*", ".deleting-*"):
-            for rubbish in self.path.glob(pattern):
-                discard(rubbish, self._guard)
+        for name in self._names():
+            if name.startswith((".replaced-", ".writing-", ".deleting-")):
+                discard(self.path / name, self._guard)
 
     def point(self, name: str, folder: Path | None) -> None:
-        """Let `last` or `best` name this checkpoint, in one move; None removes the pointer.
+        """Make `last` or `best` name this checkpoint, in one rename; None removes the pointer.
 
         Raises:
             RunDirectoryError: it cannot be written.
@@ -200,10 +261,21 @@ class CheckpointDirectory:
                     (self.path / name).unlink()
 
     def _names(self) -> list[str]:
-        """What is in the folder, sorted; nothing if there is no such folder."""
+        """Return the names in the folder, sorted; none if there is no such folder.
+
+        Raises:
+            ResumeRefused: it cannot be read, or is a link to nothing.
+        """
         try:
             return sorted(os.listdir(self.path))
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
+            if self.path.is_symlink():
+                raise ResumeRefused(
+                    f"{self.path}: a link to {os.readlink(self.path)}, which does not exist: expected its file system "
+                    "mounted, or another run.dir"
+                ) from None
+            return []
+        except NotADirectoryError:
             return []
         except OSError as error:
             raise ResumeRefused(f"{self.path}: cannot be read: {error.strerror}") from None
@@ -213,7 +285,7 @@ class CheckpointDirectory:
             replace_text(self.path / name, _pointer_text(folder.name), self._guard)
 
     def _named_by(self, name: str) -> Path | None:
-        """What an undamaged pointer names, there or not."""
+        """Return the path that an undamaged pointer names, existing or not."""
         file = self.path / name
         content = file.read_bytes() if file.is_file() else b""
         named = _first_line(content)
@@ -226,11 +298,11 @@ class CheckpointDirectory:
             except ResumeRefused as damage:
                 if strict:
                     raise
-                log.warning("%s; looking at the checkpoints themselves", damage)
+                log.warning("%s; the newest intact checkpoint is used", damage)
             else:
                 if found is None and name == "last" and self.steps():
                     log.warning(
-                        "checkpoint pointer %s: is missing; looking at the checkpoints themselves", self.path / name
+                        "checkpoint pointer %s: is missing; the newest intact checkpoint is used", self.path / name
                     )
 
     @contextmanager
@@ -242,17 +314,17 @@ class CheckpointDirectory:
 
 
 def find_checkpoint(path: Path, run_dir: Path | str = "RUN") -> Path:
-    """The checkpoint folder that a user means: itself, or of a run directory its best, else its last.
+    """Return the checkpoint folder that a path means: itself, or the best, else the last, of a run directory.
 
     Args:
-        run_dir: for the advice on what to do with another program's file.
+        run_dir: for the advice on how to import another program's file.
 
     Raises:
         MissingPath: no such path, or it holds no checkpoint.
-        ResumeRefused: a file that is not ours, or a pointer is damaged.
+        ResumeRefused: a file of another program, or a damaged pointer.
     """
     path = Path(path)
-    # os.path: a place where we may not look is no place
+    # os.path returns False where permission is missing; Path.exists raises
     if not os.path.exists(path):
         raise MissingPath(f"{path}: not found: expected a checkpoint or a run directory")
     if path.name == "state.pt" and os.path.isfile(path):
@@ -260,12 +332,12 @@ def find_checkpoint(path: Path, run_dir: Path | str = "RUN") -> Path:
     if os.path.isfile(path):
         words = ["python", "-m", "topoflow", "import-lightning", str(path), "--config", "CONFIG", "-o", str(run_dir)]
         raise ResumeRefused(
-            f"{path}: a file, expected a checkpoint folder or a run directory of this program; "
-            f"one of Lightning becomes a run by: {shlex.join(words)}"
+            f"{path}: a file: expected a TopoFlow checkpoint folder or run directory; "
+            f"import a Lightning checkpoint with: {shlex.join(words)}"
         )
     if os.path.isfile(path / "manifest.json") or os.path.isfile(path / "state.pt"):
         return path
-    directory = CheckpointDirectory(path / "checkpoints" if os.path.isdir(path / "checkpoints") else path)
+    directory = CheckpointDirectory(path / "checkpoints" if os.path.lexists(path / "checkpoints") else path)
     found = directory.pointer("best") or directory.pointer("last")
     if found is None and directory.steps():
         found = directory.folder(directory.steps()[-1])
@@ -280,3 +352,12 @@ def _pointer_text(name: str) -> str:
 
 def _first_line(content: bytes) -> str:
     return content.partition(b"\n")[0].decode("utf-8", errors="replace")
+
+
+def _parse_object(text: bytes) -> dict[str, Any]:
+    """Return a JSON object; an empty one for a torn or damaged text."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
