@@ -140,6 +140,9 @@ class FailingDirectory:
     def save(self, state, is_best):
         raise self.error
 
+    def steps(self):
+        return [7]
+
 
 def a_save_that_failed_on_rank_0_ends_every_rank_alike_or_none(context):
     def settle(error, on_error):

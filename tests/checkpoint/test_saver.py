@@ -148,7 +148,9 @@ def test_a_failed_write_stops_the_run(start):
     run = start(errors=[FULL])
     run.save()
     assert run.wait()
-    with pytest.raises(RunDirectoryError, match="checkpoints: not written: No space left on device; older ones") as end:
+    with pytest.raises(
+        RunDirectoryError, match="checkpoints: not written: No space left on device; no checkpoint is there"
+    ) as end:
         run.saver.handle_failed_save()
     assert end.value.shared
     assert run.commits == []
@@ -160,7 +162,7 @@ def test_a_failed_write_is_said_and_training_goes_on(start, caplog):
     assert run.wait()
     run.saver.handle_failed_save()
     assert "No space left on device" in caplog.text
-    assert "training goes on (checkpoint.on_error=continue)" in caplog.text
+    assert "training continues (checkpoint.on_error=continue)" in caplog.text
     assert not run.saver.poll()
     run.save()
     assert not run.wait()
@@ -174,7 +176,7 @@ def test_a_later_save_that_works_clears_a_failure_that_was_not_acted_on(start, c
     run.save()
     run.save()
     run.saver.require_saved(2, "the end of the run")
-    assert "not written: No space left on device; older ones are as they were; a later one is" in caplog.text
+    assert "No space left on device; checkpoints there: step 2; the later save of step 2 succeeded" in caplog.text
 
 
 def test_the_end_tries_a_failed_step_once_more_and_then_refuses(start):
@@ -247,7 +249,7 @@ def test_signals_do_not_break_a_save(start):
     assert read_checkpoint(run.directory.folder(1))["progress"]["step"] == 1
 
 
-def test_old_checkpoints_stay_until_the_new_one_is_whole(start):
+def test_old_checkpoints_stay_until_the_new_one_is_whole(start, caplog):
     run = start(keep_last=2, keep_best=False)
     for _ in range(2):
         run.save(is_best=True)
@@ -256,6 +258,8 @@ def test_old_checkpoints_stay_until_the_new_one_is_whole(start):
     run.step = 2
     run.save()
     assert run.wait()
+    run.saver.handle_failed_save()
+    assert "not written: No space left on device; checkpoints there: step 1, 2; training continues" in caplog.text
     assert run.directory.steps() == [1, 2]
     assert run.directory.pointer("best") is None  # keep_best=false
     run.save()

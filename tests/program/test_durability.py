@@ -102,3 +102,53 @@ def test_each_of_sixty_damages_is_found_and_named(checkpoints, tmp_path):
     assert sum(row.damages for row in rows) == 72
     assert [row for row in rows if row.found < row.damages] == []
     assert sum(row.noticed_by_torch for row in rows) < 60
+
+
+@pytest.mark.parametrize("how", ["missing", "empty", "dangling"])
+def test_a_run_whose_file_system_is_not_mounted_does_not_start_again(program, checkpoints, how):
+    run = checkpoints.path.parent
+    checkpoints.path.rename(run.parent / "scratch")
+    if how == "empty":
+        checkpoints.path.mkdir()
+    elif how == "dangling":
+        checkpoints.path.symlink_to(run.parent / "not mounted")
+    before = (run / "metrics.jsonl").read_bytes()
+    others = str(run.parent / "scratch" / "step-00000002")
+    for override in ("resume=auto", "resume=never", f"init_from={others}", f"resume={others}"):
+        done = program.train("train.max_steps=3", f"checkpoint.{override}")
+        assert done.returncode == 3, (override, done.stderr)
+        assert f"{checkpoints.path}: " in done.stderr.splitlines()[-1]
+        assert "mounted" in done.stderr.splitlines()[-1]
+        assert (run / "metrics.jsonl").read_bytes() == before
+    if how == "dangling":
+        checkpoints.path.unlink()
+    (run / "metrics.jsonl").unlink()
+    again = program.train("train.max_steps=2", "checkpoint.every_steps=1")
+    assert again.returncode == 0, again.stderr
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(program, checkpoints):
+    shutil.rmtree(checkpoints.path)
+    metrics = checkpoints.path.parent / "metrics.jsonl"
+    metrics.write_text("".join(line for line in metrics.open() if '"event": "train"' in line))
+    again = program.train("train.max_steps=2", "checkpoint.every_steps=1")
+    assert again.returncode == 0, again.stderr
+    assert sorted(program.losses()) == [1, 2]
+
+
+def test_a_damaged_best_is_reported_at_the_start_and_replaced(program, checkpoints):
+    options = ("train.max_steps=4", "checkpoint.every_steps=1", "train.validate_every_steps=100")
+    assert program.train(*options).returncode == 0
+    shutil.rmtree(checkpoints.folder(4))  # as if killed after step 3
+    checkpoints.point("last", checkpoints.folder(3))
+    checkpoints.point("best", checkpoints.folder(2))
+    damaged = checkpoints.folder(2) / "state.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    done = program.train(*options)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    (warned,) = [number for number, line in enumerate(lines) if "best checkpoint (step 2) is damaged: " in line]
+    assert "state.pt has" in lines[warned]
+    assert "the next validation sets a new best" in lines[warned]
+    assert not any("validation after step" in line for line in lines[:warned])
+    assert checkpoints.pointer("best") == checkpoints.folder(4)

@@ -1,4 +1,4 @@
-"""Saving during a run: rank 0 copies the state and writes it in the background, all ranks learn whether it worked."""
+"""Saving during a run: rank 0 copies the state and writes it in the background; all ranks handle a failed write."""
 
 import logging
 import mmap
@@ -15,7 +15,7 @@ import torch
 from topoflow.checkpoint.directory import CheckpointDirectory
 from topoflow.checkpoint.fingerprint import seal
 from topoflow.config import CheckpointConfig
-from topoflow.errors import DataError, RanksDisagree, RunDirectoryError
+from topoflow.errors import DataError, RanksDisagree, ResumeRefused, RunDirectoryError
 from topoflow.ranks import Context
 
 _ALIGNMENT = 64
@@ -24,32 +24,34 @@ _MADV_WIPEONFORK = 18
 
 
 class HostBuffer:
-    """Host memory that every copy uses again: the tensors of one copy are gone when the next is taken.
+    """Host memory that every copy reuses: a copy overwrites the tensors of the one before.
+
+    Reuse is worth its code: with fresh memory for each copy, training waits twice as long for a save.
 
     Args:
-        pinned: page-locked, which lets a GPU copy on its own.
+        pinned: page-locked, so that a GPU copies without the host.
     """
 
     def __init__(self, pinned: bool):
         self._pinned, self._memory = pinned, memoryview(b"")
 
     def reserve(self, nbytes: int) -> None:
-        """Have this much memory at hand, every page of it touched: the first copy is then as fast as later ones.
+        """Allocate this much memory and touch every page, so that the first copy is as fast as later ones.
 
         Raises:
-            OSError: there is not so much.
+            OSError: not enough memory.
         """
         if len(self._memory) < nbytes:
             self._memory = memoryview(b"")  # before the larger one is taken
             self._memory = _allocate_pinned(nbytes) if self._pinned else _allocate_pageable(nbytes)
 
     def copy(self, tree: Any) -> Any:
-        """The tree (nested dicts and lists of tensors and plain values) with each tensor copied to the host.
+        """Return the tree (nested dicts and lists of tensors and plain values) with each tensor copied to the host.
 
-        Each has a storage of its own, so that torch.save writes no more than it.
+        Each copy has its own storage, so that torch.save writes nothing else.
 
         Raises:
-            OSError: there is not enough memory.
+            OSError: not enough memory.
         """
         self.reserve(sum(_room(tensor) for tensor in _tensors(tree)))
         position, devices = 0, set()
@@ -74,13 +76,12 @@ class HostBuffer:
 def _allocate_pageable(nbytes: int) -> memoryview:
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if sys.platform == "linux":
-        # A loader worker that is forked would share these pages, and the next copy would first duplicate each of them.
-        # It gets empty ones. With MADV_DONTFORK it would get none, and what it then maps to that place would be gone
-        # when this object is freed there.
-        for advice in (_MADV_WIPEONFORK, mmap.MADV_HUGEPAGE):
-            with suppress(OSError):  # a kernel without it
-                memory.madvise(advice)
-    np.frombuffer(memory, np.uint8)[:] = 0  # not by torch, see `topoflow.checkpoint.fingerprint`
+        # Forked loader workers would share these pages, and the next copy would first duplicate each page. They get
+        # empty pages instead. Under MADV_DONTFORK they would have a hole in their address space, and freeing this
+        # object in a worker would unmap whatever it had mapped there.
+        with suppress(OSError):  # a kernel without it
+            memory.madvise(_MADV_WIPEONFORK)
+    np.frombuffer(memory, np.uint8)[:] = 0  # by NumPy, not torch: see `topoflow.checkpoint.fingerprint`
     return memoryview(memory)
 
 
@@ -101,7 +102,7 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
 
 
 def _map_tensors(tree: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """The tree with `function` of each tensor, in containers of its own."""
+    """Return a copy of the tree with `function` applied to each tensor."""
     if isinstance(tree, torch.Tensor):
         return function(tree)
     if isinstance(tree, dict):
@@ -115,14 +116,14 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointSaver:
-    """Writes checkpoints of one run into its directory, and deletes those that need not stay.
+    """Writes checkpoints of one run into its directory, and deletes old ones.
 
-    The loop waits for a copy of the state to host memory only. One write is in flight at a time, in a thread of rank 0.
-    What goes wrong there waits for `handle_failed_save`, in which all ranks act on it together.
+    Training waits only for a copy of the state to host memory. One write is in flight at a time, in a thread of rank 0.
+    An error there is kept until all ranks call `handle_failed_save`.
 
     Args:
-        capture: returns the whole content of a checkpoint, live tensors on any device; called on rank 0 only.
-        on_commit: called with step and folder, in the main thread of rank 0, once a checkpoint is on the disk.
+        capture: returns the content of a checkpoint with live tensors on any device; called on rank 0 only.
+        on_commit: called with step and folder, in the main thread of rank 0, once a checkpoint is on disk.
     """
 
     def __init__(
@@ -140,9 +141,9 @@ class CheckpointSaver:
         self._reserved: Future[None] | None = None
         self._write: Future[Path] | None = None
         self._step: int | None = None
-        """Of the last save, in flight or committed; None if it failed."""
+        """Step of the last save, in flight or committed; None if it failed."""
         self._best_step: int | None = None
-        """Of the last save of a best one, in flight, committed or failed."""
+        """Step of the last save of a best state, in flight, committed or failed."""
         self._failure: BaseException | None = None
 
     def is_due(self, step: int, is_best: bool) -> bool:
@@ -151,15 +152,15 @@ class CheckpointSaver:
         return bool(every and step % every == 0) or (is_best and self._config.keep_best)
 
     def prepare(self, nbytes: int) -> None:
-        """Have host memory for a copy of about this size made ready while training begins."""
+        """Allocate host memory for a copy of about this size in the background while training begins."""
         if self._context.is_main:
             small_tensors = nbytes // 64 + 2**20  # counts of steps, buffers, and what alignment takes
             self._reserved = self._thread.submit(self._buffer.reserve, nbytes + small_tensors)
 
     def save(self, step: int, is_best: bool) -> None:
-        """Copy the present state, that after `step` steps, and let it be written. No rank waits for another here.
+        """Copy the current state, after `step` steps, and start writing it. No rank waits for another here.
 
-        A step that was saved, or is being, is not saved again. A write that is still in flight is waited for.
+        A step that is saved or in flight is not saved again. Waits for an earlier write that is still in flight.
         """
         self._note_write()
         is_saved = step == self._step and (not is_best or step == self._best_step)
@@ -168,11 +169,11 @@ class CheckpointSaver:
         self._step, self._best_step = step, step if is_best else self._best_step
         reserved, self._reserved = self._reserved, None
         if reserved is not None:
-            reserved.exception()  # waited for; if it found no memory, the copy asks again
+            reserved.exception()  # wait; if it failed for lack of memory, the copy tries again
         try:
             with self._context.watch.unhurried():  # the probe may compile
                 state = self._buffer.copy(self._capture())
-        except (OSError, DataError) as error:  # no memory, or the samples of the certificate could not be read
+        except (OSError, DataError) as error:  # out of memory, or samples of the certificate unreadable
             self._note_failure(error)
         else:
             self._write = self._thread.submit(self._commit, state, step == self._best_step and self._config.keep_best)
@@ -184,18 +185,18 @@ class CheckpointSaver:
         return self._failure is not None
 
     def handle_failed_save(self) -> None:
-        """Act on a failed write. Every rank calls it, because rank 0's `poll` was true.
+        """Handle a failed write: log it or raise. Call on every rank once `poll` returned True on rank 0.
 
         Raises:
-            RunDirectoryError: on every rank alike: checkpoint.on_error is `stop`, or the run is not ours any more.
-                Older checkpoints are untouched.
+            RunDirectoryError: on every rank: checkpoint.on_error is `stop`, or another process holds the run directory.
         """
-        self._act_on_failure("", goes_on=self._config.on_error == "continue")
+        self._log_or_raise("", may_continue=self._config.on_error == "continue")
 
     def require_saved(self, step: int, when: str) -> None:
-        """Have the present state, that after `step` steps, committed; if that failed before, it is tried once more.
+        """Commit the current state, after `step` steps; a failed save of this step is tried once more.
 
-        No run ends as if its state were safe when it is not, whatever checkpoint.on_error says. Call on every rank.
+        A failure is raised whatever checkpoint.on_error is, so that no run appears to have ended well. Call on every
+        rank.
 
         Raises:
             RunDirectoryError: it could not be written.
@@ -203,31 +204,33 @@ class CheckpointSaver:
         self.save(step, is_best=False)
         self._note_write()
         if self._context.broadcast_object(self._failure is not None):
-            self._act_on_failure(f"{when}: the checkpoint of step {step} was not written: ", goes_on=False)
+            self._log_or_raise(f"{when}: the checkpoint of step {step} was not written: ", may_continue=False)
 
     def close(self) -> None:
-        """Wait for the write in flight, however the run ends; no other rank is asked. A failure is logged."""
+        """Wait for the write in flight, however the run ends, without other ranks. Log a failure."""
         self._note_write()
         self._thread.shutdown()
-        if self._failure is not None and not isinstance(self._failure, RunDirectoryError):  # that has been said
+        if self._failure is not None and not isinstance(
+            self._failure, RunDirectoryError
+        ):  # which is reported where the run ends
             kind, message = self._describe(self._failure)
             log.error("%s", message, exc_info=self._failure if kind == "defect" else None)
 
     def _commit(self, state: dict[str, Any], is_best: bool) -> Path:
-        """What the thread does. Old checkpoints, also the one that was resumed from, stay until this one is whole."""
+        """Write a checkpoint, in the thread. Old ones, and the one resumed from, stay until this one is complete."""
         seal(state)
         folder = self._directory.save(state, is_best)
         self._directory.prune(self._config.keep_last)
         return folder
 
-    def _act_on_failure(self, prefix: str, goes_on: bool) -> None:
+    def _log_or_raise(self, prefix: str, may_continue: bool) -> None:
         error, self._failure = self._failure, None
         kind, message = self._context.broadcast_object(self._describe(error))
         if kind == "defect" and self._context.is_main:
             raise RuntimeError(message) from error  # with the traceback of the thread
-        if kind == "disk" and goes_on:
+        if kind == "disk" and may_continue:
             if self._context.is_main:
-                log.error("%s; training goes on (checkpoint.on_error=continue)", message)
+                log.error("%s; training continues (checkpoint.on_error=continue)", message)
             return
         kind_of_refusal = RanksDisagree if kind == "defect" else RunDirectoryError
         refusal = kind_of_refusal(prefix + message if kind == "disk" else message)
@@ -235,7 +238,7 @@ class CheckpointSaver:
         raise refusal from error
 
     def _note_write(self) -> None:
-        """Wait for the write in flight, if there is one, and note how it ended."""
+        """Wait for the write in flight, if any, and record its result."""
         if self._write is None:
             return
         write, self._write = self._write, None
@@ -244,7 +247,7 @@ class CheckpointSaver:
             self._note_failure(error)
             return
         if isinstance(self._failure, OSError | DataError):
-            log.error("%s; a later one is", self._describe(self._failure)[1])
+            log.error("%s; the later save of step %d succeeded", self._describe(self._failure)[1], self._step)
             self._failure = None
         self._on_commit(self._step, write.result())
 
@@ -254,10 +257,20 @@ class CheckpointSaver:
             self._failure = error
 
     def _describe(self, error: BaseException | None) -> tuple[str, str]:
-        """What kind of failure it is, and what to say about it."""
+        """Return the kind of a failure and a message about it."""
         if isinstance(error, RunDirectoryError):
-            return "the run is not ours", str(error)
+            return "run directory lost", str(error)
         if isinstance(error, OSError | DataError):
             reason = getattr(error, "strerror", None) or error
-            return "disk", f"checkpoint in {self._directory.path}: not written: {reason}; older ones are as they were"
+            return (
+                "disk",
+                f"checkpoint in {self._directory.path}: not written: {reason}; {self._existing_checkpoints()}",
+            )
         return "defect", f"rank 0: a checkpoint was not written: {error!r}"
+
+    def _existing_checkpoints(self) -> str:
+        try:
+            steps = self._directory.steps()
+        except ResumeRefused:
+            return "its folder cannot be read now"
+        return f"checkpoints there: step {', '.join(map(str, steps))}" if steps else "no checkpoint is there"
