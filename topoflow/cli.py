@@ -206,6 +206,11 @@ def _add_import_lightning(commands) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to CONFIG")
     parser.add_argument("--config", required=True, metavar="CONFIG", help="of the run to resume, with its data")
     parser.add_argument("-o", "--output", required=True, metavar="RUN", help="run directory to create")
+    parser.add_argument(
+        "--weights",
+        choices=("trained", "averaged"),
+        help="which to import from a file that Lightning's WeightAveraging wrote, since it holds both",
+    )
     parser.set_defaults(run=_import_lightning)
 
 
@@ -224,7 +229,7 @@ def _import_lightning(options: argparse.Namespace) -> int:
     _log_to_terminal()
     set_deterministic(config.run, config.train.compile)
     with distributed_context(launch, config.distributed, choose_device(config.run.device, launch)) as context:
-        print("\n".join(import_run(options.source, config, context)))
+        print("\n".join(import_run(options.source, config, context, options.weights)))
     words = ["python", "train.py", options.config, *options.overrides, f"run.dir={options.output}"]
     print(f"resume with: {shlex.join(words)}")
     return 0

@@ -50,15 +50,15 @@ class ImportingRun:
         self.optimizer = build_optimizer(self.model, config.optim)
         self.scheduler = build_scheduler(self.optimizer, config.optim, self.steps_per_epoch, 4 * self.steps_per_epoch)
 
-    def convert(self, content):
+    def convert(self, content, choice=None):
         destination = Destination(
             self.model, self.optimizer, config_to_dict(self.config), VARIABLES, TARGETS, self.mask, self.steps_per_epoch
         )
-        return convert(content, destination, "in.ckpt")
+        return convert(content, destination, choice)
 
-    def take(self, content):
+    def take(self, content, choice=None):
         """Convert and restore; returns the conversion and the report of the restore."""
-        conversion = self.convert(content)
+        conversion = self.convert(content, choice)
         allow_new = self.config.checkpoint.allow_new
         parts = (self.model, self.optimizer, self.scheduler)
         report = restore_state(conversion.state, *parts, allow_new, conversion.rates_from_config)

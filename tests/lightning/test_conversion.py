@@ -172,6 +172,24 @@ def swap_parameters(content):
     params[0], params[1] = params[1], params[0]
 
 
+def states_of(content):
+    return content["optimizer_states"][0]["state"]
+
+
+def state_of(content):
+    """That of model.blocks.0.norm1.weight."""
+    return states_of(content)[0]
+
+
+def batches_of(content):
+    return content["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+
+
+def set_batches(content, count):
+    for progress in ("current", "total"):
+        batches_of(content)[progress]["processed"] = count
+
+
 def without_state(content):
     del content["optimizer_states"][0]["state"][0]
 
@@ -181,18 +199,18 @@ def partial_state(content):
 
 
 BROKEN = {
-    "names of groups swapped": (swap_names, "optimizer group others: 26 parameters in it: expected 11"),
-    "a group of another name": (lambda c: groups_of(c)[1].update(name="embedding"), "optimizer group 'embedding'"),
-    "a group twice": (lambda c: groups_of(c)[1].update(name="vit_blocks"), "optimizer group 'vit_blocks'"),
+    "names of groups swapped": (swap_names, "optimizer group others: 26 parameters: expected 11"),
+    "a group of another name": (lambda c: groups_of(c)[1].update(name="embedding"), "embedding: .*expected one of"),
+    "a group twice": (lambda c: groups_of(c)[1].update(name="vit_blocks"), "optimizer group vit_blocks: .*each once"),
     "order of parameters": (swap_parameters, r"is \(1, 1, 16\): expected \(1, 15, 16\) for model.var_embed"),
     "a parameter less": (lambda c: groups_of(c)[0]["params"].pop(), "expected each of the 45 parameters"),
     "a parameter twice": (lambda c: groups_of(c)[0]["params"].append(3), "expected each of the 45 parameters"),
-    "moments of a stranger": (lambda c: c["optimizer_states"][0]["state"].update({99: {}}), "of parameters 99"),
+    "moments of a stranger": (lambda c: states_of(c).update({99: {}}), "of parameter 99 is in no group"),
     "no moments of one": (without_state, r"moments of blocks.0.norm1.weight: not in the checkpoint"),
     "half the moments of one": (partial_state, r"moments of blocks.0.norm1.weight: not in the checkpoint"),
     "two optimizers": (lambda c: c["optimizer_states"].append({}), "2 optimizers"),
-    "amsgrad": (lambda c: groups_of(c)[0].update(amsgrad=True), "expected AdamW"),
-    "Adam's decay": (lambda c: groups_of(c)[0].update(decoupled_weight_decay=False), "expected AdamW"),
+    "amsgrad": (lambda c: groups_of(c)[0].update(amsgrad=True), "amsgrad: True.*expected torch's AdamW"),
+    "Adam's decay": (lambda c: groups_of(c)[0].update(decoupled_weight_decay=False), "expected torch's AdamW"),
     "another scheduler": (lambda c: c["lr_schedulers"][0].pop("T_max"), "expected one CosineAnnealingLR"),
     "rates that are not the schedule's": (lambda c: c["lr_schedulers"][0]["_last_lr"].reverse(), "_last_lr"),
     "a schedule that stands elsewhere": (
@@ -204,30 +222,65 @@ BROKEN = {
         ),
         "learning rate 5.000000000e-05 in the checkpoint, but the schedule gives 1.000000000e-04",
     ),
-    "no counters": (lambda c: c["loops"]["fit_loop"].pop("epoch_progress"), "no 'epoch_progress' in the file"),
+    "no counters": (lambda c: c["loops"]["fit_loop"].pop("epoch_progress"), "fit_loop / epoch_progress / .*not in the"),
     "names of neither program": (
-        lambda c: c.update(state_dict={"model.net.weight": torch.zeros(1)}), "weights model.net.weight: of no program"
+        lambda c: c.update(state_dict={"model.net.weight": torch.zeros(1)}), "weights model.net.weight: of no known"
     ),
     "a name too many": (
         lambda c: c["state_dict"].update({"model.extra.weight": torch.zeros(1)}), "model.extra.weight: unknown"
     ),
     "names of both programs": (
-        lambda c: c["state_dict"].update({"model.climax.pos_embed": torch.zeros(1)}), "of no program"
+        lambda c: c["state_dict"].update({"model.climax.pos_embed": torch.zeros(1)}), "of no known program"
     ),
     "a weight less": (lambda c: c["state_dict"].pop("model.norm.bias"), "expected each of the 44 parameters"),
     "a head of other outputs": (
-        lambda c: c["state_dict"].update({"model.head.2.weight": torch.zeros(50, 16)}), "head: 50 outputs"
+        lambda c: c["state_dict"].update({"model.head.2.weight": torch.zeros(50, 16)}), "weight .50, 16. does not fit"
     ),
     "other heads": (lambda c: config_of(c)["model"].update(num_heads=4), "model.num_heads: 4 in the file, 2 in"),
     "variables in another order": (lambda c: config_of(c)["data"]["variables"].reverse(), r"variables: \[population"),
     "a wind scan": (lambda c: config_of(c)["model"].update(parallel_patch_embed=True), "model.wind: .*sorted along"),
-    "a place inside a step": (
-        lambda c: c["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"].update(processed=3),
-        "3 batches of 2 samples of epoch 0 are done, 6 samples, which is no place",
+    "a place inside a step": (lambda c: set_batches(c, 3), "3 batches of 2 samples of epoch 0 .*which is no place"),
+    "a place past our epoch": (lambda c: set_batches(c, 6), "6 batches of 2 samples of epoch 0 .*which is no place"),
+    # what contradicts itself
+    "more batches than were made": (
+        lambda c: batches_of(c)["current"].update(processed=5), "5 batches in this epoch and 4 in all"
     ),
-    "a place past our epoch": (
-        lambda c: c["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"].update(processed=6),
-        "6 batches of 2 samples of epoch 0 are done, 12 samples, which is no place",
+    "a negative counter": (lambda c: batches_of(c)["total"].update(processed=-4), "processed: -4: expected a whole"),
+    "epochs that were not started": (lambda c: c.update(epoch=2), "epoch 2, but 1 epochs were started"),
+    "a negative global_step": (lambda c: c.update(global_step=-2), "global_step: -2: expected a whole number"),
+    "a global_step that is no number": (lambda c: c.update(global_step=None), "global_step: None: expected a whole"),
+    "a global_step before its steps": (lambda c: c.update(global_step=1), "step count of .*2.*expected 1 to global_s"),
+    "a global_step after its steps": (lambda c: c.update(global_step=3), "global_step 3, but 2 steps in the first"),
+    "a step count of zero": (lambda c: state_of(c).update(step=torch.tensor(0.0)), "step count of .*: 0.0: expected"),
+    "a step count below zero": (lambda c: state_of(c).update(step=-1), "step count of model.*: -1: expected 1 to"),
+    "a step count between steps": (lambda c: state_of(c).update(step=1.5), "step count of model.*: 1.5: expected"),
+    "a step count that is not finite": (
+        lambda c: state_of(c).update(step=torch.tensor(float("nan"))), "step count of model.blocks.0.norm1.weight"
+    ),
+    "a weight that is not finite": (
+        lambda c: c["state_dict"]["model.pos_embed"][0, 0].fill_(float("nan")), "pos_embed: .*expected finite float32"
+    ),
+    "a mask that is not finite": (lambda c: c["state_dict"]["china_mask"].fill_(float("nan")), "china_mask: .*finite"),
+    "a moment that is not finite": (
+        lambda c: state_of(c)["exp_avg"].fill_(float("inf")), "blocks.0.norm1.weight / exp_avg: .*expected finite"
+    ),
+    "a mean of squares below zero": (lambda c: state_of(c)["exp_avg_sq"].neg_(), "exp_avg_sq of .*below 0"),
+    "a weight under two names": (
+        lambda c: c["state_dict"].update({"model.blocks.0.attn.elevation_alpha": torch.ones(1)}), "under two names"
+    ),
+    "a weight of half precision": (
+        lambda c: c["state_dict"].update({"model.norm.bias": torch.zeros(16).half()}), "norm.bias: .*float32"
+    ),
+    # optimizers without usable moments
+    "moments of none": (lambda c: c["optimizer_states"][0].update(state={}), "no moments .*_step is 2.*allow_new"),
+    "no moments in entries": (
+        lambda c: [entry.clear() for entry in states_of(c).values()], "no moments .*_step is 2.*of 45 parameters"
+    ),
+    "moments of zeros": (
+        lambda c: [entry["exp_avg_sq"].zero_() for entry in states_of(c).values()], "no moments .*other than zero"
+    ),
+    "amsgrad's moments": (
+        lambda c: state_of(c).update(max_exp_avg_sq=torch.ones(16)), "parameter 0 has max_exp_avg_sq: expected AdamW"
     ),
 }  # fmt: skip
 
@@ -333,6 +386,129 @@ def test_a_mask_is_compared_and_dropout_and_batch_size_too(in_flight):
     assert dropout == "model.drop_rate: 0.1 in the file, 0.0 in the config"
     assert "china_mask" in mask
     del content["state_dict"]["china_mask"], content["hyper_parameters"]
-    conversion, _ = importing_run(run).take(content)
-    assert (conversion.mask, conversion.warnings) == (None, [])
+    conversion, _ = importing_run(run, allow_changed=["train.global_batch_size"]).take(content)
+    assert conversion.mask is None
+    assert len(conversion.warnings) == 1
     assert conversion.state["progress"]["samples_in_epoch"] == 8  # by the optimizer's steps
+
+
+@pytest.mark.parametrize("key", ["batch_size", "devices", "num_nodes"])
+def test_a_place_in_an_epoch_whose_batches_have_an_unknown_size_is_refused(in_flight, key):
+    run, content = in_flight
+    content = edited(content, lambda c: config_of(c)["train"].pop(key))
+    with pytest.raises(ResumeRefused, match=rf"_batch_size: unknown in the file \(.*{key}: missing.*allow_changed"):
+        importing_run(run).take(content)
+    other = importing_run(run, allow_changed=["train.global_batch_size"])
+    conversion, _ = other.take(content)
+    assert [f"{key}: missing" in warning for warning in conversion.warnings] == [True]
+    assert other.progress.samples_in_epoch == 8  # two steps of the config's size
+    run = lightning_run()
+    run.train(6)
+    content = run.checkpoint()
+    del config_of(content)["train"][key]  # at the end of an epoch it is not needed
+    assert importing_run(run).convert(content).warnings == []
+
+
+OTHERS = {
+    "Adam": torch.optim.Adam, "Adamax": torch.optim.Adamax, "NAdam": torch.optim.NAdam, "RAdam": torch.optim.RAdam,
+    "SGD": torch.optim.SGD, "Adagrad": torch.optim.Adagrad, "RMSprop": torch.optim.RMSprop,
+    "NAdam, decay as AdamW": lambda p: torch.optim.NAdam(p, decoupled_weight_decay=True),
+    "RAdam, decay as AdamW": lambda p: torch.optim.RAdam(p, decoupled_weight_decay=True),
+    "AdamW, amsgrad": lambda p: torch.optim.AdamW(p, amsgrad=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_optimizer_is_refused(in_flight, name):
+    run, content = in_flight
+    parameters = [parameter.detach().clone().requires_grad_() for parameter in run.network.parameters()]
+    optimizer = OTHERS[name](parameters)
+    for _ in range(2):
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    for interval in ("epoch", "none"):
+        other = {**content, "optimizer_states": [optimizer.state_dict()]}
+        other["lr_schedulers"] = [] if interval == "none" else content["lr_schedulers"]
+        with pytest.raises(ResumeRefused, match="expected torch's AdamW"):
+            importing_run(run, optim=ONE_GROUP).take(other)
+
+
+def test_an_optimizer_of_another_package_is_refused(in_flight):
+    run, content = in_flight
+    lion = {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.01, "params": list(range(45))}
+    state = {number: {"exp_avg": entry["exp_avg"]} for number, entry in states_of(content).items()}
+    content = {**content, "optimizer_states": [{"state": state, "param_groups": [lion]}]}
+    with pytest.raises(
+        ResumeRefused, match=r"lr: 0.001, betas: \[0.9, 0.99\], weight_decay: 0.01: expected torch's AdamW"
+    ):
+        importing_run(run, optim=ONE_GROUP).take(content)
+
+
+def test_adamw_of_an_older_torch_and_parameters_by_name_are_read(in_flight):
+    run, content = in_flight
+    order = numbered_names(run)
+
+    def by_name(c):
+        optimizer = c["optimizer_states"][0]
+        optimizer["state"] = {order[number]: entry for number, entry in optimizer["state"].items()}
+        for group in optimizer["param_groups"]:
+            group["params"] = [order[number] for number in group["params"]]
+            del group["decoupled_weight_decay"]
+
+    expected, other = importing_run(run), importing_run(run)
+    expected.take(content)
+    other.take(edited(content, by_name))
+    for name, parameter in expected.model.named_parameters():
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            ours = other.optimizer.state[other.model.get_parameter(name)][key]
+            assert torch.equal(ours, expected.optimizer.state[parameter][key])
+
+
+def numbered_names(run):
+    """{number in the optimizer: name in the file}."""
+    names = {parameter: f"model.{name}" for name, parameter in run.network.named_parameters()}
+    parameters = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
+    return dict(enumerate(names[parameter] for parameter in parameters))
+
+
+def averaged(content):
+    """The content as Lightning's WeightAveraging makes it: trained weights moved away, averaged ones in their place."""
+    trained = content["state_dict"]
+    means = {name: tensor * (0.5 if tensor.is_floating_point() and name != "china_mask" else 1)
+             for name, tensor in trained.items()}  # fmt: skip
+    return {**content, "state_dict": means, "current_model_state": trained,
+            "averaging_state": {"n_averaged": torch.tensor(2)}}  # fmt: skip
+
+
+def test_trained_and_averaged_weights_are_told_apart(in_flight):
+    run, content = in_flight
+    both = averaged(content)
+    with pytest.raises(ResumeRefused, match=r"trained weights \(current_model_state\) and averaged .*--weights"):
+        importing_run(run).take(both)
+    with pytest.raises(ResumeRefused, match="--weights averaged: the file holds no averaged weights"):
+        importing_run(run).take(content, "averaged")
+    for source, choice, factor in (
+        (content, None, 1),
+        (content, "trained", 1),
+        (both, "trained", 1),
+        (both, "averaged", 0.5),
+    ):
+        other = importing_run(run)
+        conversion, _ = other.take(source, choice)
+        assert torch.equal(other.model.pos_embed, content["state_dict"]["model.pos_embed"] * factor)
+        moment = other.optimizer.state[other.model.pos_embed]["exp_avg"]
+        assert torch.equal(moment, run.optimizer.state[run.network.pos_embed]["exp_avg"])
+        assert ["moments are those of the trained" in line for line in conversion.warnings] == [True] * (factor < 1)
+
+
+def test_single_names_without_moments_start_fresh_where_allow_new_lists_them(in_flight):
+    run, content = in_flight
+    content = edited(content, without_state)
+    other = importing_run(run, allow_new=["blocks.0.norm1.weight"])
+    _, report = other.take(content)
+    assert (report.moments, report.moments_expected) == (44, 44)
+    assert other.optimizer.state[other.model.get_parameter("blocks.0.norm1.weight")]["step"] == 0
+    nothing = edited(content, lambda c: c["optimizer_states"][0].update(state={}))
+    with pytest.raises(ResumeRefused, match="no moments"):
+        importing_run(run, allow_new=["*"]).take(nothing)

@@ -1,1 +1,1 @@
-"""Checkpoints that PyTorch Lightning wrote for the programs before this one, as states in the form of our own."""
+"""Import of checkpoints that PyTorch Lightning wrote for the two programs before this one."""

@@ -1,20 +1,23 @@
-"""Reading a .ckpt file without running anything that is in it."""
+"""Read a .ckpt file without running any code in it, and take values out of it by key and type."""
 
 import argparse
 import os
 import pathlib
 import pickle
 import re
+import shlex
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from topoflow.errors import MissingPath, ResumeRefused
+from topoflow.text import shorten
 
 PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "epoch", "global_step")
 
@@ -32,31 +35,30 @@ PLAIN_OBJECTS: list[tuple[Callable, str]] = [
     (np.dtype, "numpy.dtype"),
     *((kind, f"numpy.dtypes.{kind.__name__}") for kind in map(type, map(np.dtype, ("f4", "f8", "i4", "i8", "?")))),
 ]  # fmt: skip
-"""What hyperparameters and callbacks may hold beside plain values and tensors, and what it is read as. None of it can
-do more than hold values."""
+"""Classes that hyperparameters and callbacks may hold, and what they are read as. None does more than hold values."""
 
-_UNREADABLE = (RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError)
-"""What torch and its unpickler raise for a pickle that makes no sense."""
-
-_DAMAGED_ARCHIVE = (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError)
-"""What zipfile raises for an archive whose bytes are not as they were written."""
+_DAMAGE = (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError)
+"""What zipfile, torch and its unpickler raise for bytes that make no sense."""
 
 _DOS_FOLDER = 0x10
-"""The attribute of a record that calls it a folder: torch.load then leaves its memory as it happens to be."""
+"""Attribute that marks a record as a folder; torch.load leaves the memory of such a record uninitialized."""
+
+_KINDS = {Mapping: "a dict", list: "a list", bool: "true or false", int: "a whole number, at least 0",
+          float: "a finite number", Tensor: "finite float32 values"}  # fmt: skip
 
 
 def read_lightning(path: Path) -> dict[str, Any]:
-    """The content of a Lightning checkpoint on the host: tensors, plain values and PLAIN_OBJECTS.
+    """Return the content of a Lightning checkpoint, on the host: tensors, plain values and PLAIN_OBJECTS.
 
     Raises:
         MissingPath: no such file.
-        ResumeRefused: it is no checkpoint of Lightning, is damaged, holds other objects (no code of it runs), or lacks
-            what a resume needs; the message says what was found.
+        ResumeRefused: no whole checkpoint of Lightning, or one that is sharded, damaged, or holds other objects.
     """
-    if not os.path.exists(path):  # False as well where we may not look
+    if not os.path.exists(path):  # also False where we have no permission to look
         raise MissingPath(f"{path}: not found: expected a Lightning checkpoint (.ckpt)")
-    _require_whole(path)
+    _refuse_sharded(path)
     try:
+        _require_whole(path)
         with torch.serialization.safe_globals(PLAIN_OBJECTS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -65,40 +67,77 @@ def read_lightning(path: Path) -> dict[str, Any]:
         raise ResumeRefused(
             f"{path}: holds {found}: not loaded, none of its code ran: expected tensors and plain values"
         ) from None
-    except _UNREADABLE as error:
-        raise ResumeRefused(f"{path}: cannot be read: {_first_line(error)}: it is damaged") from None
-    found = list(map(str, content)) if isinstance(content, dict) else [type(content).__name__]
+    except _DAMAGE as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ResumeRefused(f"{path}: cannot be read: {reason}: it is damaged") from None
+    found = list(map(show, content)) if isinstance(content, dict) else [type(content).__name__]
     missing = [part for part in PARTS if part not in found]
     if missing:
         raise ResumeRefused(
-            f"{path}: no {', '.join(missing)} in it, only {', '.join(found[:12]) or 'nothing'}: "
+            f"{path}: no {', '.join(missing)} in it, only {shorten(found, 12) or 'nothing'}: "
             "expected a whole checkpoint of Lightning 2 (not one saved with weights only)"
         )
     return content
 
 
+def _refuse_sharded(path: Path) -> None:
+    """Refuse a folder of shards with the command that makes it one file."""
+    if os.path.isfile(path / ".metadata"):
+        command = f"python -m lightning.pytorch.utilities.consolidate_checkpoint {shlex.quote(str(path))}"
+        raise ResumeRefused(f"{path}: sharded by FSDP: run `{command}`, then import {path}.consolidated")
+    if any(next(path.glob(f"{folder}*mp_rank_*_model_states.pt"), None) for folder in ("", "*/")):
+        convert = "convert_zero_checkpoint_to_fp32_state_dict"
+        code = f"from lightning.pytorch.utilities.deepspeed import {convert} as f; f({str(path)!r}, 'weights.ckpt')"
+        raise ResumeRefused(
+            f"{path}: sharded by DeepSpeed: `python -c {shlex.quote(code)}` makes one file of its weights, without the "
+            "optimizer's moments; a resume needs these: expected a checkpoint of another strategy, such as ddp"
+        )
+
+
 def _require_whole(path: Path) -> None:
-    """Compare every record with the CRC that torch.save wrote beside it; torch.load does not."""
-    try:
-        is_archive = os.path.isfile(path) and zipfile.is_zipfile(path)
-        damage = _find_damage(path) if is_archive else None
-    except _DAMAGED_ARCHIVE as error:
-        raise ResumeRefused(f"{path}: cannot be read: {_first_line(error)}: it is damaged") from None
-    if not is_archive:
+    """Compare every record with the CRC that torch.save wrote; torch.load does not."""
+    if not os.path.isfile(path) or not zipfile.is_zipfile(path):
         raise ResumeRefused(f"{path}: not a file that torch.save wrote: expected a Lightning checkpoint (.ckpt)")
-    if damage is not None:
-        raise ResumeRefused(f"{path}: {damage}: it is damaged")
-
-
-def _find_damage(path: Path) -> str | None:
-    """The first record that is not stored as torch.save does it (as it is, none a folder), or not as its CRC says."""
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():
             if record.compress_type != zipfile.ZIP_STORED or record.external_attr & _DOS_FOLDER:
-                return f"{record.filename!r} in it is not stored as torch.save stores"
+                raise ResumeRefused(
+                    f"{path}: {record.filename!r} in it is not stored as torch.save does: it is damaged"
+                )
         damaged = archive.testzip()
-    return None if damaged is None else f"{damaged!r} in it does not match its checksum"
+    if damaged is not None:
+        raise ResumeRefused(f"{path}: {damaged!r} in it does not match its checksum: it is damaged")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def take(content: Any, kind: type, *keys: Any) -> Any:
+    """Return the value at a path of keys, which must be of this kind, see _KINDS; else raise ResumeRefused."""
+    value, path = content, " / ".join(map(show, keys))
+    for key in keys:
+        if not isinstance(value, Mapping) or key not in value:
+            raise ResumeRefused(f"{path}: not in the file: expected {_KINDS[kind]}")
+        value = value[key]
+    if not is_kind(value, kind):
+        raise ResumeRefused(f"{path}: {show(value)}: expected {_KINDS[kind]}")
+    return value
+
+
+def is_kind(value: Any, kind: type) -> bool:
+    """Tell whether a value is what _KINDS describes, whatever a file holds. An int is a float too, a bool no int."""
+    if kind is Tensor:
+        is_plain = type(value) in (Tensor, nn.Parameter) and not value.is_nested and value.layout is torch.strided
+        return is_plain and not value.is_meta and value.dtype is torch.float32 and bool(value.isfinite().all())
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e300
+    if kind is int:
+        return type(value) is int and 0 <= value < 2**63
+    return isinstance(value, kind)
+
+
+def show(value: Any) -> str:
+    """Return a value as a short text in one line, whatever a file holds."""
+    if isinstance(value, list | tuple):
+        return f"[{shorten((f'a {type(v).__name__}' if isinstance(v, list | tuple) else show(v) for v in value), 20)}]"
+    if isinstance(value, str):
+        return value[:80] if value.isprintable() else ascii(value[:80])
+    is_short = value is None or isinstance(value, bool | float) or is_kind(value, float)
+    return str(value) if is_short else f"a value of type {type(value).__name__}"
