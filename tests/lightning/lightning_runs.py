@@ -120,7 +120,7 @@ class LightningRun:
         is_last = self.batches > 0 and current == 0
         completed = behind if is_last and ended else behind - is_last
         entered, current = (behind, self.batches_per_epoch) if is_last else (behind + 1, current)
-        in_flight = 0 if is_last and ended else 1
+        in_flight = 0 if (is_last and ended) or not self.batches else 1
         steps_in_epoch = -(-current // self.accumulation) if is_last else current // self.accumulation
         content = {
             "epoch": completed,
@@ -137,7 +137,7 @@ class LightningRun:
                     "epoch_loop.automatic_optimization.optim_progress": {
                         "optimizer": {"step": {"current": _progress(steps_in_epoch, steps_in_epoch)}}
                     },
-                    "epoch_progress": {"current": _progress(entered, completed)},
+                    "epoch_progress": {"current": {**_progress(entered, completed), "processed": completed}},
                 }
             },
             "callbacks": {},

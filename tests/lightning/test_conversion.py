@@ -1,4 +1,4 @@
-"""Checkpoints of either program in many forms: what they hold under our names, and that training goes on from them."""
+"""Checkpoints of either program in many forms: what they hold under our names, and training from them."""
 
 import copy
 
@@ -62,7 +62,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_training_goes_on_as_in_the_program(case):
+def test_training_continues_as_in_the_program(case):
     build, ours, batches, options = CASES[case]
     run = build(**options)
     run.train(batches)
@@ -131,6 +131,27 @@ def test_an_epoch_is_behind_once_its_last_batch_is_whatever_lightning_calls_comp
         other = importing_run(run)
         other.take(content)
         assert (other.progress.epoch, other.progress.samples_in_epoch, other.scheduler.last_epoch) == (1, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("batches", "epochs", "is_open"),
+    [
+        (8, {"started": 1, "processed": 1, "completed": 1}, True),  # inside the second epoch
+        (12, {"started": 1, "processed": 1, "completed": 1}, True),  # at its last batch
+        (12, {"started": 1, "processed": 2, "completed": 1}, False),  # at its end
+        (12, {"started": 1, "processed": 2, "completed": 2}, False),  # at the end of the run
+    ],
+)
+def test_counters_of_a_run_that_lightning_resumed_from_the_last_batch_of_an_epoch(batches, epochs, is_open):
+    """As Lightning 2.6.6 wrote them: it does not count the epoch after the resume as started."""
+    run = lightning_run()
+    run.train(batches)
+    content = run.checkpoint(ended=not is_open)
+    content["loops"]["fit_loop"]["epoch_progress"]["current"] = epochs
+    content["epoch"] = epochs["completed"]
+    other = importing_run(run)
+    other.take(content)
+    assert (other.progress.epoch, other.progress.samples_in_epoch) == ((1, 4) if batches == 8 else (2, 0))
 
 
 def test_the_schedule_goes_by_our_epochs():
@@ -246,7 +267,7 @@ BROKEN = {
         lambda c: batches_of(c)["current"].update(processed=5), "5 batches in this epoch and 4 in all"
     ),
     "a negative counter": (lambda c: batches_of(c)["total"].update(processed=-4), "processed: -4: expected a whole"),
-    "epochs that were not started": (lambda c: c.update(epoch=2), "epoch 2, but 1 epochs were started"),
+    "epochs that were not started": (lambda c: c.update(epoch=7), "epoch 7, but 1 epochs were started"),
     "a negative global_step": (lambda c: c.update(global_step=-2), "global_step: -2: expected a whole number"),
     "a global_step that is no number": (lambda c: c.update(global_step=None), "global_step: None: expected a whole"),
     "a global_step before its steps": (lambda c: c.update(global_step=1), "step count of .*2.*expected 1 to global_s"),
@@ -330,7 +351,7 @@ def test_a_config_that_contradicts_the_file_is_refused_with_both_values(in_fligh
         importing_run(run, optim=optim).take(content)
 
 
-def test_what_may_differ_is_the_configs_and_is_said(in_flight):
+def test_what_may_differ_is_the_configs_and_is_reported(in_flight):
     run, content = in_flight
     other = importing_run(run, optim={"learning_rate": 2e-3, "weight_decay": 0.05}, allow_changed=["optim.*"])
     conversion, _ = other.take(content)

@@ -47,7 +47,7 @@ def final_weights(golden, names):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_training_goes_on_as_under_lightning(golden, name):
+def test_training_continues_as_under_lightning(golden, name):
     golden = golden(name)
     run = golden.run(CASES[name])
     conversion, report = run.take(read_lightning(golden.file))
@@ -75,7 +75,7 @@ def test_weights_without_terrain_go_into_a_network_that_has_it(golden):
     _, report = run.take(content)
     assert sorted(report.new) == sorted([*NEW, BIAS_TABLE])
     assert (report.weights, report.weights_expected, report.moments, report.moments_expected) == (57, 57, 57, 57)
-    # where what is new says nothing, the network is the one that Lightning trained
+    # with the new weights at zero, the network is the one that Lightning trained
     for name in (NEW[0], BIAS_TABLE):
         run.model.get_parameter(name).detach().zero_()
     forecast = run.forecast(golden["probe_x"], golden["probe_lead_hours"])

@@ -122,3 +122,29 @@ def test_a_flipped_bit_in_a_weight_is_found(tmp_path, content):
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ResumeRefused, match=r"in.ckpt: "):
         read_lightning(path)
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (
+            (".metadata", "__0_0.distcp"),
+            "by FSDP: run `python -m lightning.pytorch.utilities.consolidate_check",
+        ),
+        (
+            ("latest", "checkpoint/mp_rank_00_model_states.pt"),
+            "by DeepSpeed: .*convert_zero_checkpoint_to_fp32",
+        ),
+        (("checkpoint/zero_pp_rank_0_mp_rank_00_model_states.pt",), "sharded by DeepSpeed: .*optimizer's moments"),
+        (("epoch=1-step=7.ckpt",), r"not a file that torch\.save wrote"),
+    ],
+)
+def test_a_folder_of_shards_is_refused_with_the_way_to_make_one_file(tmp_path, files, words):
+    folder = tmp_path / "in.ckpt"
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+    with pytest.raises(ResumeRefused, match=words) as refused:
+        read_lightning(folder)
+    assert str(folder) in str(refused.value)
+    assert str(refused.value).isprintable()

@@ -1,4 +1,4 @@
-"""From a Lightning checkpoint to a run that goes on, as a user does it."""
+"""From a Lightning checkpoint to a run that resumes, as a user does it."""
 
 import json
 import os
@@ -50,14 +50,14 @@ def import_lightning(program, *overrides, name="in.ckpt", run="run"):
     return cli.main([str(word) for word in (*command, *overrides)])
 
 
-def test_a_run_goes_on_from_an_imported_checkpoint(program, config, lightning, capsys):
+def test_a_run_resumes_from_an_imported_checkpoint(program, config, lightning, capsys):
     assert import_lightning(program) == 0
-    said = capsys.readouterr().out
-    assert "published program, Lightning 2.6.6" in said
-    assert "weights 45/45, buffers 1/1, moments 45/45" in said
-    assert "the rest of the epoch follows ours" in said
-    assert f"data.mask: 96 cells count, {int(lightning.mask.sum())} by the file's china_mask" in said
-    assert said.endswith(f"resume with: python train.py {config} run.dir={program.folder / 'run'}\n")
+    output = capsys.readouterr().out
+    assert "published program, Lightning 2.6.6" in output
+    assert "weights 45/45, buffers 1/1, moments 45/45" in output
+    assert "the rest of the epoch follows ours" in output
+    assert f"data.mask: 96 cells count, {int(lightning.mask.sum())} by the file's china_mask" in output
+    assert output.endswith(f"resume with: python train.py {config} run.dir={program.folder / 'run'}\n")
     report = json.loads((program.folder / "run" / "import.json").read_text())
     assert report["names"]["model.blocks.0.attn.alpha"] == "blocks.0.attn.elevation_alpha"
 
@@ -65,9 +65,9 @@ def test_a_run_goes_on_from_an_imported_checkpoint(program, config, lightning, c
     masked = f"data.mask={program.folder / 'run' / 'china_mask.npy'}"
     assert np.array_equal(np.load(masked.partition("=")[2]), lightning.mask.numpy())
     assert import_lightning(program, masked, run="masked") == 0
-    said = capsys.readouterr().out
-    assert "warning" not in said
-    assert said.endswith(f"python train.py {config} {masked} run.dir={program.folder / 'masked'}\n")
+    output = capsys.readouterr().out
+    assert "warning" not in output
+    assert output.endswith(f"python train.py {config} {masked} run.dir={program.folder / 'masked'}\n")
     done = program.train(masked, run="masked")
     assert done.returncode == 0, done.stderr
     assert "resume from" in done.stderr
@@ -84,13 +84,16 @@ def test_a_run_goes_on_from_an_imported_checkpoint(program, config, lightning, c
     assert program.state("masked", step=6)["optimizer"]["state"]["pos_embed"]["step"] == 6
 
 
-def test_new_names_at_the_import_and_at_the_resume(program, config, tmp_path):
+def test_new_names_at_the_import_and_at_the_resume(program, config, tmp_path, capsys):
     run = LightningRun(Network(True, (8, 12), terrain=False))
     run.train(4)
     torch.save(run.checkpoint(), tmp_path / "in.ckpt")
     plain = ("model.terrain=none", "model.relative_position=false")
     new = "checkpoint.allow_new=[blocks.0.attn.elevation_alpha, blocks.0.attn.H_scale, '*.bias_table']"
     assert import_lightning(program) == 3
+    line = one_line(capsys)
+    for words in ("elevation_alpha", "H_scale", "bias_table", "checkpoint.allow_new to list those that may start"):
+        assert words in line
     assert import_lightning(program, new, run="new at the import") == 0
     done = program.train(run="new at the import")  # it holds every name now, so nothing need be allowed
     assert done.returncode == 0, done.stderr
@@ -142,11 +145,23 @@ def test_refusals_leave_no_run(program, config, lightning, tmp_path, capsys):
 
     torch.save({**lightning.checkpoint(), "callbacks": Malicious()}, tmp_path / "malicious.ckpt")
     torch.save({"state_dict": {}}, tmp_path / "weights.ckpt")
+    content = lightning.checkpoint()
+    torch.save({**content, "current_model_state": content["state_dict"]}, tmp_path / "averaged.ckpt")
+    content["optimizer_states"][0]["state"] = {}
+    torch.save(content, tmp_path / "empty.ckpt")
     for name, overrides, status, words in (
         ("malicious.ckpt", (), 3, "none of its code ran"),
         ("weights.ckpt", (), 3, "weights only"),
         ("nowhere.ckpt", (), 2, "not found"),
-        ("in.ckpt", ("optim.eta_min=0",), 3, "optim.eta_min: 1e-06 in the file, 0.0 in the config"),
+        (
+            "in.ckpt",
+            ("optim.eta_min=0",),
+            3,
+            "in.ckpt: contradicts the config: optim.eta_min: 1e-06 in the file",
+        ),
+        ("averaged.ckpt", (), 3, "expected --weights trained, as its training resumes, or --weights averaged"),
+        ("in.ckpt", ("--weights", "averaged"), 3, "holds no averaged weights"),
+        ("empty.ckpt", (), 3, "no moments (exp_avg, exp_avg_sq) other than zero, but global_step is 2"),
         ("in.ckpt", ("model.embed_dim=8",), 3, "expected (1, 15, 8)"),
         ("in.ckpt", ("optim.eta=0",), 2, "optim.eta"),
     ):
@@ -163,6 +178,20 @@ def test_a_lightning_file_as_checkpoint_is_refused_with_the_command_to_run(progr
     command = f"import-lightning {program.folder / 'in.ckpt'} --config CONFIG -o {program.folder / 'run'}"
     assert f"python -m topoflow {command}" in done.stderr.splitlines()[-1]
     assert not (program.folder / "run" / "checkpoints").exists()
+
+
+def test_the_trained_weights_are_imported_where_the_user_chose_them(program, config, lightning, tmp_path, capsys):
+    content = lightning.checkpoint()
+    halved = {name: tensor / 2 if name != "china_mask" else tensor for name, tensor in content["state_dict"].items()}
+    both = {"state_dict": halved, "current_model_state": content["state_dict"], "averaging_state": {}}
+    torch.save({**content, **both}, tmp_path / "in.ckpt")
+    for choice, factor in (("trained", 1), ("averaged", 0.5)):
+        assert import_lightning(program, "--weights", choice, run=choice) == 0
+        output = capsys.readouterr().out
+        assert ("the moments are those of the trained weights" in output) == (choice == "averaged")
+        pos_embed = program.state(choice, step=2)["model"]["pos_embed"]
+        assert torch.equal(pos_embed, content["state_dict"]["model.pos_embed"] * factor)
+    assert program.train(run="trained").returncode == 0
 
 
 def test_evaluate_refuses_it_too(program, config, lightning, capsys):

@@ -39,21 +39,23 @@ class Position:
 def read_position(checkpoint: Mapping[str, Any]) -> Position:
     """Return the position in a checkpoint; raise ResumeRefused if its counters are missing or contradict each other.
 
-    Three kinds of save have similar counters: inside an epoch, after its last batch, and after the run (which counts
-    its last epoch as complete even where max_steps cut it short; Lightning resumes inside it). So an epoch is complete
-    when its last batch is done. A save at the end of a training batch counts it as processed and not yet as completed.
+    Saves inside an epoch, after its last batch, and after the run (which counts its last epoch as completed even where
+    max_steps cut it short; Lightning resumes inside it) have similar counters. So an epoch is complete when its last
+    batch is done. `started` may be one too small after a resume from the last batch of an epoch (Lightning 2.6); so an
+    epoch is also known to be entered by a batch that is not yet completed, or by being processed and not completed.
     """
     loop = ("loops", "fit_loop")
-    batch = (*loop, "epoch_loop.batch_progress")
+    batch, epochs = (*loop, "epoch_loop.batch_progress"), (*loop, "epoch_progress", "current")
     optimizer = (*loop, "epoch_loop.automatic_optimization.optim_progress", "optimizer")
     step, epoch = take(checkpoint, int, "global_step"), take(checkpoint, int, "epoch")
-    started = take(checkpoint, int, *loop, "epoch_progress", "current", "started")
-    processed = take(checkpoint, int, *batch, "current", "processed")
+    started, ended = take(checkpoint, int, *epochs, "started"), take(checkpoint, int, *epochs, "processed")
+    processed, completed = (take(checkpoint, int, *batch, "current", key) for key in ("processed", "completed"))
     total = take(checkpoint, int, *batch, "total", "processed")
     steps = take(checkpoint, int, *optimizer, "step", "current", "completed")
-    behind = max(started - 1, 0)
+    entered = max(started, epoch + (completed < processed or ended == epoch + 1))
+    behind = max(entered - 1, 0)
     for fits, contradiction in (
-        (started - 1 <= epoch <= started, f"epoch {epoch}, but {started} epochs were started"),
+        (started - 1 <= epoch <= started + 1, f"epoch {epoch}, but {started} epochs were started"),
         (steps <= processed <= total, f"{steps} steps, but {processed} batches in this epoch and {total} in all"),
         (behind + steps <= step <= total, f"global_step {step}, but {behind} epochs, {steps} steps, {total} batches"),
         (behind > 0 or steps == step, f"global_step {step}, but {steps} steps in the first epoch"),
@@ -61,5 +63,5 @@ def read_position(checkpoint: Mapping[str, Any]) -> Position:
         if not fits:
             raise ResumeRefused(f"loops: {contradiction}: the file's counters contradict each other")
     if take(checkpoint, bool, *batch, "is_last_batch"):
-        return Position(step, started, 0, 0, processed)
+        return Position(step, entered, 0, 0, processed)
     return Position(step, behind, processed, steps, (total - processed) // behind if behind else None)
