@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from topoflow.checkpoint.state import GROUP_SETTINGS
 from topoflow.errors import ResumeRefused
 from topoflow.text import shorten
 from topoflow.tools.lightning.comparison import (
@@ -181,12 +182,9 @@ def _groups(moments: Moments, ours: Mapping[str, Mapping[str, Any]]) -> list[dic
     rates = {name: group.settings["lr"] for group in moments.groups for name in group.ours}
     return [
         {
-            "name": name,
+            **{key: group[key] for key in ("name", *GROUP_SETTINGS)},
             "lr": rates[name],
-            "initial_lr": group["initial_lr"],
-            "weight_decay": group["weight_decay"],
             "betas": list(group["betas"]),
-            "eps": group["eps"],
             "params": list(group["param_names"]),
         }
         for name, group in ours.items()
