@@ -145,9 +145,11 @@ class Resume(NewRun):
         by_new_names = [change for change in changes if self.config.allow_new and change.alters & NAMES]
         refused = [change for change in changes if change not in listed and change not in by_new_names]
         if refused:
+            adds_names = any(change.alters & NAMES for change in refused)
+            hint = ", or checkpoint.allow_new to list the new weights that may start fresh" if adds_names else ""
             raise ResumeRefused(
                 f"checkpoint {self.path}: its config or data differ from this run's: {'; '.join(map(str, refused))}: "
-                "expected the same, or checkpoint.allow_changed to list what may differ"
+                f"expected the same, or checkpoint.allow_changed to list what may differ{hint}"
             )
         for change in changes:
             log.warning("changed since the checkpoint, as checkpoint.allow_changed or allow_new permits: %s", change)
