@@ -58,11 +58,11 @@ def run_rank(rank: int, settings: Settings, port: int) -> None:
                     torch.cuda.synchronize()
                 seconds[name].append(time.perf_counter() - began)
         if context.is_main:
-            say(model, {name: np.array(values[1:]) for name, values in seconds.items()})  # the first warms up
+            print_figures(model, {name: np.array(values[1:]) for name, values in seconds.items()})  # the first warms up
 
 
-def say(model: torch.nn.Module, seconds: dict[str, np.ndarray]) -> None:
-    """The figures."""
+def print_figures(model: torch.nn.Module, seconds: dict[str, np.ndarray]) -> None:
+    """Print the cost of the proof."""
     every = DistributedConfig().verify_every_steps
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     step, proof = (np.median(seconds[name]) for name in ("step", "proof"))

@@ -112,9 +112,9 @@ def is_found(directory: CheckpointDirectory, newest: Path, file: Path) -> bool:
         except ResumeRefused as refusal:
             if file.name not in str(refusal):
                 return False
-    with warnings_of_the_program() as said:
+    with warnings_of_the_program() as messages:
         path, _ = directory.newest_whole()
-    return path != newest and any(f"{newest}: {file.name}" in line for line in said)
+    return path != newest and any(f"{newest}: {file.name}" in line for line in messages)
 
 
 def is_pointer_found(directory: CheckpointDirectory, pointer: Path) -> bool:
@@ -123,23 +123,23 @@ def is_pointer_found(directory: CheckpointDirectory, pointer: Path) -> bool:
         is_refused = directory.pointer(pointer.name) is None and not pointer.exists()
     except ResumeRefused as refusal:
         is_refused = str(pointer) in str(refusal)
-    with warnings_of_the_program() as said:
+    with warnings_of_the_program() as messages:
         _, state = directory.newest_whole()
         one_process = Context(Launch("none", "a campaign"), torch.device("cpu"))
         keep_or_forget_best(TrainProgress(**state["progress"]), directory, CheckpointConfig(), one_process)
-    return is_refused and any(str(pointer) in line for line in said)
+    return is_refused and any(str(pointer) in line for line in messages)
 
 
 @contextmanager
 def warnings_of_the_program() -> Iterator[list[str]]:
-    """What it says at warning level or above while the block runs."""
-    said: list[str] = []
+    """Collect the messages at warning level or above while the block runs."""
+    messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())
+    handler.emit = lambda record: messages.append(record.getMessage())
     log = logging.getLogger("topoflow")
     log.addHandler(handler)
     try:
-        yield said
+        yield messages
     finally:
         log.removeHandler(handler)
 

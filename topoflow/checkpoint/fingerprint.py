@@ -1,13 +1,13 @@
-"""Fingerprints of tensors, computed where they lie: integer sums, so that every device and any order give the same.
+"""Fingerprints of tensors, computed on their device: integer sums, equal on every device and in any order of summation.
 
 A fingerprint is a multilinear hash of the words w of a tensor (its bits, cut into integers) with fixed odd 64-bit
-weights a (Carter and Wegman 1979, in arithmetic modulo 2^64): sum_i a[i] w[i]. A changed word, however small the
-change, always changes it, because an odd factor is invertible; a swap of words changes it because each place has a
-weight of its own. It finds what goes wrong by accident; files carry SHA-256 as well.
+weights a (Carter and Wegman 1979, in arithmetic modulo 2^64): sum_i a[i] w[i]. Any change of one word changes it,
+because an odd factor is invertible; a swap of two words changes it because every position has its own weight. It
+detects accidental differences; files carry SHA-256 as well.
 
-On the host NumPy sums, with one thread. torch would take several, and a team of them for each thread that calls it:
-with two teams there are more threads than processors, and OpenMP then lets all of them sleep between operations, for
-the rest of the process (libgomp). When the thread that writes checkpoints did so, steps took a third longer.
+On the host NumPy computes the sum with one thread. torch would start a team of OpenMP threads for each calling thread;
+with two teams there are more threads than processors, and libgomp then makes all of them sleep between operations for
+the rest of the process. When the thread that writes checkpoints used torch here, steps took a third longer.
 """
 
 import functools
@@ -20,14 +20,14 @@ import torch
 from torch import nn
 
 CHUNK = 2**16
-"""Words that share a table of weights; each chunk has a factor of its own."""
+"""Words per chunk: chunks share one table of weights, and each chunk has its own factor."""
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def tensor_fingerprint(tensor: torch.Tensor) -> torch.Tensor:
-    """int64 [] on the tensor's device: the multilinear hash of its bits. Any shape and dtype up to 8 bytes."""
+    """Return int64 [] on the tensor's device: the multilinear hash of its bits. Any shape, dtypes of up to 8 bytes."""
     words = tensor.detach().contiguous().reshape(-1).view(_WORDS[tensor.dtype.itemsize])
     if tensor.device.type == "cpu":
         return torch.tensor(_sum_on_host(words.numpy()), dtype=torch.int64)
@@ -49,7 +49,7 @@ def _sum_on_host(words: np.ndarray) -> int:
 
 
 def fingerprints(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """{name: "float32[96, 96] 16 hex digits"}: dtype, shape and bits of each tensor."""
+    """Return {name: "float32[96, 96] 16 hex digits"}: dtype, shape and hash of the bits of each tensor."""
     by_device: dict[torch.device, list[str]] = {}
     for name, tensor in tensors.items():
         by_device.setdefault(tensor.device, []).append(name)
@@ -60,7 +60,7 @@ def fingerprints(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 
 def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, persistent: bool) -> dict[str, torch.Tensor]:
-    """Every weight, buffer, moment and step count under its own name, such as `exp_avg of head.0.weight`.
+    """Return every weight, buffer, moment and step count by name, such as `exp_avg of head.0.weight`.
 
     persistent: only what a checkpoint holds, so without the buffers that the model derives from its grid.
     """
@@ -75,7 +75,7 @@ def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, persistent
 
 
 def captured_tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors of a captured state under the names of `state_tensors`."""
+    """Return the tensors of a captured state under the names of `state_tensors`."""
     moments = state["optimizer"]["state"]
     return state["model"] | {f"{key} of {name}": tensor for name in moments for key, tensor in moments[name].items()}
 
@@ -103,7 +103,7 @@ def moment_updates(optimizer: torch.optim.Optimizer) -> dict[str, int]:
 
 
 def state_fingerprints(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> dict[str, str]:
-    """What ranks must agree on: fingerprints of all tensors, each group's settings, the scheduler's position."""
+    """Return what ranks must agree on: fingerprints of tensors, settings of each group, position of the scheduler."""
     prints = fingerprints(state_tensors(model, optimizer, persistent=False))
     for group in optimizer.param_groups:
         settings = {key: value for key, value in group.items() if key not in ("params", "name")}
@@ -117,7 +117,7 @@ def _kind(tensor: torch.Tensor) -> str:
 
 @functools.cache
 def _odd_weights(first: int, count: int, device: torch.device) -> torch.Tensor:
-    """int64 [count]: pseudo-random odd numbers, entries `first` to `first + count` of splitmix64 (Steele 2014)."""
+    """Return int64 [count], odd: entries `first` to `first + count` of splitmix64 (Steele 2014)."""
     z = (np.arange(first + 1, first + count + 1, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
