@@ -8,6 +8,11 @@ import argparse
 import logging
 import sys
 
+if __name__ == "__main__":
+    from topoflow.errors import prepare_process
+
+    prepare_process()  # before the imports below, which take seconds
+
 from topoflow.build import (
     build_normalization,
     build_plan,
@@ -26,7 +31,7 @@ from topoflow.config import Config
 from topoflow.config_io import config_help, load_config
 from topoflow.data.assembly import ForecastData
 from topoflow.data.normalization import Normalization
-from topoflow.errors import Refusal
+from topoflow.errors import Refusal, run_program
 from topoflow.evaluation import evaluate_model
 from topoflow.launch import choose_device, read_launch
 from topoflow.logs import setup_logging
@@ -34,7 +39,7 @@ from topoflow.ranks import Context, distributed_context
 from topoflow.reduction import build_reduction
 from topoflow.reproducibility import set_deterministic
 from topoflow.resume import read_start
-from topoflow.run_dir import RunDirectory, StopFlag, run_to_exit, say_refusal
+from topoflow.run_dir import RunDirectory, StopFlag, report_refusal, run_to_exit
 from topoflow.train_state import TrainState, verify_ranks
 from topoflow.trainer import RunOutput, Trainer
 from topoflow.watch import StartClock
@@ -52,14 +57,14 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(options.config, options.overrides)
     except Refusal as refusal:
         refusal.shared = True  # all processes read the same file and the same arguments
-        say_refusal(refusal, launch)
+        report_refusal(refusal, launch)
         return refusal.exit_status
     directory = RunDirectory(config.run.dir, launch.job, launch.restart)
 
     def run() -> None:
         device = choose_device(config.run.device, launch)
         set_deterministic(config.run, config.train.compile)
-        with distributed_context(launch, config.distributed, device, directory.leave, stop) as context:
+        with distributed_context(launch, config.distributed, device, directory.finish, stop) as context:
             context.watch.clock = clock
             with context.together("run directory"):
                 notes = directory.hold() if context.is_main else []
@@ -144,4 +149,4 @@ def evaluate_best(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

@@ -32,8 +32,8 @@ LAYERS = [
     ["checkpoint", "reduction", "loss"],
     ["ranks", "data", "model", "optim"],
     ["watch", "run_dir", "reproducibility"],
-    ["data.variables", "config_io", "logs", "launch"],
-    ["config"],
+    ["data.variables", "config_io", "logs", "launch", "lease"],
+    ["config", "files"],
     ["errors", "text"],
 ]
 TRAINER_FRAMEWORKS = {"lightning", "pytorch_lightning", "lightning_fabric", "accelerate", "transformers", "ignite"}

@@ -1,11 +1,7 @@
 """One process at a time in a run directory: real processes, stopped, killed and racing."""
 
 import contextlib
-import errno
-import fcntl
-import functools
 import json
-import logging
 import os
 import signal
 import socket
@@ -17,18 +13,19 @@ from pathlib import Path
 
 import pytest
 
-from topoflow import run_dir as holder
-from topoflow import run_dir as run_directory
+from topoflow import lease as lease_module
 from topoflow.errors import RunDirectoryError
+from topoflow.lease import FILE_NAME, Lease, host_identity, process_start
 from topoflow.logs import cut_metrics
-from topoflow.run_dir import FILE_NAME, Lease, RunDirectory
+from topoflow.run_dir import RunDirectory
 
 ROOT = Path(__file__).parents[1]
 PRELUDE = """
 import os, signal, sys, time
 from pathlib import Path
 from topoflow.errors import RunDirectoryError
-from topoflow.run_dir import Lease
+from topoflow.lease import Lease
+from topoflow.logs import cut_metrics
 from topoflow.run_dir import RunDirectory
 
 folder = Path(sys.argv[1])
@@ -143,7 +140,7 @@ def test_a_killed_process_is_followed_at_once_though_its_workers_survive(start, 
         process.kill()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and left a zombie
         began = time.monotonic()
-        assert lease().take() == []
+        assert lease().take() is None
         assert time.monotonic() - began < 2
     finally:
         os.kill(worker, signal.SIGKILL)
@@ -153,7 +150,7 @@ def test_a_killed_process_is_followed_at_once_though_its_workers_survive(start, 
 def test_each_taking_has_the_next_generation_also_after_a_release(lease, tmp_path):
     for generation in (1, 2, 3):
         one = lease()
-        assert one.take() == []
+        assert one.take() is None
         assert read_lease(tmp_path)["generation"] == generation
         one.release()
         with pytest.raises(RunDirectoryError, match="not held by this process"), one.writing():
@@ -192,7 +189,7 @@ def test_a_holder_elsewhere_that_stands_still_is_taken_over_after_its_time(lease
     with pytest.raises(RunDirectoryError, match="in use by"):
         lease().take(wait=False)
     began = time.monotonic()
-    [note] = lease().take()
+    note = lease().take()
     assert time.monotonic() - began >= 0.4
     assert "taken over from process" in note
     assert "no sign of life for 0.4 s" in note
@@ -214,7 +211,7 @@ def test_a_lower_restart_never_takes_from_one_that_may_live(lease, tmp_path):
     with pytest.raises(RunDirectoryError, match=r"a later start of this job, process .* restart 2\).* not restart 1"):
         lease(job="17", restart=1).take()
     assert contents(tmp_path) == before
-    assert "an earlier start of this job" in lease(job="17", restart=3).take()[0]
+    assert "an earlier start of this job" in lease(job="17", restart=3).take()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"generation": 3}', "typed"])
@@ -224,17 +221,12 @@ def test_a_damaged_lease_bars_nobody_for_long(lease, tmp_path, content):
     else:
         (tmp_path / FILE_NAME).write_text(content)
     began = time.monotonic()
-    [note] = lease(seconds=0.3).take()
+    note = lease(seconds=0.3).take()
     assert time.monotonic() - began >= 0.3
     assert "its damaged .lease does not name" in note
 
 
 RACE = """
-import errno, fcntl
-if sys.argv[2] == "without flock":
-    def flock(*arguments):
-        raise OSError(errno.ENOTSUP, "not supported")
-    fcntl.flock = flock
 lease = None
 for number in sys.stdin:
     lease = Lease(folder / number.strip())
@@ -246,10 +238,9 @@ for number in sys.stdin:
 """
 
 
-@pytest.mark.parametrize("locks", ["with flock", "without flock"])
-def test_of_processes_that_start_together_one_wins(start, tmp_path, locks):
-    processes = [start(RACE, locks) for _ in range(4)]
-    for number in range(60):
+def test_of_processes_that_start_together_one_wins(start, tmp_path):
+    processes = [start(RACE) for _ in range(4)]
+    for number in range(120):
         (tmp_path / str(number)).mkdir()
         if number % 2:
             write_lease(tmp_path / str(number), released=True)
@@ -263,25 +254,28 @@ def test_of_processes_that_start_together_one_wins(start, tmp_path, locks):
 
 
 TAKE_TURNS = """
-file = os.open(folder / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+path = folder / "metrics.jsonl"
 end = time.monotonic() + 120
 for restart in range(int(sys.argv[2]), 60, 2):
     lease = Lease(folder, "17", restart)
+    time.sleep(0.1)  # time for the other to write
     try:
         lease.take()
+        cut_metrics(path, 60, lease.writing)
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         while restart < 58 and time.monotonic() < end:
             with lease.writing():
-                os.write(file, f"{restart}\\n".encode())
+                os.write(file, f'{{"event": "train", "step": {restart}}}\\n'.encode())
     except RunDirectoryError:
         pass
 """
 
 
-def test_no_byte_is_appended_after_another_took_over(start, tmp_path):
+def test_no_line_is_appended_after_another_took_over(start, tmp_path):
     for process in [start(TAKE_TURNS, first) for first in (0, 1)]:
         process.communicate(timeout=180)
         assert process.returncode == 0
-    writers = list(map(int, (tmp_path / "log").read_text().split()))
+    writers = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert len(set(writers)) > 20  # so many takings from a process that was writing
     assert writers == sorted(writers)
 
@@ -310,7 +304,7 @@ try:
         if sys.argv[2] == "rename":
             directory.write_json("resume.json", {"by": "the one that lost"})
         else:
-            directory._lease._renew(beat=5)
+            directory._lease._update(beat=5)
 except RunDirectoryError as refusal:
     print(refusal)
 directory.write_exit(1, "by the one that lost")
@@ -323,15 +317,11 @@ directory.release()
 
 
 @pytest.mark.parametrize("action", ["rename", "append", "beat"])
-def test_a_process_stopped_in_the_middle_of_a_change_damages_nothing_when_it_wakes(
-    start, tmp_path, monkeypatch, action
-):
+def test_a_process_stopped_in_the_middle_of_a_change_damages_nothing_when_it_wakes(start, tmp_path, action):
     process = start(STOP_INSIDE, action)
     assert process.stdout.readline() == "inside\n"
-    monkeypatch.setattr(run_directory, "Lease", functools.partial(Lease, lock_seconds=0.3))
     successor = RunDirectory(tmp_path, "17", 1)
-    locked, taken = successor.hold()
-    assert "locked for 0.3 s, by a process that seems stopped" in locked
+    [taken] = successor.hold()
     assert "taken over from an earlier start of this job" in taken
     cut_metrics(tmp_path / "metrics.jsonl", 1, successor.writing)
     before = contents(tmp_path)
@@ -386,7 +376,7 @@ def test_it_beats_also_after_the_file_system_was_away(lease, tmp_path):
         pass
     one.release()
     assert read_lease(folder)["released"]
-    assert sorted(path.name for path in folder.iterdir()) == [".lease", ".lock"]
+    assert sorted(path.name for path in folder.iterdir()) == [".lease"]
 
 
 def test_the_beat_of_one_who_lost_it_is_not_written(lease, tmp_path):
@@ -397,66 +387,25 @@ def test_the_beat_of_one_who_lost_it_is_not_written(lease, tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_threads_write_side_by_side_and_leave_the_lock_free(lease, tmp_path):
-    one = lease()
-    one.take()
-    inside, leave = threading.Event(), threading.Event()
-
-    def write():
-        with one.writing():
-            inside.set()
-            leave.wait(60)
-
-    thread = threading.Thread(target=write)
-    with open(tmp_path / ".lock") as lock:
-        thread.start()
-        inside.wait(60)
-        with one.writing(), one.writing(), pytest.raises(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with pytest.raises(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        leave.set()
-        thread.join()
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def test_a_file_system_without_flock_is_said_once_and_the_generation_still_counts(lease, monkeypatch, caplog):
-    def flock(descriptor, operation):
-        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    one = lease(job="17")
-    [note] = one.take()
-    assert "no flock" in note
-    with caplog.at_level(logging.INFO, logger="topoflow"):
-        for _ in range(3):
-            with one.writing():
-                pass
-    assert caplog.messages == []
-    assert len(lease(job="17", restart=1).take()) == 2
-    with pytest.raises(RunDirectoryError, match="generation 2; this process held generation 1"), one.writing():
-        pass
-
-
 @pytest.mark.skipif(not Path("/bin/ps").exists(), reason="no ps")
 def test_where_there_is_no_proc_the_system_is_asked_by_ps(start, lease, monkeypatch, tmp_path):
     process = start("print('up', flush=True); sys.stdin.read()")
     process.stdout.readline()
-    monkeypatch.setattr(holder, "PROC", tmp_path / "nothing")
-    assert holder.whereabouts() == (socket.gethostname(), "", "")
-    first = holder.process_start(process.pid)
+    monkeypatch.setattr(lease_module, "PROC", tmp_path / "nothing")
+    assert host_identity() == (socket.gethostname(), "", "")
+    first = process_start(process.pid)
     assert first
-    assert first == holder.process_start(process.pid)
-    assert holder.process_start(1) not in (None, "", first)
+    assert first == process_start(process.pid)
+    assert process_start(1) not in (None, "", first)
     one = lease()
     one.take()
     with pytest.raises(RunDirectoryError, match="in use by"):
         lease().take()
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    assert holder.process_start(process.pid) is None
+    assert process_start(process.pid) is None
     process.wait()
-    assert holder.process_start(process.pid) is None
+    assert process_start(process.pid) is None
 
 
 # ---- the run directory, and launch scripts
@@ -490,7 +439,7 @@ def test_holding_removes_an_earlier_exit_and_what_was_not_finished(tmp_path):
     directory = RunDirectory(tmp_path)
     assert directory.hold() == []
     directory.release()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lease", ".lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lease"]
 
 
 def test_launch_scripts_can_ask(lease, tmp_path):

@@ -38,9 +38,6 @@ def main(arguments: list[str] | None = None) -> int:
     except Refusal as refusal:
         print(f"topoflow: {refusal}", file=sys.stderr)
         return refusal.exit_status
-    except KeyboardInterrupt:
-        print("topoflow: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # a reader such as head closed the pipe: Python must not flush to it at exit
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
         return 0

@@ -5,6 +5,7 @@ that the sum over ranks is exact; `finish` then adds the rows exactly (math.fsum
 """
 
 import csv
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 
 from topoflow.data.variables import VARIABLES
 from topoflow.errors import TrainingDiverged
+from topoflow.files import write_atomically
 from topoflow.text import format_table
 
 BASELINES = ("persistence", "climatology", "damped_persistence")
@@ -213,17 +215,12 @@ Record = dict[str, object]
 def write_scores(records: Sequence[Record], folder: Path) -> None:
     """Write scores.json and scores.csv, each atomically; a score that is not defined is null or an empty field."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("scores.json", "scores.csv"):
-        temporary = folder / f"{name}.tmp"
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            if name == "scores.json":
-                json.dump(list(records), file, indent=1, allow_nan=False)
-                file.write("\n")
-            else:
-                writer = csv.DictWriter(file, list(records[0]))
-                writer.writeheader()
-                writer.writerows(records)
-        temporary.replace(folder / name)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, list(records[0]))
+    writer.writeheader()
+    writer.writerows(records)
+    write_atomically(folder / "scores.json", json.dumps(list(records), indent=1, allow_nan=False) + "\n")
+    write_atomically(folder / "scores.csv", table.getvalue())
 
 
 COMPARED = (

@@ -211,13 +211,15 @@ class Resume(NewRun):
             for folder in checkpoints.archive_after(self.progress.step):
                 log.warning("archived as %s: this run resumes from step %d", folder.name, self.progress.step)
         path = run_dir.path if context.is_main else None
-        writer = MetricsWriter(path, self.progress.step, run_dir.writing, self.progress.validation_owed)
+        logged_every = self.saved["config"]["train"]["log_every_steps"]
+        progress = self.progress
+        writer = MetricsWriter(path, progress.step, run_dir.writing, progress.validation_owed, logged_every)
         if context.is_main:
-            self._write_report(run_dir)
+            self._write_report(run_dir, writer.missing_steps)
             writer.resume(self.progress.step, self.path)
         return writer
 
-    def _write_report(self, run_dir: RunDirectory) -> None:
+    def _write_report(self, run_dir: RunDirectory, missing_steps: list[int]) -> None:
         assert self.proof is not None, "written after the proof"
         run_dir.write_json(
             REPORT,
@@ -226,6 +228,7 @@ class Resume(NewRun):
                 "asked": self.config.resume,
                 **dataclasses.asdict(self.progress),
                 **self.report.to_dict(),
+                "missing_metrics_steps": missing_steps,
                 "proof": self.proof.to_dict(),
             },
         )

@@ -14,8 +14,8 @@ import pytest
 
 import topoflow
 from topoflow import cli
+from topoflow.lease import Lease
 from topoflow.reproducibility import hash_sources
-from topoflow.run_dir import Lease
 from topoflow.tools.doctor import storage
 from topoflow.tools.doctor.address import judge_interfaces
 from topoflow.tools.doctor.network import pair_up

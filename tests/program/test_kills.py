@@ -33,7 +33,7 @@ IN_SAVES_AND_RESUMES = [
     ("between the pointers", 8, "directory.py:save"),
     ("while an old checkpoint goes", 9, "directory.py:prune"),
     ("between two steps", 11, "trainer.py:fit"),
-    ("while metrics.jsonl is cut", 0, "tracking.py:cut_metrics"),
+    ("while metrics.jsonl is cut", 0, "logs.py:cut_metrics"),
 ]
 
 

@@ -12,8 +12,8 @@ from seen_samples import note_samples, noted_samples
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from topoflow.errors import RunDirectoryError
+from topoflow.lease import Lease
 from topoflow.logs import MetricsWriter
-from topoflow.run_dir import Lease
 from topoflow.trainer import Trainer
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from topoflow.run_dir import Lease
+from topoflow.lease import Lease
 from topoflow.trainer import Trainer
 
 ENDLESS = ("train.max_steps=100000", "data.validation=[]", "checkpoint.every_steps=1")

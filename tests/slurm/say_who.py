@@ -15,7 +15,7 @@ from topoflow.config import DistributedConfig
 from topoflow.errors import Refusal
 from topoflow.launch import choose_device, read_launch
 from topoflow.ranks import distributed_context
-from topoflow.run_dir import say_refusal
+from topoflow.run_dir import report_refusal
 
 
 def main() -> int:
@@ -32,7 +32,7 @@ def main() -> int:
         if launch.is_main:
             print(json.dumps({"said": str(launch), "reason": launch.reason, "everyone": everyone}), flush=True)
     except Refusal as refusal:
-        say_refusal(refusal, launch)
+        report_refusal(refusal, launch)
         return refusal.exit_status
     return 0
 

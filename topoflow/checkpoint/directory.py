@@ -13,7 +13,7 @@ from typing import Any
 
 from topoflow.checkpoint.file import read_checkpoint, verify_checkpoint, write_checkpoint
 from topoflow.errors import CheckpointUnreadable, MissingPath, ResumeRefused, RunDirectoryError
-from topoflow.run_dir import Guard, discard, flush_folder, replace_text
+from topoflow.files import Guard, discard, flush_folder, write_atomically
 from topoflow.text import shorten
 
 log = logging.getLogger(__name__)
@@ -282,7 +282,7 @@ class CheckpointDirectory:
 
     def _point(self, name: str, folder: Path) -> None:
         if self._named_by(name) != folder:
-            replace_text(self.path / name, _pointer_text(folder.name), self._guard)
+            write_atomically(self.path / name, _pointer_text(folder.name), self._guard)
 
     def _named_by(self, name: str) -> Path | None:
         """Return the path that an undamaged pointer names, existing or not."""

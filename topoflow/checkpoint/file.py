@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 
 from topoflow.errors import CheckpointUnreadable, MissingPath, ResumeRefused
-from topoflow.run_dir import Guard, discard, flush, flush_folder, hidden_beside
+from topoflow.files import Guard, discard, flush, flush_folder, hidden_name
 
 MANIFEST, STATE = "manifest.json", "state.pt"
 FORMAT = (1, 1)
@@ -68,7 +68,7 @@ def write_checkpoint(
         OSError: the file system refused; the temporary folder is removed and earlier content is intact.
         RunDirectoryError: `guard` refused, see `topoflow.run_dir`; the same holds.
     """
-    temporary = hidden_beside(folder, "writing")
+    temporary = hidden_name(folder, "writing")
     try:
         temporary.mkdir()
         manifest = {"format": list(FORMAT), "step": state["progress"]["step"]}
@@ -157,7 +157,7 @@ def _manifest_text(content: dict[str, Any]) -> str:
 
 def _move_into_place(temporary: Path, folder: Path, guard: Guard) -> None:
     """Rename the temporary folder. Between two renames an older one is hidden: `clean_up` restores it."""
-    replaced = hidden_beside(folder, "replaced") if folder.exists() else None
+    replaced = hidden_name(folder, "replaced") if folder.exists() else None
     if replaced is not None:
         with guard():
             os.rename(folder, replaced)

@@ -11,7 +11,7 @@ import numpy as np
 
 from topoflow.data.fields import FieldSource
 from topoflow.data.normalization import Normalization
-from topoflow.run_dir import replace_text
+from topoflow.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,6 @@ class NormalizationCache:
         content: dict[str, Any] = {"pairs": pairs, "fingerprint": normalization.fingerprint}
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(self._path, json.dumps(content))
+            write_atomically(self._path, json.dumps(content))
         except OSError as error:
             log.warning("data.cache: %s cannot be written: %s", self._path.parent, error.strerror or error)

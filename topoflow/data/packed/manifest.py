@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from topoflow.errors import DataError
-from topoflow.run_dir import replace_text
+from topoflow.files import write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT = "topoflow packed data 1"
@@ -95,7 +95,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Replace the manifest in `folder`: after a crash at any instant it is the old one or the new one."""
-        replace_text(folder / MANIFEST, self.text())
+        write_atomically(folder / MANIFEST, self.text())
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -17,7 +17,7 @@ from topoflow.launch import Launch, choose_device, read_launch
 from topoflow.logs import close_logging, setup_logging
 from topoflow.ranks import Context, distributed_context
 from topoflow.reproducibility import set_deterministic
-from topoflow.run_dir import say_refusal
+from topoflow.run_dir import report_refusal
 from topoflow.tools.doctor.address import forget_missing_interfaces
 from topoflow.tools.doctor.examination import Request, examine, facts
 from topoflow.tools.doctor.report import FAIL, Check, Finding, Report
@@ -39,7 +39,7 @@ def doctor(path: Path | None, overrides: Sequence[str] = (), as_json: bool = Fal
         config = load_config(path, overrides) if path else default_config()
     except Refusal as refusal:
         refusal.shared = True  # all processes read the same file and the same words
-        say_refusal(refusal, launch)
+        report_refusal(refusal, launch)
         return refusal.exit_status
     device, device_refusal = _choose_device(config, launch)
     request = Request(config, path, device_refusal, forget_missing_interfaces())

@@ -21,7 +21,7 @@ from topoflow.data.packed.reader import PackedIndex, is_packed
 from topoflow.data.source import held_variables, index_source, open_indexed
 from topoflow.data.variables import VARIABLES
 from topoflow.errors import ConfigError, DataError, Refusal
-from topoflow.run_dir import discard_unfinished, flush_folder, replace_text
+from topoflow.files import flush_folder, remove_unfinished, write_atomically
 from topoflow.tools.prepare.precision import DTYPES, choose_variables, cost, decode, encode, sum_up
 from topoflow.tools.prepare.report import PackReport
 from topoflow.tools.prepare.resampling import Method, Resampling, build_resampling
@@ -138,7 +138,7 @@ class _Packing:
             "--mask": "none" if mask is None else hashlib.sha256(self.statics["mask"].tobytes()).hexdigest()[:16],
         }
         self.present = read_manifest(output) if is_packed(output) else None
-        discard_unfinished(work)
+        remove_unfinished(work)
         if self.present is not None:
             _tidy(output)
 
@@ -180,7 +180,7 @@ class _Packing:
             return tuple(begun)
         chosen = choose_variables(self.source, self.dtype)
         plain = [vars(variable) for variable in chosen]
-        replace_text(plan, json.dumps({"settings": self.settings, "variables": plain}, indent=1))
+        write_atomically(plan, json.dumps({"settings": self.settings, "variables": plain}, indent=1))
         return chosen
 
     def _blocks(self, hours: np.ndarray, bar: tqdm, skip: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -223,7 +223,7 @@ class _Packing:
                 writer.write(stored, self._record(str(self.source.times[piece[0]])[:10], variables, values, stored))
             writer.finish()
         text = days_text(writer.days)
-        replace_text(self.work / record, text)
+        write_atomically(self.work / record, text)
         days = FileRecord(record, len(text), hashlib.sha256(text.encode()).hexdigest())
         return PackedYear(
             year, runs_of(times), writer.header, FileRecord(array, writer.size), days, states
@@ -290,7 +290,7 @@ class _Packing:
 
 def _tidy(output: Path) -> None:
     """Delete what is of no use any more once the manifest is in its place."""
-    discard_unfinished(output)
+    remove_unfinished(output)
     for path in (output / PLAN, output / LOCK, *output.glob("fields_*.journal")):
         path.unlink(missing_ok=True)
 

@@ -9,7 +9,7 @@ import numpy as np
 from topoflow.data.grid import Grid, same_place
 from topoflow.data.packed.manifest import FileRecord, Manifest
 from topoflow.errors import ConfigError, DataError
-from topoflow.run_dir import flush
+from topoflow.files import flush
 from topoflow.tools.prepare.resampling import Resampling
 
 

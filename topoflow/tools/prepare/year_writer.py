@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from topoflow.data.packed.days import DayRecord
-from topoflow.run_dir import flush, replace_text
+from topoflow.files import flush, write_atomically
 
 
 class YearWriter:
@@ -53,7 +53,7 @@ class YearWriter:
             self._file.truncate(written)
             self._file.seek(written)
             known = [self._identity, *(day.to_dict() for day in self.days)]
-            replace_text(self._journal_path, "".join(json.dumps(content) + "\n" for content in known))
+            write_atomically(self._journal_path, "".join(json.dumps(content) + "\n" for content in known))
             self._journal = open(self._journal_path, "a", encoding="ascii")
         except BaseException:
             self._file.close()

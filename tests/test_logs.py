@@ -4,9 +4,11 @@ import os
 import pty
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import termios
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,16 +91,19 @@ from topoflow.logs import MetricsWriter
 
 writer = MetricsWriter(Path(sys.argv[1]), None)
 lr = {f"group {i}": 1e-4 for i in range(20)}
-writer.train_step(step=1, epoch=0, samples=8, loss=0.5, grad_norm=1, lr=lr, seconds=1, samples_per_second=8)
+for step in (1, 2):
+    writer.train_step(step=step, epoch=0, samples=8, loss=0.5, grad_norm=1, lr=lr, seconds=1, samples_per_second=8)
+    if step == 1:
+        writer.checkpoint(1, "step-1")
 os._exit(0)
 """
 
 
-def test_a_killed_process_loses_no_line_and_no_point(tmp_path):
+def test_a_killed_process_loses_no_line_and_no_point_before_its_checkpoint(tmp_path):
     subprocess.run([sys.executable, "-c", KILLED_AFTER_A_STEP, str(tmp_path)], check=True)
-    assert [event["step"] for event in read_events(tmp_path)] == [1]
-    assert read_curve(tmp_path, "loss/train") == [(1, 0.5)]
-    assert read_curve(tmp_path, "learning_rate/group 19") == [(1, pytest.approx(1e-4))]
+    assert [event["step"] for event in read_events(tmp_path)] == [1, 1, 2]
+    assert read_curve(tmp_path, "loss/train")[0] == (1, 0.5)
+    assert read_curve(tmp_path, "learning_rate/group 19")[0] == (1, pytest.approx(1e-4))
 
 
 def test_numbers_that_are_not_finite_become_null_and_no_point(tmp_path):
@@ -131,6 +136,7 @@ def test_curves_and_lines_of_a_resumed_run_are_whole_and_do_not_overlap(tmp_path
     write_run(tmp_path, 1, 6, None, 0.0)
     expected = {step: float(step) for step in range(1, 7)}
     for number, (resume_step, last) in enumerate(resumptions, start=1):
+        time.sleep(1.1)  # TensorBoard orders the files of a run by the second in their names
         with caplog.at_level(logging.INFO, logger="topoflow"):
             write_run(tmp_path, resume_step + 1, last, resume_step, 0.25 * number)
         expected = {step: loss for step, loss in expected.items() if step <= resume_step}
@@ -142,11 +148,68 @@ def test_curves_and_lines_of_a_resumed_run_are_whole_and_do_not_overlap(tmp_path
     assert [e["step"] for e in events if e["event"] == "train"] == list(expected)
     assert [e["step"] for e in events if e["event"] == "validation"] == [s for s in expected if s % 2 == 0]
     assert [e["event"] for e in events].count("end") == 1
-    assert caplog.messages[0].endswith(f"lines cut because this run goes on from step {resumptions[0][0]}: {cut}")
+    moved = f"{cut} lines after step {resumptions[0][0]} moved to metrics-abandoned.jsonl"
+    assert caplog.messages[0].endswith(moved)
+
+
+@pytest.mark.parametrize("resume_step", [None, 2])
+def test_every_line_that_is_cut_is_kept_in_another_file(tmp_path, resume_step):
+    write_run(tmp_path, 1, 4, None, 0.0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"torn": ')
+    before = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    write_run(tmp_path, (resume_step or 0) + 1, 6, resume_step, 0.25)
+    abandoned = (tmp_path / "metrics-abandoned.jsonl").read_text().splitlines()
+    kept = before[:4] if resume_step else []
+    assert abandoned == before[len(kept) :]
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines()[: len(kept)] == kept
+    again = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    write_run(tmp_path, 1, 1, None, 0.5)
+    assert (tmp_path / "metrics-abandoned.jsonl").read_text().splitlines() == abandoned + again
+
+
+def test_lines_that_are_missing_before_the_resumed_step_are_named(tmp_path, caplog):
+    write_run(tmp_path, 1, 5, None, 0.0)
+    whole = MetricsWriter(tmp_path, 5, log_every_steps=1)
+    whole.close()
+    assert (whole.missing_steps, [m for m in caplog.messages if "missing" in m]) == ([], [])
+    writer = MetricsWriter(tmp_path, 14, log_every_steps=3)  # lines 6, 9 and 12 were lost with the power
+    assert writer.missing_steps == [6, 9, 12]
+    assert caplog.messages[-1] == f"{tmp_path}/metrics.jsonl: lines of these steps are missing: 6, 9, 12"
+    writer.resume(14, "step-14")
+    writer.close()
+    assert read_events(tmp_path)[-1] == {"event": "resume", "step": 14, "path": "step-14", "missing_steps": "6, 9, 12"}
+    nothing_to_compare = MetricsWriter(tmp_path / "imported", 14, log_every_steps=1)
+    nothing_to_compare.close()
+    assert nothing_to_compare.missing_steps == []
+
+
+FLUSHED = """
+import os, sys
+from pathlib import Path
+from topoflow.logs import MetricsWriter
+
+writer = MetricsWriter(Path(sys.argv[1]), None)
+writer.end(3, "x")
+os.write(2, b"------\\n")
+writer.checkpoint(3, "step-3")
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="no strace")
+def test_a_checkpoint_flushes_the_lines_to_the_disk(tmp_path):
+    trace = tmp_path / "trace"
+    command = ["strace", "-f", "-y", "-e", "trace=write,fsync", "-o", str(trace), sys.executable, "-c", FLUSHED]
+    subprocess.run([*command, str(tmp_path / "run")], check=True, capture_output=True)
+    calls = trace.read_text().partition("------")[2].splitlines()
+    of_lines = [line.split("(")[0].split()[-1] for line in calls if "metrics.jsonl" in line]
+    assert of_lines == ["write", "fsync"]
 
 
 def test_a_new_run_removes_what_an_earlier_one_left(tmp_path):
     write_run(tmp_path, 1, 4, None, 0.0)
+    time.sleep(1.1)
     write_run(tmp_path, 1, 2, None, 0.25)
     assert read_curve(tmp_path, "loss/train") == [(1, 1.25), (2, 2.25)]
     assert [event["step"] for event in read_events(tmp_path)] == [1, 2, 2, 2, 2]
@@ -163,7 +226,7 @@ def test_a_torn_last_line_is_removed_and_the_next_one_stands_alone(tmp_path):
 def test_a_whole_last_line_without_its_newline_is_kept(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"event": "train", "step": 1}\n{"event": "train", "step": 2}')
-    assert cut_metrics(path, 2) == 0
+    assert cut_metrics(path, 2) == (0, 2)
     assert path.read_text().splitlines() == ['{"event": "train", "step": 1}', '{"event": "train", "step": 2}']
     assert path.read_text().endswith("}\n")
 
@@ -194,7 +257,7 @@ def test_every_change_of_the_lines_is_made_inside_the_guard(tmp_path):
         write_step(writer, 2, 0.5)
         writer.end(2, "done")
         writer.close()
-    assert len(grown_inside) == 5  # two lines, a cut, two lines
+    assert len(grown_inside) == 7  # two lines; what is cut is kept, the rest copied and renamed; two lines
     assert [before for before, _ in grown_inside] == [b""] + [after for _, after in grown_inside[:-1]]
 
 
@@ -226,7 +289,7 @@ def test_an_append_to_the_old_file_after_a_cut_is_not_in_the_new_one(tmp_path):
     path, line = tmp_path / "metrics.jsonl", '{"event": "train", "step": 1}\n'
     path.write_text(line)
     with path.open("a") as of_who_held_it:
-        assert cut_metrics(path, 1) == 0
+        assert cut_metrics(path, 1) == (0, 1)
         of_who_held_it.write("late")
     assert path.read_text() == line
 
@@ -249,7 +312,7 @@ def test_lines_wait_while_the_disk_is_full(tmp_path, full_disk, capsys):
         write_step(writer, step, 0.5)
     assert (tmp_path / "metrics.jsonl").stat().st_size == size + 10
     said = capsys.readouterr().err
-    assert said.count("metrics.jsonl: cannot be written: File too large; lines wait until it can") == 1
+    assert said.count("metrics.jsonl: cannot be written: File too large; retried with each line") == 1
     full_disk(resource.RLIM_INFINITY)
     write_step(writer, 4, 0.5)
     writer.close()
@@ -267,7 +330,7 @@ def test_lines_that_never_could_be_written_are_counted_and_the_torn_one_goes_on_
     write_step(writer, 2, 0.5)
     writer.close()
     close_logging()
-    assert "metrics.jsonl: not written: its last 1 lines" in capsys.readouterr().err
+    assert "metrics.jsonl: its last 1 lines were not written" in capsys.readouterr().err
     full_disk(resource.RLIM_INFINITY)
     MetricsWriter(tmp_path, 1).close()
     assert (tmp_path / "metrics.jsonl").stat().st_size == size
@@ -283,16 +346,18 @@ def test_curves_end_where_their_disk_is_full(tmp_path, full_disk, capsys):
     writer = MetricsWriter(tmp_path, None)
     setup_logging(tmp_path, True)
     write_step(writer, 1, 0.5)
+    writer.checkpoint(1, "step-1")
     (curves,) = (tmp_path / "tensorboard").iterdir()
     full_disk(curves.stat().st_size + 10)
     write_step(writer, 2, 0.5)
+    writer.checkpoint(2, "step-2")
     full_disk(resource.RLIM_INFINITY)
     write_step(writer, 3, 0.5)
     writer.close()
     close_logging()
     said = capsys.readouterr().err
-    assert said.count("tensorboard: cannot be written: File too large; its curves end here") == 1
-    assert [event["step"] for event in read_events(tmp_path)] == [1, 2, 3]
+    assert said.count("tensorboard: cannot be written: File too large; the curves end here") == 1
+    assert [event["step"] for event in read_events(tmp_path)] == [1, 1, 2, 2, 3]
     assert read_curve(tmp_path, "loss/train") == [(1, 0.5)]
 
 
