@@ -46,6 +46,8 @@ def test_grid_stations_writes_cell_means(tmp_path, stations, capsys):
         (["grid-stations", "STATIONS", "-o", "OUT", "--degrees", "0.3", "--box", "20,22,100,102"], "0.3"),
         (["grid-stations", "STATIONS", "-o", "STATIONS"], "stations.nc"),
         (["demo-data", "STATIONS"], "stations.nc"),
+        (["demo-data", "/proc/demo/world"], "/proc/demo: cannot be written: "),
+        (["grid-stations", "STATIONS", "-o", "/proc/world"], "/proc: cannot be written: "),
         (["demo-data", "OUT", "--days", "0"], "--days 0"),
         (["evaluate", "nowhere"], "nowhere"),
         (["pack", "nowhere", "-o", "OUT"], "nowhere"),

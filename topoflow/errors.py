@@ -90,7 +90,7 @@ def prepare_process() -> None:
 def _interrupt(number: int, frame: FrameType | None) -> None:
     caller = frame
     while caller is not None:
-        if caller.f_globals.get("__name__") == "importlib._bootstrap":
+        if caller.f_code.co_filename.startswith("<frozen importlib"):
             print_error("interrupted")
             os._exit(EXIT_INTERRUPTED)
         caller = caller.f_back

@@ -20,7 +20,7 @@ from topoflow.data.normalization import Normalization
 from topoflow.data.sampling import build_eval_loader
 from topoflow.data.splits import split_starts, split_times
 from topoflow.data.variables import VARIABLES
-from topoflow.errors import ConfigError, StopRequested
+from topoflow.errors import ConfigError, RunDirectoryError, StopRequested
 from topoflow.forecast_case import ForecastCase
 from topoflow.metrics import Record, ScoreSums, format_scores, write_scores
 from topoflow.ranks import Context
@@ -50,6 +50,7 @@ def evaluate_model(
     Raises:
         ConfigError: the config gives no range for `split`.
         TrainingDiverged: a forecast is not finite.
+        RunDirectoryError: on rank 0, if `output` cannot be written.
         StopRequested: a signal arrived on any rank.
     """
     if split not in data.splits:
@@ -73,15 +74,18 @@ def evaluate_model(
     observed = evaluator.sum_observations()
     records = evaluator.score(baselines, observed)
     if context.is_main:
-        write_scores(records, output)
-        # imported here: matplotlib takes 0.4 s and opens hundreds of files, and only rank 0 draws
+        # imported here because matplotlib takes 0.4 s and hundreds of files, and only rank 0 draws
         from topoflow.plots import plot_case, plot_skill
 
-        plot_skill(records, output / "skill.png")
-        case = evaluator.select_case(baselines, observed)
-        if case is not None:
-            plot_case(case, output / "case.png")
         log.info("%s", format_scores(records))
+        case = evaluator.select_case(baselines, observed)
+        try:
+            write_scores(records, output)
+            plot_skill(records, output / "skill.png")
+            if case is not None:
+                plot_case(case, output / "case.png")
+        except OSError as error:
+            raise RunDirectoryError(f"{output}: cannot be written: {error.strerror or error}") from None
         log.info("scores and plots written to %s", output)
     return records
 
@@ -183,6 +187,7 @@ class Evaluator:
 
         Raises:
             TrainingDiverged: a forecast is not finite.
+        RunDirectoryError: on rank 0, if `output` cannot be written.
         """
         context, dataset = self.context, self.dataset
         scale = np.array([VARIABLES[name].display_scale for name in dataset.target_names])[:, None, None]

@@ -2,8 +2,10 @@
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,8 +85,32 @@ def test_model_options_that_the_checkpoint_does_not_fit_are_refused(program, run
         assert override.partition("=")[0] in capsys.readouterr().err
 
 
-def test_an_output_that_cannot_be_made_is_refused_before_the_work(program, run, capsys):
-    assert cli.main(["evaluate", str(run), "--output", str(program.config / "below")]) == 2
-    printed = capsys.readouterr().err
-    assert "cannot be made" in printed
-    assert "RMSE" not in printed
+def test_an_output_that_cannot_be_created_is_refused_before_the_work(program, run, capsys):
+    for folder in (program.config / "below", Path("/proc/self/net")):  # a file above it; a folder that is read-only
+        assert cli.main(["evaluate", str(run), "--output", str(folder)]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[-1].startswith(f"error: {folder}: cannot be written: ")
+        assert not [line for line in lines if "scoring" in line or "RMSE" in line]
+
+
+def test_a_run_of_somebody_else_is_refused_before_the_work_and_scored_elsewhere(program, run):
+    """The folder is read-only also for root, who runs CI: a mount of its own."""
+    evaluate = [sys.executable, "-m", "topoflow", "evaluate", str(run)]
+    script = 'mount -o bind,ro "$1" "$1" || exit 99; shift; exec "$@"'
+
+    def read_only(*options):
+        command = ["unshare", "-m", "sh", "-c", script, "sh", str(run), *evaluate, *options]
+        return subprocess.run(command, env=program.environment(), capture_output=True, text=True)
+
+    shutil.rmtree(run / "evaluation" / "validation", ignore_errors=True)
+    done = read_only("--split", "validation")
+    if done.returncode in (1, 99) and "topoflow" not in done.stderr:
+        pytest.skip(f"no read-only mount here: {done.stderr.strip()}")
+    assert done.returncode == 2, done.stderr
+    folder = run / "evaluation" / "validation"
+    assert done.stderr.splitlines()[-1].startswith(f"error: {folder}: cannot be written: Read-only file system")
+    assert "Traceback" not in done.stderr
+    assert "scoring" not in done.stderr
+    done = read_only("--output", str(program.folder / "mine"))
+    assert done.returncode == 0, done.stderr
+    assert scores(program.folder / "mine")

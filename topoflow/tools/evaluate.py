@@ -10,8 +10,9 @@ from topoflow.checkpoint.state import deliver, plan_weights, read_everywhere
 from topoflow.config import CHANNELS, NETWORK, Config
 from topoflow.config_io import changed_keys, override_config
 from topoflow.data.normalization import Normalization
-from topoflow.errors import ConfigError, RunDirectoryError
+from topoflow.errors import ConfigError
 from topoflow.evaluation import evaluate_model
+from topoflow.files import require_writable
 from topoflow.metrics import Record
 from topoflow.ranks import Context
 from topoflow.reproducibility import set_deterministic
@@ -33,11 +34,18 @@ def score_checkpoint(
 
     Raises:
         MissingPath, ResumeRefused: the checkpoint is missing or damaged.
-        ConfigError, DataError: an override or the data cannot be used.
+        ConfigError, DataError: an override, the data or `output` cannot be used.
         StopRequested: a signal arrived on any rank.
     """
     context.watch.enter("evaluation")
     path, saved = read_everywhere(context, lambda: find_checkpoint(source), ("model", "data", "config"))
+    if output is None:
+        in_run = path.parent.name == "checkpoints"
+        output = (path.parent.parent if in_run else path.parent) / "evaluation"
+        output = output if split == "test" else output / split
+    with context.together("output"):
+        if context.is_main:
+            require_writable(output)  # before the work
     with context.together("config"):
         config = override_config(saved["config"], overrides, f"the checkpoint {path}")
         _require_same_network(saved["config"], config, path)
@@ -59,12 +67,6 @@ def score_checkpoint(
     deliver(context, restore.pairs)
     normalization = Normalization.from_dict(saved["data"]["normalization"])
     log.info("scoring %s on the %s split", path, split)
-    if output is None:
-        in_run = path.parent.name == "checkpoints"
-        output = (path.parent.parent if in_run else path.parent) / "evaluation"
-        output = output if split == "test" else output / split
-    with context.together("output"):
-        _make_folder(output)
     return evaluate_model(context, model, data, normalization, split, config.train, output)
 
 
@@ -72,10 +74,3 @@ def _require_same_network(saved: dict, config: Config, path: Path) -> None:
     refused = [change for change in changed_keys(saved, config) if change.alters & (NETWORK | CHANNELS)]
     if refused:
         raise ConfigError(f"{'; '.join(map(str, refused))}: expected as in {path}: its weights fit these channels only")
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunDirectoryError(f"{folder}: cannot be made: {error.strerror}") from None

@@ -12,7 +12,7 @@ from topoflow.errors import ConfigError
 from topoflow.tools.demo.geography import LAYER_M, Geography, build_geography
 from topoflow.tools.demo.transport import advect, diffuse
 from topoflow.tools.demo.weather import Weather, WeatherFields, draw_weather, red_noise, weather_fields
-from topoflow.tools.prepare.store_writer import Field, StoreWriter, refuse_existing
+from topoflow.tools.prepare.store_writer import Field, StoreWriter, require_new_folder
 
 START = np.datetime64("2018-10-01T00", "h")
 SPIN_UP_HOURS = 96
@@ -72,7 +72,7 @@ def make_demo_data(
         raise ConfigError(f"--grid {grid[0]}x{grid[1]}: expected at least 8x8")
     if seed < 0:
         raise ConfigError(f"--seed {seed}: expected an integer >= 0")
-    refuse_existing(output)
+    require_new_folder(output)
     world = build_world(days, grid, seed)
     gaps = np.random.default_rng([seed, 3])
     geography, times = world.geography, world.weather.times[SPIN_UP_HOURS:]

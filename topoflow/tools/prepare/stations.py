@@ -12,7 +12,7 @@ from topoflow.data.variables import VARIABLES
 from topoflow.errors import DataError
 from topoflow.tools.prepare.cells import Cells, build_cells, cell_means_of_points, check_covers
 from topoflow.tools.prepare.station_file import StationFile, conversion, open_netcdf, open_station_file
-from topoflow.tools.prepare.store_writer import Field, StoreWriter, refuse_existing
+from topoflow.tools.prepare.store_writer import Field, StoreWriter, require_new_folder
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def grid_stations(
         ConfigError: `output` exists; `degrees` does not divide the box.
         DataError: a file that is not as above (wrong dims, unknown unit, times not whole hours ...), no station inside.
     """
-    refuse_existing(output)
+    require_new_folder(output)
     files = [open_station_file(Path(path)) for path in inputs]
     if not files:
         raise DataError("inputs: none given: expected at least one station file")

@@ -13,6 +13,7 @@ import zarr
 import zarr.codecs
 
 from topoflow.errors import ConfigError
+from topoflow.files import require_writable
 
 CHUNK_BYTES = 256 << 10
 CHUNK_HOURS = (8, 720)
@@ -35,12 +36,19 @@ class Field:
     dtype: str = "float32"
 
 
-def refuse_existing(output: Path) -> None:
-    """ConfigError if something is at `output` already; an empty folder counts as nothing."""
-    if output.is_dir() and not any(output.iterdir()):
-        return
-    if output.exists() or output.is_symlink():
+def require_new_folder(output: Path) -> None:
+    """Check, before the work, that the folder `output` can be created.
+
+    Raises:
+        ConfigError: something other than an empty folder exists there, or the folder above cannot be written.
+    """
+    try:
+        is_empty = output.is_dir() and not any(output.iterdir())
+    except OSError as error:
+        raise ConfigError(f"{output}: cannot be read: {error.strerror}") from None
+    if not is_empty and (output.exists() or output.is_symlink()):
         raise ConfigError(f"{output}: already exists: expected a new or empty folder")
+    require_writable(output.absolute().parent)
 
 
 class StoreWriter:
@@ -68,7 +76,7 @@ class StoreWriter:
         dynamic: Mapping[str, Field],
         attributes: Mapping[str, str],
     ):
-        refuse_existing(output)
+        require_new_folder(output)
         assert np.all(np.diff(times) > np.timedelta64(0, "h")), "times must increase"
         self.output = output
         self.times = times.astype("datetime64[h]")

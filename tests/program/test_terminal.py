@@ -1,0 +1,62 @@
+"""What happens on the terminal of a run must not decide how the run ends."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHORT = ("train.max_steps=4", "data.validation=[]", "data.workers=0")
+
+
+def assert_whole(program):
+    assert program.exit_record()["status"] == 0
+    assert sorted(program.losses()) == [1, 2, 3, 4]
+    assert "step 4/4" in (program.folder / "run" / "train.log").read_text()
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+def test_a_run_without_stderr_trains(program, closed):
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", *program.command(*SHORT)]
+    assert subprocess.run(command, env=program.environment()).returncode == 0
+    assert_whole(program)
+
+
+def test_a_run_whose_stderr_has_no_reader_any_more_trains(program):
+    process = program.start(*SHORT)
+    assert process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    assert_whole(program)
+
+
+def test_a_refusal_that_nobody_reads_has_its_status(program):
+    command = ["sh", "-c", 'exec "$@" 2>&-', "sh", *program.command("model.depth=0")]
+    assert subprocess.run(command, env=program.environment()).returncode == 2
+
+
+def has_loaded(process, library):
+    try:
+        return library in Path(f"/proc/{process.pid}/maps").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    "program_arguments", [["train.py", "configs/demo.yaml"], ["-m", "topoflow", "evaluate", "runs/nowhere"]]
+)
+@pytest.mark.parametrize(("library", "delay"), [("libtorch_cpu", 0.0), ("libtorch_python", 0.05)])
+def test_interrupted_while_it_imports_a_program_prints_one_line(program_arguments, library, delay):
+    process = subprocess.Popen(
+        [sys.executable, *program_arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while not has_loaded(process, library):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.005)
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output) == (130, "topoflow: interrupted\n")
