@@ -7,8 +7,8 @@ from benchmarks.start import QUICK, measure_imports, measure_starts, print_impor
 NOT_AT_THE_START = {
     "PIL", "google", "matplotlib", "netCDF4", "numcodecs", "pandas", "sympy", "tensorboard", "xarray", "zarr",
 }  # fmt: skip
-NOT_BEFORE_THE_FIRST_STEP = {"PIL", "absl", "matplotlib", "netCDF4", "sympy"}
-NEVER_IN_ONE_PROCESS = {"torch._dynamo", "torch._inductor", "torch.utils.tensorboard"}
+NOT_BEFORE_THE_FIRST_STEP = {"PIL", "matplotlib", "netCDF4", "sympy"}
+NEVER_IN_ONE_PROCESS = {"torch._dynamo", "torch._inductor"}
 
 
 @pytest.fixture(scope="module")
