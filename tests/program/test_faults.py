@@ -185,7 +185,7 @@ def test_a_refused_resume_changes_nothing_but_its_exit_record_and_log(resume, sa
     assert resume("moments_zeroed").returncode == 3
     after = contents(program.folder / "run")
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-    assert changed <= {"exit.json", "train.log", ".lock", ".lease"}
+    assert changed <= {"exit.json", "train.log", ".lease"}
 
 
 def test_without_a_fault_the_same_command_goes_on(resume, program):

@@ -72,7 +72,7 @@ def wait_until_free(run):
     """A killed launcher's processes may live on for a moment and hold the run directory."""
     for _ in range(600):
         try:
-            return Lease(run).look()
+            return Lease(run).check()
         except RunDirectoryError:
             time.sleep(0.1)
     raise AssertionError("the run directory is still held")
@@ -87,7 +87,7 @@ def test_the_report_says_what_was_restored(program):
     assert report["new"] == report["moved"] == []
     assert set(report["learning_rates"]) == {"vit_blocks", "wind_embedding", "head", "others"}
     assert "step-00000007" in report["from"]
-    assert "lines cut because this run goes on from step 7" in resumed.stderr
+    assert "lines after step 7 moved to metrics-abandoned.jsonl" in resumed.stderr
 
 
 def test_tensorboard_curves_go_on_without_overlap(program):
