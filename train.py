@@ -9,7 +9,7 @@ import logging
 import sys
 
 if __name__ == "__main__":
-    from topoflow.errors import prepare_process
+    from topoflow.terminal import prepare_process
 
     prepare_process()  # before the imports below, which take seconds
 
@@ -31,7 +31,7 @@ from topoflow.config import Config
 from topoflow.config_io import config_help, load_config
 from topoflow.data.assembly import ForecastData
 from topoflow.data.normalization import Normalization
-from topoflow.errors import Refusal, run_program
+from topoflow.errors import Refusal
 from topoflow.evaluation import evaluate_model
 from topoflow.launch import choose_device, read_launch
 from topoflow.logs import setup_logging
@@ -40,6 +40,7 @@ from topoflow.reduction import build_reduction
 from topoflow.reproducibility import set_deterministic
 from topoflow.resume import read_start
 from topoflow.run_dir import RunDirectory, StopFlag, report_refusal, run_to_exit
+from topoflow.terminal import run_program
 from topoflow.train_state import TrainState, verify_ranks
 from topoflow.trainer import RunOutput, Trainer
 from topoflow.watch import StartClock

@@ -91,27 +91,32 @@ def test_pack_reports_its_result_and_verify_names_damage(tmp_path, capsys, optio
 def test_an_output_that_cannot_be_created_is_one_line_and_status_2(tmp_path, stations, capsys, command):
     output = stations / "out"
     assert cli.main([*(str(stations) if word == "STATIONS" else word for word in command), str(output)]) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == f"topoflow: {output}: cannot be written: File exists"
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"topoflow: {output.parent}: cannot be written: File exists: expected a writable folder"
+    )
 
 
-INTERRUPT_AT_NUMPY = """
+INTERRUPT_AT_IMPORT = """
 import os, signal, sys
+
+interrupted = sys.argv[1]
+sys.argv[1:] = ["inspect", "nowhere"]
 
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name == "numpy":
+        if name == interrupted:
             sys.meta_path.remove(self)
             os.kill(os.getpid(), signal.SIGINT)
 
 sys.meta_path.insert(0, Finder())
-from topoflow import cli
-sys.exit(cli.main(["inspect", "nowhere"]))
+from topoflow.__main__ import main
+sys.exit(main())
 """
 
 
 @pytest.mark.parametrize("module", ["numpy", "torch.nn"])
 def test_ctrl_c_while_importing_is_one_line(module):
-    done = subprocess.run([sys.executable, "-c", INTERRUPT_AT_NUMPY, module], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", INTERRUPT_AT_IMPORT, module], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "topoflow: interrupted\n")
 
 

@@ -34,6 +34,7 @@ LAYERS = [
     ["watch", "run_dir", "reproducibility"],
     ["data.variables", "config_io", "logs", "launch", "lease"],
     ["config", "files"],
+    ["terminal"],
     ["errors", "text"],
 ]
 TRAINER_FRAMEWORKS = {"lightning", "pytorch_lightning", "lightning_fabric", "accelerate", "transformers", "ignite"}

@@ -2,7 +2,7 @@
 
 import sys
 
-from topoflow.errors import prepare_process, run_program
+from topoflow.terminal import prepare_process, run_program
 
 
 def main() -> int:

@@ -6,10 +6,8 @@ Each command imports what it needs when it runs, so that those without torch sta
 import argparse
 import os
 import shlex
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 from topoflow.config_io import config_help
@@ -53,8 +51,7 @@ def _add_demo_data(commands) -> None:
 
 
 def _demo_data(options: argparse.Namespace) -> int:
-    with _deferred_interrupt():
-        from topoflow.tools.demo.world import make_demo_data
+    from topoflow.tools.demo.world import make_demo_data
 
     _log_to_terminal()
     make_demo_data(options.out, options.days, options.grid, options.seed, progress=sys.stderr.isatty())
@@ -73,8 +70,7 @@ def _add_grid_stations(commands) -> None:
 
 
 def _grid_stations(options: argparse.Namespace) -> int:
-    with _deferred_interrupt():
-        from topoflow.tools.prepare.stations import grid_stations
+    from topoflow.tools.prepare.stations import grid_stations
 
     _log_to_terminal()
     shown = sys.stderr.isatty()
@@ -112,9 +108,8 @@ def _add_pack(commands) -> None:
 
 
 def _pack(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    with _deferred_interrupt():
-        from topoflow.tools.prepare.packing import PackOptions, pack
-        from topoflow.tools.prepare.verification import verify
+    from topoflow.tools.prepare.packing import PackOptions, pack
+    from topoflow.tools.prepare.verification import verify
 
     shown = sys.stderr.isatty()
     if (options.data is None) != (options.output is None):
@@ -150,13 +145,12 @@ def _add_evaluate(commands) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    with _deferred_interrupt():
-        from topoflow.config import DistributedConfig
-        from topoflow.launch import choose_device, read_launch
-        from topoflow.logs import setup_logging
-        from topoflow.ranks import distributed_context
-        from topoflow.run_dir import StopFlag, run_to_exit
-        from topoflow.tools.evaluate import score_checkpoint
+    from topoflow.config import DistributedConfig
+    from topoflow.launch import choose_device, read_launch
+    from topoflow.logs import setup_logging
+    from topoflow.ranks import distributed_context
+    from topoflow.run_dir import StopFlag, run_to_exit
+    from topoflow.tools.evaluate import score_checkpoint
 
     launch = read_launch()
     device = choose_device(options.device, launch)
@@ -184,9 +178,8 @@ def _add_inspect(commands) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    with _deferred_interrupt():
-        from topoflow.tools.compare import compare
-        from topoflow.tools.inspect import inspect
+    from topoflow.tools.compare import compare
+    from topoflow.tools.inspect import inspect
 
     found = inspect(options.path) if options.other is None else compare(options.path, options.other)
     print(found.as_json() if options.json else "\n".join(found.lines), flush=True)
@@ -212,12 +205,11 @@ def _add_import_lightning(commands) -> None:
 
 
 def _import_lightning(options: argparse.Namespace) -> int:
-    with _deferred_interrupt():
-        from topoflow.config_io import load_config
-        from topoflow.launch import choose_device, read_launch
-        from topoflow.ranks import distributed_context
-        from topoflow.reproducibility import set_deterministic
-        from topoflow.tools.lightning.run import import_run
+    from topoflow.config_io import load_config
+    from topoflow.launch import choose_device, read_launch
+    from topoflow.ranks import distributed_context
+    from topoflow.reproducibility import set_deterministic
+    from topoflow.tools.lightning.run import import_run
 
     config = load_config(options.config, [*options.overrides, f"run.dir={options.output}"])
     launch = read_launch()
@@ -243,20 +235,9 @@ def _add_doctor(commands) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    with _deferred_interrupt():
-        from topoflow.tools.doctor.command import doctor
+    from topoflow.tools.doctor.command import doctor
 
     return doctor(Path(options.config) if options.config else None, options.overrides, options.json)
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[None]:
-    """Hold back Ctrl-C during imports: torch ignores one while it imports numpy, and others end in a traceback."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _log_to_terminal() -> None:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from tqdm import tqdm
 
-from topoflow.errors import RunDirectoryError, write_stderr
+from topoflow.errors import RunDirectoryError
 from topoflow.files import Guard, flush, flush_folder, write_atomically
+from topoflow.terminal import write_stderr
 from topoflow.text import format_table, number_ranges
 
 if TYPE_CHECKING:

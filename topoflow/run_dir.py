@@ -15,11 +15,12 @@ from typing import Any
 
 from topoflow.config import Config
 from topoflow.config_io import dump_config
-from topoflow.errors import EXIT_DONE, ConfigError, Refusal, RunDirectoryError, print_error
+from topoflow.errors import EXIT_DONE, ConfigError, Refusal, RunDirectoryError
 from topoflow.files import remove_unfinished, write_atomically
 from topoflow.launch import Launch
 from topoflow.lease import Lease
 from topoflow.logs import close_logging
+from topoflow.terminal import print_error
 
 log = logging.getLogger(__name__)
 
