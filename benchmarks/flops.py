@@ -2,8 +2,8 @@
 
     python -m benchmarks.flops [--sizes a,b,c] [--rounds N] [--threads N] [--quick]
 
-The peak is the best, over sizes, of the median time of square multiplications in float32, and in bfloat16, by torch.mm
-(MKL here) and by our linear layer (oneDNN where that is there). It is taken anew in each round, in a process just
+The peak is the best, over sizes and over the libraries in torch (MKL by torch.mm, oneDNN by torch.utils.mkldnn), of the
+median time of square multiplications in float32, and in bfloat16. It is taken anew in each round, in a process just
 before the one that is compared with it, since a shared machine has no other peak than the present one. A model FLOP is
 a multiplication or an addition of the forward pass; the backward pass counts twice the forward, and what is computed
 again (activation checkpointing, attention) does not count.
@@ -16,6 +16,8 @@ import sys
 import time
 
 import torch
+from torch import nn
+from torch.utils.mkldnn import to_mkldnn
 
 from benchmarks.fresh import run_fresh
 from benchmarks.model_step import OURS, measure_step
@@ -31,7 +33,6 @@ from benchmarks.sizes import (
     chosen_threads,
 )
 from benchmarks.tables import print_table, spread
-from topoflow.model.linear import Linear
 from topoflow.model.wind import HIDDEN_DIM, NUM_FEATURES
 
 MATRIX_SIZES = (512, 1024, 2048, 4096)
@@ -70,9 +71,11 @@ def measure_peak(dtype: torch.dtype, threads: int, seconds: float = SECONDS_PER_
     best = 0.0
     for n in MATRIX_SIZES if seconds >= SECONDS_PER_MATRIX_SIZE else MATRIX_SIZES[:1]:
         a, b = (torch.randn(n, n, dtype=dtype) for _ in range(2))
-        out, layer = torch.empty(n, n, dtype=dtype), Linear(n, n, bias=False, dtype=dtype)
-        for multiply in (functools.partial(torch.mm, a, b, out=out), functools.partial(layer, a)):
-            taken, end = [], time.perf_counter() + seconds / 2
+        ways = [functools.partial(torch.mm, a, b, out=torch.empty(n, n, dtype=dtype))]
+        if dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            ways.append(functools.partial(to_mkldnn(nn.Linear(n, n, bias=False).eval()), a))
+        for multiply in ways:
+            taken, end = [], time.perf_counter() + seconds / len(ways)
             with torch.inference_mode():
                 while time.perf_counter() < end or len(taken) < 4:
                     began = time.perf_counter()

@@ -156,7 +156,10 @@ class ModelConfig:
     mlp_ratio: float = key(4.0, alters=NETWORK)
     """Hidden width of a block's MLP over embed_dim."""
     drop_rate: float = key(0.1, alters=MATHEMATICS)
-    """Dropout on embeddings, attention weights, projections and MLPs."""
+    """Dropout on embeddings, projections and MLPs."""
+    attn_drop_rate: float = key(0.0, alters=MATHEMATICS)
+    """Dropout on attention weights, in the blocks of block_dropout, by a slower path; for imported weights: block 0 of
+    the published program had it, at its drop_rate."""
     block_dropout: Literal["all", "first", "none"] | None = key(None, alters=MATHEMATICS)
     """Blocks that drop with drop_rate, for imported weights; absent: first with patch_norm or relative_position (as the
     published program did), else all."""
@@ -183,7 +186,7 @@ class ModelConfig:
         _require(self, "embed_dim", self.embed_dim % heads == 0, f"a multiple of model.num_heads = {heads}")
         _require(self, "embed_dim", self.embed_dim % 4 == 0, "a multiple of 4 (2-D sin-cos positions)")
         _require(self, "mlp_ratio", self.mlp_ratio > 0, "a number > 0")
-        for key in ("drop_rate", "drop_path"):
+        for key in ("drop_rate", "attn_drop_rate", "drop_path"):
             _require(self, key, 0 <= getattr(self, key) < 1, "a number from 0 to below 1")
         _require(self, "elevation_alpha_init", self.elevation_alpha_init >= 0, "a number >= 0")
 
@@ -252,7 +255,8 @@ class TrainConfig:
     activation_checkpointing: bool = key(False, alters=NOTHING)
     """Recompute each block's activations in the backward pass instead of keeping them."""
     flex_attention: bool = key(True, alters=NOTHING)
-    """On GPUs, damp attention across terrain by FlexAttention, which compiles a kernel; false: in plain torch."""
+    """On GPUs, attend with the terrain bias by FlexAttention, which compiles a kernel; false: by torch's plain path, in
+    memory of several values per head and pair of tokens."""
     early_stopping_patience: int | None = key(None, alters=NOTHING)
     """Stop after this many validations in a row without a new best; null never stops early."""
     validate_every_steps: int | None = key(None, alters=NOTHING)

@@ -1,3 +1,4 @@
+import copy
 import sys
 import types
 
@@ -5,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from topoflow.model import attention
 from topoflow.model.attention import Attention, Block, drop_path
 
 
@@ -29,7 +29,6 @@ def same_blocks(timm_block, drop_rate=0.0, drop_path_rate=0.0):
     for parameter in reference.parameters():
         nn.init.normal_(parameter, std=0.3)
     ours = Block(Attention(D, heads, drop_rate), D, 4.0, drop_rate, drop_path_rate)
-    ours.attn.drop_rate = 0.0
     ours.load_state_dict(reference.state_dict())  # strict: the names and shapes are the same
     return ours, reference
 
@@ -42,8 +41,7 @@ def outputs_and_gradients(block, x, seed):
 
 @pytest.mark.parametrize(("drop_rate", "drop_path_rate"), [(0.0, 0.0), (0.3, 0.0), (0.2, 0.5)])
 def test_block_is_timms_block(timm_block, drop_rate, drop_path_rate):
-    # in training mode with the same random state, so the dropouts stand at the same places and draw in the same order;
-    # that of the attention weights has draws of its own: tests/model/test_tiled_attention.py
+    # in training mode with the same random state: dropouts are at the same places and draw in the same order
     ours, reference = same_blocks(timm_block, drop_rate, drop_path_rate)
     x, seed = torch.randn(6, 10, 32, requires_grad=True), torch.randn(6, 10, 32)
     for modes in (True, False):
@@ -53,23 +51,24 @@ def test_block_is_timms_block(timm_block, drop_rate, drop_path_rate):
             torch.testing.assert_close(ours_value, expected_value, rtol=1e-5, atol=1e-5)
 
 
-def test_wide_and_narrow_heads_have_one_function(monkeypatch):
+def test_values_and_gradients_are_those_of_the_formula_in_float64():
     torch.manual_seed(0)
-    block, x, seed = Block(Attention(32, 4, 0.0), 32, 4.0, 0.0, 0.0), torch.randn(2, 40, 32), torch.randn(2, 40, 32)
+    B, N, D, heads = 2, 40, 32, 4
+    attention, x, seed = Attention(D, heads, drop_rate=0.0), torch.randn(B, N, D), torch.randn(B, N, D)
     x.requires_grad_()
-    tiled = outputs_and_gradients(block, x, seed)
-    with monkeypatch.context() as patch:
-        patch.setattr(attention, "tiled_attention", None)  # it is not asked
-        patch.setattr(attention, "LARGEST_TILED_HEAD", 7)
-        fused = outputs_and_gradients(block, x, seed)
-    for ours, torchs in zip(tiled, fused, strict=True):
-        torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-5)
+    actual = outputs_and_gradients(attention, x, seed)
+    exact, exact_x = copy.deepcopy(attention).double(), x.detach().double().requires_grad_()
+    q, k, v = exact.qkv(exact_x).reshape(B, N, 3, heads, D // heads).unbind(2)
+    weights = (torch.einsum("bihd,bjhd->bhij", q, k) / (D // heads) ** 0.5).softmax(-1)
+    y = exact.proj(torch.einsum("bhij,bjhd->bihd", weights, v).reshape(B, N, D))
+    expected = [y, *torch.autograd.grad(y, [exact_x, *exact.parameters()], seed.double())]
+    for ours, plain in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours.double(), plain, rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_falls_on_attention_weights_in_training_only():
+def test_attn_drop_rate_drops_attention_weights_in_training_only():
     torch.manual_seed(0)
-    attention, x = Attention(12, 3, drop_rate=0.5), torch.randn(2, 5, 12)
-    attention.proj_drop.p = 0.0
+    attention, x = Attention(12, 3, drop_rate=0.0, attn_drop_rate=0.5), torch.randn(2, 5, 12)
     attention.eval()
     assert torch.equal(attention(x), attention(x))
     attention.train()

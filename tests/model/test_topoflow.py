@@ -196,7 +196,8 @@ def test_dropout_on_embeddings(batch):
     model.blocks[0].register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
     model.train()(*batch)
     assert 0.4 < (seen[0] == 0).float().mean() < 0.6
-    assert all(block.attn.drop_rate == block.mlp.drop.p == 0.5 for block in model.blocks)
+    assert all(block.attn.attn_drop_rate == 0.0 for block in model.blocks)
+    assert all(block.attn.proj_drop.p == block.mlp.drop.p == 0.5 for block in model.blocks)
 
 
 @pytest.mark.parametrize(

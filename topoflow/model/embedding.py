@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from topoflow.model.linear import Linear
-
 
 def split_patches(x: Tensor, patch_size: int) -> Tensor:
     """Cut fields [B, V, H, W] into patches [B, N, V, p*p]: N in raster order, the cells of a patch in raster order."""
@@ -61,7 +59,7 @@ class VariableAggregation(nn.Module):
         self.num_heads = num_heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * embed_dim))
-        self.out_proj = Linear(embed_dim, embed_dim)
+        self.out_proj = nn.Linear(embed_dim, embed_dim)
 
     def forward(self, query: Tensor, inputs: Tensor, matrices: Tensor | None) -> Tensor:
         """Attend from query [1, 1, D] to the tokens inputs[:, :, v] @ matrices[v] of the variables v.

@@ -13,7 +13,6 @@ from topoflow.model.attention import Attention, Block
 from topoflow.model.embedding import PatchEmbedding, VariableAggregation, split_patches, unpatchify
 from topoflow.model.initialization import initialize_weights
 from topoflow.model.legacy import NormedPatchEmbedding, RelativePositionBias, require_regional_grid, scan_regionally
-from topoflow.model.linear import Linear
 from topoflow.model.terrain import TerrainAttention, patch_heights
 from topoflow.model.wind import WindRank
 
@@ -23,9 +22,10 @@ class TopoFlow(nn.Module):
 
     input_names and target_names are the channels of the input and of the output; img_size is (rows, columns) of the
     grid; patch_x_km, patch_y_km [N] are the patch centres in raster order, x east and y north, used if config.wind is
-    rank. activation_checkpointing: recompute blocks in the backward pass. flex_attention: see `TerrainAttention`.
-    Weights are whatever torch's layers start with: `build_model` gives the initial ones. Raises ConfigError if the
-    patch size does not divide the grid or the wind scan is not defined on it, ValueError if the patch centres are not
+    rank. activation_checkpointing: recompute blocks in the backward pass. flex_attention: attend with biases by
+    FlexAttention on GPUs, else by torch's plain path. Weights are whatever torch's layers start with: `build_model`
+    gives the initial ones. Raises ConfigError if the patch size does not divide the grid or the wind scan is not
+    defined on it, ValueError if the patch centres are not
     N finite numbers.
     """
 
@@ -67,8 +67,8 @@ class TopoFlow(nn.Module):
         self.pos_drop = nn.Dropout(config.drop_rate)
         self.blocks = nn.ModuleList(self._build_block(index) for index in range(config.depth))
         self.norm = nn.LayerNorm(D)
-        hidden = [layer for _ in range(config.decoder_depth) for layer in (Linear(D, D), nn.GELU())]
-        self.head = nn.Sequential(*hidden, Linear(D, len(self.target_names) * p * p))
+        hidden = [layer for _ in range(config.decoder_depth) for layer in (nn.Linear(D, D), nn.GELU())]
+        self.head = nn.Sequential(*hidden, nn.Linear(D, len(self.target_names) * p * p))
 
     @property
     def num_patches(self) -> int:
@@ -85,13 +85,19 @@ class TopoFlow(nn.Module):
         D, heads = config.embed_dim, config.num_heads
         published = config.patch_norm or config.relative_position
         dropping = config.block_dropout or ("first" if published else "all")
-        drop_rate = config.drop_rate if dropping == "all" or (dropping == "first" and index == 0) else 0.0
-        rel_pos_bias = RelativePositionBias(heads, self.grid_size) if index == 0 and config.relative_position else None
+        drops = dropping == "all" or (dropping == "first" and index == 0)
+        options = {
+            "attn_drop_rate": config.attn_drop_rate if drops else 0.0,
+            "rel_pos_bias": RelativePositionBias(heads, self.grid_size)
+            if index == 0 and config.relative_position
+            else None,
+            "flex": self.flex_attention,
+        }
+        drop_rate = config.drop_rate if drops else 0.0
         if index == 0 and config.terrain == "endpoint":
-            alpha = config.elevation_alpha_init
-            attn = TerrainAttention(D, heads, drop_rate, alpha, rel_pos_bias, self.flex_attention)
+            attn = TerrainAttention(D, heads, drop_rate, config.elevation_alpha_init, **options)
         else:
-            attn = Attention(D, heads, drop_rate, rel_pos_bias)
+            attn = Attention(D, heads, drop_rate, **options)
         drop_path_rate = config.drop_path * index / max(config.depth - 1, 1)
         return Block(attn, D, config.mlp_ratio, drop_rate, drop_path_rate)
 
