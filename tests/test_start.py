@@ -7,8 +7,8 @@ from benchmarks.start import QUICK, measure_imports, measure_starts, print_impor
 NOT_AT_THE_START = {
     "PIL", "google", "matplotlib", "netCDF4", "numcodecs", "pandas", "sympy", "tensorboard", "xarray", "zarr",
 }  # fmt: skip
-NOT_BEFORE_THE_FIRST_STEP = {"PIL", "matplotlib", "netCDF4", "sympy"}
-NEVER_IN_ONE_PROCESS = {"torch._dynamo", "torch._inductor"}
+NOT_BEFORE_THE_FIRST_STEP = {"PIL", "matplotlib", "netCDF4"}
+NOT_BY_IMPORTING = {"torch._dynamo", "torch._inductor", "torch.utils.tensorboard"}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_the_program_imports_little_beyond_torch(imports):
     beyond = train - torch
     assert "topoflow.trainer" in beyond
     assert packages(beyond) & NOT_AT_THE_START == set()
-    assert beyond & NEVER_IN_ONE_PROCESS == set()
+    assert beyond & NOT_BY_IMPORTING == set()
     assert len(beyond) <= 150
 
 
@@ -43,11 +43,10 @@ def test_importing_the_program_takes_at_most_a_quarter_more_than_importing_torch
 
 
 @pytest.mark.parametrize("kind", ["cold", "warm"])
-def test_one_process_makes_its_first_step_without_compiler_and_plots(starts, kind):
+def test_one_process_makes_its_first_step_without_plots(starts, kind):
     (run,) = starts[kind]
     assert "topoflow.logs" in run["modules"]
     assert packages(run["modules"]) & NOT_BEFORE_THE_FIRST_STEP == set()
-    assert set(run["modules"]) & NEVER_IN_ONE_PROCESS == set()
 
 
 def test_a_run_tells_its_phases_and_the_benchmark_prints_them(imports, starts, capsys):

@@ -1,6 +1,5 @@
 """Parameter groups by name, AdamW over them, and the learning-rate schedule."""
 
-import inspect
 import math
 from typing import Any
 
@@ -14,7 +13,7 @@ _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 
 def group_of(name: str) -> str:
-    """Parameter group of a parameter of this name: `others` holds what no other group claims."""
+    """Return the parameter group of a parameter of this name; `others` holds what no other group claims."""
     for group, prefix in _GROUP_PREFIXES.items():
         if name.startswith(prefix):
             return group
@@ -22,9 +21,9 @@ def group_of(name: str) -> str:
 
 
 def group_parameters(model: nn.Module) -> list[dict[str, Any]]:
-    """All parameters of the model, each in exactly one group, with their names.
+    """Return all parameters of the model, each in exactly one group, with their names.
 
-    Returns: a list of {"name": group, "params": [parameters], "param_names": [names]} in the order of
+    The result is a list of {"name": group, "params": [parameters], "param_names": [names]} in the order of
     PARAMETER_GROUPS, and in each group in the model's own order. Groups without parameters are left out.
 
     Raises: ValueError if one parameter has two names, or the model is wrapped (DDP, torch.compile) so that its names
@@ -46,29 +45,17 @@ def group_parameters(model: nn.Module) -> list[dict[str, Any]]:
     return [group for group in groups.values() if group["params"]]
 
 
-class EagerAdamW(torch.optim.AdamW):
-    """torch's AdamW without the marks that it has for torch.compile, which is never given an optimizer here.
-
-    Whoever calls a marked method imports the whole compiler (torch._dynamo, sympy: 1.3 s and 800 modules). What the
-    marks wrap is torch's own code, so the bits are those of torch.optim.AdamW.
-    """
-
-    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
-    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
-
-
-def build_optimizer(model: nn.Module, config: OptimConfig) -> EagerAdamW:
-    """AdamW over the groups of `group_parameters`, each at learning_rate x its multiplier.
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Return AdamW over the groups of `group_parameters`, each at learning_rate x its multiplier.
 
     Every parameter is decayed, biases and norms too, as in the program whose checkpoints we import. Each group keeps
-    `name`, `param_names` and `initial_lr`. The fused implementation runs, on CPU and GPUs: one pass over weights,
-    gradients and moments, in which every element is updated by itself, so its bits repeat.
+    `name`, `param_names` and `initial_lr`. The fused implementation makes one pass over weights, gradients and moments
+    and updates each element on its own, so its bits repeat.
     """
     groups = group_parameters(model)
     for group in groups:
         group["lr"] = group["initial_lr"] = config.learning_rate * config.group_multipliers[group["name"]]
-    return EagerAdamW(
+    return torch.optim.AdamW(
         groups,
         lr=config.learning_rate,
         betas=tuple(config.betas),
@@ -81,13 +68,13 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> EagerAdamW:
 def learning_rate_at(
     step: int, initial_lr: float, config: OptimConfig, steps_per_epoch: int, total_steps: int
 ) -> float:
-    """Learning rate of a group after `step` optimizer steps (the rate that step number step + 1 uses).
+    """Return the learning rate of a group after `step` optimizer steps (the rate that step number step + 1 uses).
 
     cosine: with t = min(1, elapsed / schedule_length), elapsed in steps or in whole epochs,
 
         eta_min + (initial_lr - eta_min) * (1 + cos(pi t)) / 2        (SGDR, arXiv 1608.03983, eq. 5, no restart)
 
-    as torch's CosineAnnealingLR has it, but staying at eta_min afterwards instead of rising again. A group that
+    as in torch's CosineAnnealingLR, but staying at eta_min afterwards instead of rising again. A group that
     starts below eta_min rises to it, except that a rate of 0 stays 0: a multiplier of 0 freezes its group.
     Warm-up: optimizer step k of the first warmup_steps takes k / warmup_steps of its rate.
     """
@@ -106,13 +93,13 @@ def learning_rate_at(
 def build_scheduler(
     optimizer: torch.optim.Optimizer, config: OptimConfig, steps_per_epoch: int, total_steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The schedule of `learning_rate_at`, to be stepped once after every optimizer step.
+    """Return the schedule of `learning_rate_at`, to be stepped once after every optimizer step.
 
-    The rate is a closed form of the step count, which is all that a checkpoint has to restore; nothing accumulates.
+    The rate is a closed form of the step count, so a checkpoint restores only that count; nothing accumulates.
     The lambdas are plain functions, so the state dict holds counts and rates and none of the config.
 
     Args: optimizer from `build_optimizer` (its groups have `initial_lr`); steps_per_epoch >= 1; total_steps >= 1, the
-    length of the run, which schedule_length = null means.
+    length of the run, used where schedule_length is null.
     """
     assert steps_per_epoch >= 1, steps_per_epoch
     assert total_steps >= 1, total_steps
