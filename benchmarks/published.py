@@ -51,14 +51,14 @@ class RelativePositionBias(nn.Module):
 class TerrainAttention(nn.Module):
     """Attention with scores written out, biased by relative position and by how much higher the key stands."""
 
-    def __init__(self, embed_dim: int, num_heads: int):
+    def __init__(self, embed_dim: int, num_heads: int, relative_position: bool):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.attn_drop = nn.Dropout(0.0)
         self.proj = nn.Linear(embed_dim, embed_dim)
         self.proj_drop = nn.Dropout(0.0)
-        self.rel_pos_bias = RelativePositionBias(num_heads)
+        self.rel_pos_bias = RelativePositionBias(num_heads) if relative_position else None
         self.alpha = nn.Parameter(torch.full((1,), 2.0))
 
     def forward(self, x: Tensor, places: Tensor, heights: Tensor) -> Tensor:
@@ -66,7 +66,8 @@ class TerrainAttention(nn.Module):
         B, N, D = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         scores = (q @ k.transpose(-2, -1)) * (D // self.num_heads) ** -0.5
-        scores = scores + self.rel_pos_bias(places)
+        if self.rel_pos_bias is not None:
+            scores = scores + self.rel_pos_bias(places)
         climb = F.relu((heights.unsqueeze(1) - heights.unsqueeze(2)) / HEIGHT_SCALE)  # [B, N, N], rows are queries
         damping = torch.clamp(-self.alpha * climb, min=-10.0, max=0.0)
         scores = scores + damping.unsqueeze(1).expand(-1, self.num_heads, -1, -1)
@@ -78,10 +79,10 @@ class TerrainAttention(nn.Module):
 class TerrainBlock(nn.Module):
     """timm's block around that attention."""
 
-    def __init__(self, embed_dim: int, num_heads: int):
+    def __init__(self, embed_dim: int, num_heads: int, relative_position: bool):
         super().__init__()
         self.norm1 = nn.LayerNorm(embed_dim)
-        self.attn = TerrainAttention(embed_dim, num_heads)
+        self.attn = TerrainAttention(embed_dim, num_heads, relative_position)
         self.norm2 = nn.LayerNorm(embed_dim)
         self.mlp = Mlp(embed_dim, int(embed_dim * MLP_RATIO))
 
@@ -94,12 +95,12 @@ class TerrainBlock(nn.Module):
 class PatchEmbedding(nn.Module):
     """A convolution for each variable, as one with groups, and a norm of each variable's tokens."""
 
-    def __init__(self, num_variables: int, embed_dim: int):
+    def __init__(self, num_variables: int, embed_dim: int, normed: bool):
         super().__init__()
         self.proj_weights = nn.Parameter(torch.empty(num_variables, embed_dim, 1, PATCH_SIZE, PATCH_SIZE))
         self.proj_biases = nn.Parameter(torch.zeros(num_variables, embed_dim))
         nn.init.trunc_normal_(self.proj_weights, std=0.02)
-        self.norm = nn.LayerNorm(embed_dim)
+        self.norm = nn.LayerNorm(embed_dim) if normed else nn.Identity()
 
     def forward(self, x: Tensor, variables: Tensor) -> Tensor:
         """x [B, V, H, W], variables int64 [V] -> tokens [B, V, N, D]."""
@@ -110,20 +111,23 @@ class PatchEmbedding(nn.Module):
 
 
 class PublishedNetwork(nn.Module):
-    """The network at a size: all its variables are inputs, and it forecasts all of them."""
+    """The network at a size: all its variables are inputs, and it forecasts all of them.
 
-    def __init__(self, size: Size):
+    with_priors=False leaves out relative position and the norm of variables' tokens, which TopoFlow has not.
+    """
+
+    def __init__(self, size: Size, with_priors: bool = True):
         super().__init__()
         self.size = size
         V, D, heads = len(INPUTS), size.embed_dim, size.num_heads
-        self.patch_embed = PatchEmbedding(V, D)
+        self.patch_embed = PatchEmbedding(V, D, normed=with_priors)
         self.var_embed = nn.Parameter(torch.randn(1, V, D) * 0.02)
         self.var_query = nn.Parameter(torch.zeros(1, 1, D))
         self.var_agg = nn.MultiheadAttention(D, heads, batch_first=True)
         self.pos_embed = nn.Parameter(torch.randn(1, size.num_patches, D) * 0.02)
         self.lead_time_embed = nn.Linear(1, D)
         plain = (Block(D, heads, MLP_RATIO, qkv_bias=True, norm_layer=nn.LayerNorm) for _ in range(size.depth - 1))
-        self.blocks = nn.ModuleList([TerrainBlock(D, heads), *plain])
+        self.blocks = nn.ModuleList([TerrainBlock(D, heads, relative_position=with_priors), *plain])
         self.norm = nn.LayerNorm(D)
         hidden = [layer for _ in range(DECODER_DEPTH) for layer in (nn.Linear(D, D), nn.GELU())]
         self.head = nn.Sequential(*hidden, nn.Linear(D, V * PATCH_SIZE**2))
@@ -160,8 +164,8 @@ class PublishedNetwork(nn.Module):
 class PublishedStep:
     """Its training step: masked squared error of the targets, AdamW with one group of parameters, no clipping."""
 
-    def __init__(self, size: Size):
-        self.network = PublishedNetwork(size).train()
+    def __init__(self, size: Size, with_priors: bool = True):
+        self.network = PublishedNetwork(size, with_priors).train()
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-4, weight_decay=1e-2)
         self.targets = torch.tensor([INPUTS.index(name) for name in TARGETS])
         self.mask = torch.ones(1, 1, *size.grid, dtype=torch.bool)

@@ -69,6 +69,14 @@ def test_the_published_network_is_the_published_function():
     assert expected["blocks.0.attn.rel_pos_bias.bias_table"].abs().max() > 1e-3
 
 
+def test_without_its_priors_the_published_network_has_neither_relative_position_nor_token_norm():
+    whole, without = dict(PublishedNetwork(SMALL).named_parameters()), PublishedNetwork(SMALL, with_priors=False)
+    missing = whole.keys() - dict(without.named_parameters()).keys()
+    assert missing == {"blocks.0.attn.rel_pos_bias.bias_table", "patch_embed.norm.weight", "patch_embed.norm.bias"}
+    batch = same_terrain_batch()
+    assert without.double()(batch["x"], batch["lead_time_hours"]).isfinite().all()
+
+
 def test_the_published_step_descends_the_error_of_the_targets():
     step, batch = PublishedStep(SMALL), synthetic_batch(SMALL.grid, SMALL.batch_size, seed=1)
     seen = {}
@@ -266,7 +274,8 @@ def test_all_benchmarks_run_from_any_folder_without_a_path(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("|")]
-    assert {"published", "ours", "terrain none", "activation checkpointing", "bf16", "dropout"} <= set(rows)
+    assert {"published", "published, same function", "ours", "terrain none", "activation checkpointing"} <= set(rows)
+    assert {"bf16", "dropout"} <= set(rows)
     assert {"fused", "fit", "bare loop", "topoflow", "ours, packed, float32", "plain array, mapped"} <= set(rows)
     assert sum(row.startswith("(tiny)") for row in rows) == 2  # terrain and FLOP/s
     assert "processor  " in done.stdout
