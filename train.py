@@ -37,7 +37,7 @@ from topoflow.launch import choose_device, read_launch
 from topoflow.logs import setup_logging
 from topoflow.ranks import Context, distributed_context
 from topoflow.reduction import build_reduction
-from topoflow.reproducibility import set_deterministic
+from topoflow.reproducibility import set_deterministic, set_tf32
 from topoflow.resume import read_start
 from topoflow.run_dir import RunDirectory, StopFlag, report_refusal, run_to_exit
 from topoflow.terminal import run_program
@@ -65,6 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     def run() -> None:
         device = choose_device(config.run.device, launch)
         set_deterministic(config.run, config.train.compile)
+        set_tf32(config.train.tf32)
         with distributed_context(launch, config.distributed, device, directory.finish, stop) as context:
             context.watch.clock = clock
             with context.together("run directory"):

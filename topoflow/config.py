@@ -250,6 +250,8 @@ class TrainConfig:
     """Samples of one forward pass of one process."""
     precision: Literal["fp32", "bf16"] = key("fp32", alters=ARITHMETIC)
     """bf16: forward under autocast to bfloat16; weights, moments and loss stay in float32."""
+    tf32: bool = key(False, alters=ARITHMETIC)
+    """On CUDA, round the inputs of float32 matrix products to TF32: several times faster, errors of about 1e-3."""
     compile: bool = key(False, alters=NOTHING)
     """Compile the network with torch.compile."""
     activation_checkpointing: bool = key(False, alters=NOTHING)

@@ -33,6 +33,11 @@ def set_deterministic(config: RunConfig, compile: bool) -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def set_tf32(enabled: bool) -> None:
+    """Set whether CUDA rounds the inputs of float32 matrix products to TF32; other devices ignore it."""
+    torch.backends.cuda.matmul.allow_tf32 = enabled
+
+
 def describe_software(device: torch.device) -> dict[str, str | int]:
     """What the bits of a run depend on beside config, data and seed."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _describe_cpu()

@@ -44,6 +44,8 @@ def test_keys_that_alter_nothing_may_change(override):
         ("model.drop_rate=0.2", Alters.MATHEMATICS),
         ("model.terrain=none", Alters.NETWORK | Alters.NAMES),
         ("distributed.reduction=canonical", Alters.MATHEMATICS),
+        ("train.tf32=true", Alters.ARITHMETIC),
+        ("model.attn_drop_rate=0.1", Alters.MATHEMATICS),
     ],
 )
 def test_a_change_that_alters_the_run_is_listed_with_its_effect(override, alters):
