@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
     prepare_process()  # before the imports below, which take seconds
 
+from topoflow.activity import StartClock
 from topoflow.build import (
     build_normalization,
     build_plan,
@@ -43,7 +44,6 @@ from topoflow.run_dir import RunDirectory, StopFlag, report_refusal, run_to_exit
 from topoflow.terminal import run_program
 from topoflow.train_state import TrainState, verify_ranks
 from topoflow.trainer import RunOutput, Trainer
-from topoflow.watch import StartClock
 
 log = logging.getLogger("topoflow.train")
 
@@ -93,7 +93,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def train(config: Config, context: Context, directory: RunDirectory) -> None:
     """Build data, network and optimizer, restore and prove, fit, evaluate."""
     log.info("%s, on %s (%s)", context.launch, context.device, context.launch.reason)
-    checkpoints = CheckpointDirectory(directory.checkpoints, directory.writing, context.watch.breathe)
+    checkpoints = CheckpointDirectory(directory.checkpoints, directory.writing, context.watch.heartbeat)
     start = read_start(config.checkpoint, checkpoints, context)
 
     data = open_data(config, context)

@@ -53,7 +53,7 @@ print(json.dumps({{"seconds": seconds, "cpu": cpu, "modules": sorted(sys.modules
 
 RUN = f"""{COUNT}
 import runpy
-from topoflow.watch import StartClock
+from topoflow.activity import StartClock
 
 def note(clock, summary=StartClock.summary):
     with open(noted, "w") as file:

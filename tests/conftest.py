@@ -1,8 +1,12 @@
 import os
+import signal
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 # the bits of a sum depend on the number of threads, and the tests share the cores
 torch.set_num_threads(1)
@@ -15,3 +19,29 @@ def shared_dir() -> Path:
     if not path:
         pytest.skip("TOPOFLOW_SHARED names no folder with the real data")
     return Path(path)
+
+
+@pytest.fixture
+def store_port() -> Iterator[int]:
+    """The port of a store such as torchrun's agent has. Its own process holds it: one with threads must not fork."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        os.write(writer, f"{store.port}\n".encode())
+        signal.pause()
+    with open(reader) as lines:
+        yield int(lines.readline())
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    os.close(writer)
+
+
+@pytest.fixture
+def held_port() -> Iterator[int]:
+    """A port that nobody else is given, and on which a process that asks for it can listen."""
+    with socket.socket(socket.AF_INET6) as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        holder.bind(("", 0))
+        yield holder.getsockname()[1]

@@ -1,45 +1,24 @@
-import socket
+from topoflow.ranks import describe_differences
 
-import pytest
-import torch
-
-from topoflow.errors import RanksDisagree
-from topoflow.launch import Launch
-from topoflow.ranks import Context, require_agreement
-
-
-class ManyRanks(Context):
-    """Hears the same from rank 0 as from others, but for the facts of `odd` ranks."""
-
-    def __init__(self, world_size, odd):
-        super().__init__(Launch("a test", "a test"), torch.device("cpu"))
-        self.world_size, self.odd = world_size, odd
-
-    def are_same(self, values):
-        return not self.odd
-
-    def gather_objects(self, item):
-        host, facts = item
-        others = {rank: (f"n{rank}", {**facts, **changed}) for rank, changed in self.odd.items()}
-        return [others.get(rank, (host, facts)) for rank in range(self.world_size)]
-
-
-def test_agreement_is_silent():
-    require_agreement(ManyRanks(8, odd={}), {"torch": "2.13.0"}, "at the start")
+USUAL = {"torch": "2.13.0", "numpy": "2", "python": "3.11"}
 
 
 def test_disagreement_is_a_table_of_who_has_what():
     odd = {3: {"torch": "2.12.1"}, 5: {"torch": "2.12.1", "numpy": "1"}}
-    with pytest.raises(RanksDisagree) as refusal:
-        require_agreement(ManyRanks(8, odd), {"torch": "2.13.0", "numpy": "2", "python": "3.11"}, "at the start")
-    here = socket.gethostname()
-    assert str(refusal.value).splitlines() == [
-        "ranks disagree at the start: expected one program on one data set",
+    gathered = [(f"n{rank // 4}", USUAL | odd.get(rank, {})) for rank in range(8)]
+    assert describe_differences(gathered, "at the start").splitlines() == [
+        "ranks disagree at the start: expected the same values on all",
         "  numpy",
-        f"    2 on rank(s) 0-4, 6-7 ({', '.join(sorted([here, 'n3']))})",
-        "    1 on rank(s) 5 (n5)",
+        "    2 on rank(s) 0-4, 6-7 (n0, n1)",
+        "    1 on rank(s) 5 (n1)",
         "  torch",
-        f"    2.13.0 on rank(s) 0-2, 4, 6-7 ({here})",
-        "    2.12.1 on rank(s) 3, 5 (n3, n5)",
+        "    2.13.0 on rank(s) 0-2, 4, 6-7 (n0, n1)",
+        "    2.12.1 on rank(s) 3, 5 (n0, n1)",
     ]
-    assert refusal.value.shared
+
+
+def test_of_many_differences_the_first_are_shown():
+    gathered = [("n0", {str(n): "a" for n in range(20)}), ("n0", {})]
+    lines = describe_differences(gathered, "after step 3").splitlines()
+    assert lines[1:4] == ["  0", "    a on rank(s) 0 (n0)", "    nothing on rank(s) 1 (n0)"]
+    assert lines[-1] == "  and 12 more"

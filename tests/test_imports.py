@@ -32,7 +32,7 @@ LAYERS = [
     ["checkpoint", "reduction", "loss"],
     ["ranks", "data", "model", "optim"],
     ["watch", "run_dir", "reproducibility"],
-    ["data.variables", "config_io", "logs", "launch", "lease"],
+    ["data.variables", "config_io", "logs", "launch", "lease", "activity"],
     ["config", "files"],
     ["terminal"],
     ["errors", "text"],

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from topoflow import watch as start_clock
+from topoflow import activity as start_clock
+from topoflow.activity import StartClock
 from topoflow.launch import Launch
 from topoflow.ranks import Context
-from topoflow.watch import StartClock
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_the_watch_tells_its_clock_until_the_first_step_is_done():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the age of a process is read from /proc")
 def test_imports_begin_with_the_process():
-    code = "import time; time.sleep(0.3); from topoflow.watch import StartClock as C; print(C(True).seconds())"
+    code = "import time; time.sleep(0.3); from topoflow.activity import StartClock as C; print(C(True).seconds())"
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 0.3 <= eval(done.stdout)["imports"] <= time.monotonic() - began

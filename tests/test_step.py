@@ -147,5 +147,5 @@ def agree_sums_over_ranks_and_shows_the_rest(context):
 @pytest.mark.parametrize(
     "body", [ddp_communicates_with_the_last_micro_batch_only, agree_sums_over_ranks_and_shows_the_rest]
 )
-def test_between_three_processes(body):
-    run_on_ranks(body)
+def test_between_three_processes(body, store_port):
+    run_on_ranks(store_port, body)

@@ -3,6 +3,7 @@
 The processes are forked, so that importing torch is paid for once; each writes what it says to a file of its own.
 """
 
+import math
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +23,8 @@ from topoflow.config import DistributedConfig
 from topoflow.errors import DataError, StopRequested
 from topoflow.launch import Launch
 from topoflow.ranks import distributed_context
-from topoflow.run_dir import run_to_exit
-from topoflow.watch import Hub, Watch
+from topoflow.run_dir import StopFlag, run_to_exit
+from topoflow.watch import Peer, find_contradiction
 
 WORLD = 4
 LIMIT = 2.0
@@ -43,63 +45,79 @@ class Ending:
 class Ranks:
     """Runs `body(context)` in forked processes."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, store_port: int):
+        self.folder, self.store_port = folder, store_port
         self.endings: list[Ending] = []
 
-    def run(self, body, setup_seconds=60.0, stop_rank=None, absent=()):
-        """All ranks to their end; the rank `stop_rank`, which stops itself, is killed then."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+    def run(self, body=None, setup_seconds=60.0, stop_rank=None, wake_after=None, absent=(), **options):
+        """All ranks to their end. The rank `stop_rank`, which stops itself, is woken after so many seconds, or killed.
+
+        Options: see `_live`.
+        """
         self.clock = self.folder / "fault"
-        pids = [self._fork(rank, port, body, setup_seconds, rank in absent) for rank in range(WORLD)]
+        pids = [self._fork(number, body, setup_seconds, number in absent, **options) for number in range(WORLD)]
         ended = {}
-        deadline = time.monotonic() + 120
-        while len(ended) < WORLD - (stop_rank is not None):
+        deadline = time.monotonic() + 60
+        while len(ended) < WORLD - (stop_rank is not None and wake_after is None):
             assert time.monotonic() < deadline, f"hangs: {[r for r in range(WORLD) if r not in ended]}"
             for rank, pid in enumerate(pids):
                 if rank not in ended and (found := os.waitpid(pid, os.WNOHANG))[0]:
                     ended[rank] = (os.waitstatus_to_exitcode(found[1]), time.time())
+            if wake_after is not None and self.clock.exists() and time.time() > self.since() + wake_after:
+                os.kill(pids[stop_rank], signal.SIGCONT)
+                wake_after = math.inf
             time.sleep(0.02)
-        if stop_rank is not None:
+        if stop_rank is not None and stop_rank not in ended:
             os.kill(pids[stop_rank], signal.SIGKILL)
             os.waitpid(pids[stop_rank], 0)
-        fault = float(self.clock.read_text()) if self.clock.exists() else 0.0
+        fault = self.since() if self.clock.exists() else 0.0
         for rank in range(WORLD):
             status, when = ended.get(rank, (-signal.SIGKILL, fault))
             self.endings.append(Ending(status, when - fault, (self.folder / f"rank{rank}").read_text()))
         return self.endings
 
-    def _fork(self, rank, port, body, setup_seconds, is_absent):
+    def _fork(self, number, body, setup_seconds, is_absent, **options):
         pid = os.fork()
         if pid:
             return pid
+        with (self.folder / f"rank{number}").open("w") as said:
+            os.dup2(said.fileno(), 2)
+        sys.stderr = os.fdopen(2, "w", buffering=1)
         status = 99
-        if is_absent:
-            (self.folder / f"rank{rank}").touch()
-            os._exit(0)
         try:
-            with (self.folder / f"rank{rank}").open("w") as said:
-                os.dup2(said.fileno(), 2)
-            sys.stderr = os.fdopen(2, "w", buffering=1)
-            launch = Launch(
-                launcher="a test", reason="a test", rank=rank, world_size=WORLD, local_rank=rank,
-                local_world_size=WORLD, address="127.0.0.1", port=port,
-            )  # fmt: skip
-            config = DistributedConfig(setup_timeout_seconds=setup_seconds, timeout_seconds=LIMIT)
-
-            def inside():
-                with distributed_context(launch, config, torch.device("cpu")) as context:
-                    body(context, self)
-
-            status = run_to_exit(inside, launch)
+            status = 0 if is_absent else self._live(number, body, setup_seconds, **options)
         except (ZeroDivisionError, MemoryError, AssertionError) as error:
             sys.excepthook(type(error), error, error.__traceback__)
             status = 1
         finally:
             sys.stderr.flush()
             os._exit(status)
+
+    def _live(self, number, body, setup_seconds, before=None, after=None, numbers=range(WORLD), port=None):
+        """What a process does. before, after: called with its rank and this. port: where rank 0 listens itself."""
+        rank = numbers[number]
+        launch = Launch(
+            launcher="a test", reason="a test", rank=rank, world_size=WORLD, local_rank=number, local_world_size=WORLD,
+            address="127.0.0.1", port=port or self.store_port, has_agent_store=port is None,
+        )  # fmt: skip
+        config = DistributedConfig(setup_timeout_seconds=setup_seconds, timeout_seconds=LIMIT)
+        cpu = torch.device("cpu")
+
+        def inside():
+            if before:
+                before(rank, self)
+            with distributed_context(launch, config, cpu, stop_signal=lambda: stop.signal_name) as context:
+                body(context, self)
+
+        with StopFlag().listening() as stop:
+            status = run_to_exit(inside, launch)
+        if after:
+            after(rank, self)
+        return status
+
+    def since(self):
+        """When the fault was."""
+        return float(self.clock.read_text())
 
     def fault(self):
         """The clock starts."""
@@ -110,8 +128,8 @@ class Ranks:
 
 
 @pytest.fixture
-def ranks(tmp_path):
-    return Ranks(tmp_path)
+def ranks(tmp_path, store_port):
+    return Ranks(tmp_path, store_port)
 
 
 def train(context, until):
@@ -259,13 +277,13 @@ def test_a_thread_that_works_beside_a_waiting_rank_puts_no_blame_on_others(ranks
     """As rank 0 does while it writes a checkpoint and waits for a rank that stalls."""
 
     def body(context, ranks):
-        def breathe():
+        def beat():
             while True:
-                context.watch.breathe()
+                context.watch.heartbeat()
                 time.sleep(0.05)
 
         if context.rank == 0:
-            threading.Thread(target=breathe, daemon=True).start()
+            threading.Thread(target=beat, daemon=True).start()
         train(context, lambda step: sleeps(context, ranks) if (context.rank, step) == (3, 5) else None)
 
     endings = ranks.run(body)
@@ -285,34 +303,6 @@ def test_one_rank_that_is_asked_to_stop_tells_all_others_before_they_meet(ranks)
         context.gather_rows(torch.ones(1))
 
     assert [ending.status for ending in ranks.run(body)] == [0] * WORLD, ranks.said_by_all()
-
-
-def test_a_rank_that_joins_later_hears_that_another_was_asked_to_stop():
-    hub = Hub(4, "token", lambda: "set-up")
-    asked, witness, late = (
-        Watch(
-            Launch(
-                launcher="a test", reason="a test", rank=rank, world_size=4, local_rank=rank, local_world_size=4,
-                address="127.0.0.1", port=0,
-            )
-        )
-        for rank in (1, 2, 3)
-    )  # fmt: skip
-    try:
-        for watch in (witness, asked):
-            watch.connect("127.0.0.1", hub.port, "token")
-        deadline = time.monotonic() + 30
-        asked.ask_to_stop("SIGUSR1")
-        while witness.stop_asked is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        late.connect("127.0.0.1", hub.port, "token")
-        while late.stop_asked is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert late.stop_asked == "SIGUSR1"
-    finally:
-        for watch in (asked, witness, late):
-            watch.leave()
-        hub.close()
 
 
 def test_a_main_thread_that_hangs_in_python_ends_too(ranks):
@@ -358,3 +348,167 @@ def test_strangers_are_not_heard(ranks):
         context.gather_rows(torch.ones(1))
 
     assert [ending.status for ending in ranks.run(body)] == [0] * WORLD, ranks.said_by_all()
+
+
+# ---- before all ranks have met
+
+
+def soon(seconds, do, *arguments):
+    threading.Timer(seconds, do, arguments).start()
+
+
+def test_a_rank_that_is_lost_while_others_are_still_to_come_is_named(ranks):
+    def before(rank, ranks):
+        if rank == 2:
+            soon(1.5, is_killed, None, ranks)
+        if rank == 3:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    endings = ranks.run(before=before, stop_rank=3)
+    assert [ending.status for ending in endings] == [5, 5, -signal.SIGKILL, -signal.SIGKILL]
+    assert max(ending.seconds for ending in endings) < 5 + BUSY
+    assert f"rank 2 on {HOST}: lost while rank 0 was in set-up" in endings[0].said
+
+
+@pytest.mark.parametrize("missing", [0, 3])
+def test_a_signal_ends_ranks_that_wait_for_others(ranks, missing):
+    def before(rank, ranks):
+        if rank == missing:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if rank == 1 or missing == 0:  # who has met rank 0 tells all
+            soon(1.5, lambda: (ranks.fault(), os.kill(os.getpid(), signal.SIGTERM)))
+
+    endings = ranks.run(before=before, stop_rank=missing)
+    assert {ending.status for rank, ending in enumerate(endings) if rank != missing} == {75}, ranks.said_by_all()
+    assert max(ending.seconds for ending in endings) < 5 + BUSY
+    assert "stopped by SIGTERM during set-up" in endings[1].said
+
+
+def test_the_end_of_the_launcher_ends_ranks_that_wait_for_others(ranks):
+    launcher = os.fork()
+    if launcher == 0:
+        ranks._fork(1, None, 60.0, False)
+        time.sleep(1.5)
+        os._exit(0)
+    os.waitpid(launcher, 0)
+    deadline, log = time.monotonic() + BUSY, ranks.folder / "rank1"
+    while "its launcher" not in log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert f"set-up: rank 1 on {HOST}: its launcher (process {launcher}) has ended" in log.read_text()
+
+
+def test_rank_0_that_never_comes_is_missed_within_the_limit_and_with_one_line(ranks, held_port):
+    ranks.clock = ranks.folder / "fault"
+    ranks.fault()
+    endings = ranks.run(setup_seconds=LIMIT, absent=(0,), port=held_port)
+    assert [ending.status for ending in endings] == [0, 5, 5, 5]
+    assert max(ending.seconds for ending in endings) < LIMIT + 2 + BUSY
+    where = f"no connection to rank 0 at 127.0.0.1:{held_port}"
+    assert endings[1].said.startswith(f"topoflow: rank 1: set-up: rank 1 on {HOST}: {where}")
+    assert endings[1].said.endswith(f"within {LIMIT:g} s\n")
+    assert endings[1].said.count("\n") == 1
+
+
+def test_ranks_meet_at_a_port_without_a_launchers_store(ranks, held_port):
+    endings = ranks.run(lambda context, ranks: context.gather_rows(torch.ones(1)), port=held_port)
+    assert [ending.status for ending in endings] == [0] * WORLD, ranks.said_by_all()
+
+
+@pytest.mark.parametrize("words", [b"SSH-2.0-OpenSSH_9.2\r\n", b""])
+def test_a_port_in_use_is_reported_at_once_by_all(ranks, words):
+    ranks.clock = ranks.folder / "fault"
+    ranks.fault()
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        port = stranger.getsockname()[1]
+
+        def answer():
+            while True:
+                with suppress(OSError):
+                    connection, _ = stranger.accept()
+                    connection.sendall(words)
+                    connection.recv(4096)
+                    connection.close()
+
+        pid = os.fork()
+        if pid == 0:
+            answer()
+        endings = ranks.run(port=port)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert [ending.status for ending in endings] == [2, 5, 5, 5]
+    assert max(ending.seconds for ending in endings) < 2 + BUSY
+    assert f"rank 0 cannot listen on port {port} of {HOST} (Address already in use)" in endings[0].said
+    assert f"the program that listens at 127.0.0.1:{port} is not rank 0 of this run" in endings[1].said
+
+
+@pytest.mark.parametrize("numbers", [(0, 2, 2, 3), (0, 0, 2, 3)])
+def test_two_processes_with_one_rank_end_all_and_both_are_named(ranks, numbers):
+    endings = ranks.run(numbers=numbers)
+    assert [ending.status for ending in endings] == [2] * WORLD, ranks.said_by_all()
+    both = rf"process \d+ on {HOST} and process \d+ on {HOST} both have rank {numbers[1]}"
+    assert re.search(rf"topoflow: environment: {both}: expected one process per rank", endings[0].said)
+
+
+@pytest.mark.parametrize(
+    ("devices", "words"),
+    [
+        (("cuda A", "cuda B", "cuda C"), None),
+        # one device visible to all tasks of a node: each takes it for its own
+        (("cuda A", "cuda B", "cuda A"), "rank 0 (process 10) and rank 2 (process 12) both use device A"),
+        (("cuda ", "cuda ", "cuda "), None),  # PyTorch cannot tell
+        (("cuda A", "cpu ", "cuda B"), "run.device: cpu for rank 1 (process 11) and cuda for rank 0 (process 10)"),
+    ],
+)
+def test_a_device_of_two_ranks_and_devices_of_two_kinds_are_found(devices, words):
+    peers = []
+    for rank, device in enumerate(devices):
+        kind, _, identity = device.partition(" ")
+        peers.append(Peer(None, rank, process=f"process {10 + rank}", device=kind, identity=identity))
+    found = find_contradiction(peers)
+    assert words in found if words else not found
+
+
+# ---- after the run
+
+
+@pytest.mark.parametrize(
+    ("culprit", "fault", "statuses"),
+    [(2, sleeps, [5, 0, 5, 0]), (0, sleeps, [5, 0, 0, 0]), (2, is_stopped, [5, 0, -signal.SIGKILL, 0])],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_process_that_does_not_exit_after_the_run_is_named_and_ended(ranks, culprit, fault, statuses):
+    def after(rank, ranks):
+        if rank == culprit:
+            fault(None, ranks)
+
+    stopped = culprit if fault is is_stopped else None
+    endings = ranks.run(lambda context, ranks: None, after=after, stop_rank=stopped)
+    assert [ending.status for ending in endings] == statuses
+    assert LIMIT - 0.5 < max(ending.seconds for ending in endings) < LIMIT + 2 + BUSY
+    words = f"topoflow: end of the run: the process of rank {culprit} on {HOST} did not exit within {LIMIT:g} s\n"
+    assert words in endings[0].said
+
+
+def test_a_rank_that_hangs_when_it_leaves_the_process_group_is_named(ranks):
+    def body(context, ranks):
+        context.watch.end_setup()
+        if context.rank == 2:
+            torch.distributed.destroy_process_group = lambda: sleeps(context, ranks)
+
+    endings = ranks.run(body)
+    assert [ending.status for ending in endings] == [5] * WORLD
+    assert max(ending.seconds for ending in endings) < LIMIT + 2 + BUSY
+    words = f"rank 2 on {HOST} (alive, in end of the run (leaving the process group)) did not arrive within {LIMIT:g} s"
+    assert f"topoflow: end of the run: {words}\n" in endings[0].said
+    assert "threads were in:" in endings[2].said
+    assert "in sleeps" in endings[2].said
+
+
+def test_rank_0_that_stalled_and_woke_accuses_itself(ranks):
+    def body(context, ranks):
+        train(context, lambda step: is_stopped(context, ranks) if (context.rank, step) == (0, 5) else None)
+
+    endings = ranks.run(body, stop_rank=0, wake_after=LIMIT + 3)
+    assert [ending.status for ending in endings] == [5] * WORLD
+    assert "rank 0 on 127.0.0.1 (does not answer) did not arrive" in endings[0].said
+    assert not re.search(r"rank [123] on", ranks.said_by_all())

@@ -22,7 +22,7 @@ from topoflow.errors import ConfigError, Refusal
 from topoflow.logs import format_summary
 from topoflow.model.topoflow import TopoFlow, build_model
 from topoflow.optim import build_optimizer, build_scheduler
-from topoflow.ranks import Context, require_agreement
+from topoflow.ranks import Context
 from topoflow.reduction import require_whole_subtrees
 from topoflow.reproducibility import describe_software, hash_sources
 from topoflow.train_state import TrainData, TrainProgress, TrainState, total_steps
@@ -42,7 +42,7 @@ def require_same_program(context: Context, config: Config) -> None:
     facts["sources of topoflow"] = hash_sources()[:16]
     for section, keys in config_to_dict(config).items():
         facts |= {f"{section}.{key}": repr(value) for key, value in keys.items()}
-    require_agreement(context, facts, "at the start")
+    context.require_same(facts, "at the start")
 
 
 def open_data(config: Config, context: Context, only: Sequence[str] = SPLITS) -> ForecastData:
@@ -64,7 +64,7 @@ def open_data(config: Config, context: Context, only: Sequence[str] = SPLITS) ->
         seen = data.source.fingerprint
         if not context.is_main and (context.launch.local_rank == 0 or data.source.in_memory):
             seen = data.source.compute_fingerprint()
-    require_agreement(context, {f"contents of data.path {config.data.path}": seen}, "with the data open")
+    context.require_same({f"contents of data.path {config.data.path}": seen}, "with the data open")
     return data
 
 
@@ -102,7 +102,7 @@ def build_plan(config: Config, data: ForecastData, context: Context) -> BatchPla
         )
     facts = {"batches in an epoch": str(plan.steps_per_epoch * plan.accumulation), "order of samples": plan.fingerprint}
     facts |= {f"samples for {split}": str(len(index.starts)) for split, index in data.splits.items()}
-    require_agreement(context, facts, "with the data open")
+    context.require_same(facts, "with the data open")
     return plan
 
 

@@ -129,7 +129,7 @@ def test_a_wrong_resume_on_one_rank_does_not_start(fault, resume, program):
     ],
 )
 def test_drift_on_one_rank_stops_the_run_before_the_next_step(fault, name, resume, program):
-    words = [f"after step {faults.STEP_OF_DRIFT}: {name} differs on rank(s) 1"]
+    words = [f"ranks disagree after step {faults.STEP_OF_DRIFT}", f"  {name}\n", " on rank(s) 1 ("]
     assert_stopped(program, resume(fault, processes=2), 5, words, steps=faults.STEP_OF_DRIFT)
 
 

@@ -28,16 +28,15 @@ def run_rank(words, said, launched):
 
 
 @pytest.fixture
-def meet(program):
+def meet(program, store_port):
     """Three forked ranks, one of which meets with a misfortune; returns statuses, seconds it took, what rank 0 said."""
 
     def start(misfortune, *overrides):
         limits = [f"distributed.timeout_seconds={LIMIT}", f"distributed.setup_timeout_seconds={2 * LIMIT}"]
         small = ["train.global_batch_size=24", "train.max_steps=12", "data.workers=0", "train.validate_every_steps=3"]
         words = [misfortune, str(program.config), f"run.dir={program.folder / 'run'}", *limits, *small, *overrides]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "3"}
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store_port), "WORLD_SIZE": "3"}
+        common["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         processes = []
         for rank in range(3):
             mine = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_RUN_ID": "a test"}
@@ -123,3 +122,17 @@ def test_under_torchrun_a_lost_rank_is_named_and_all_end(program):
     assert ended - float(befell) < 1.4 + 5 + 3 * BUSY
     assert f"rank 1 on {HOST}: lost while rank 0 was in step 3 (forward and backward)" in done.stderr
     assert json.loads((program.folder / "run" / "exit.json").read_text())["status"] == 5
+
+
+@pytest.mark.parametrize(
+    ("misfortune", "words"),
+    [("raises:step:1", "ZeroDivisionError: a misfortune"), ("killed:reduced:1", "Signal 9 (SIGKILL)")],
+)
+def test_torchruns_report_names_the_rank_that_failed_first(program, misfortune, words):
+    script = Path(__file__).with_name("misfortunes.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    command += [misfortune, str(program.config), f"run.dir={program.folder / 'run'}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=program.environment(), timeout=180)
+    _, _, root_cause = done.stderr.partition("Root Cause")
+    assert re.search(r"rank +: 1 \(local_rank: 1\)", root_cause), done.stderr
+    assert words in root_cause

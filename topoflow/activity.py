@@ -1,0 +1,144 @@
+"""What a rank is doing: phases, progress, waits for other ranks, and the time that its start took."""
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+class StartClock:
+    """Time spent in each phase of the start. The first phase is `set-up`, or with_imports `imports` and then `set-up`.
+
+    with_imports: this process was started for the run, so its age is the time that imports took.
+    """
+
+    def __init__(self, with_imports: bool):
+        now = time.monotonic()
+        self._begun = [(now, "set-up")]
+        age_seconds = _process_age_seconds() if with_imports else None
+        if age_seconds is not None:
+            self._begun.insert(0, (now - age_seconds, "imports"))
+
+    def begin(self, phase: str) -> None:
+        """End the phase before and begin another."""
+        self._begun.append((time.monotonic(), phase))
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds spent in each phase until now, in the order in which they first began."""
+        ends = [*(moment for moment, _ in self._begun[1:]), time.monotonic()]
+        spent: dict[str, float] = {}
+        for (begun, phase), end in zip(self._begun, ends, strict=True):
+            spent[phase] = spent.get(phase, 0.0) + end - begun
+        return spent
+
+    def summary(self) -> str:
+        """Return `first step after 3.1 s: imports 1.6, data 0.4, ...`, without phases that round to zero."""
+        spent = self.seconds()
+        shown = [f"{phase} {seconds:.1f}" for phase, seconds in spent.items() if seconds >= 0.05]
+        return f"first step after {sum(spent.values()):.1f} s: {', '.join(shown) or 'nothing took long'}"
+
+
+def _process_age_seconds() -> float | None:
+    """Return the age of this process as the kernel records it (to 0.01 s); None on a system without /proc."""
+    record = Path("/proc/self/stat")
+    if not record.is_file():
+        return None
+    started = int(record.read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+
+
+class Activity:
+    """What this rank is doing: its phase, its progress, and whether it waits for other ranks.
+
+    Args:
+        setup_seconds, step_seconds: how long another rank may wait for this one without progress: until the first step
+            is done (which compiles and fills caches), and after it.
+    """
+
+    def __init__(self, setup_seconds: float = math.inf, step_seconds: float = math.inf):
+        self.clock: StartClock | None = None
+        """Records the phases until the first step is done, if there is one."""
+        self.stop_asked: str | None = None
+        """The signal that asked some rank to stop, as soon as this one knows."""
+        self._setup_seconds, self._step_seconds, self._limit = setup_seconds, step_seconds, setup_seconds
+        self._stage, self._detail = "set-up", ""
+        self._reached = self._ticks = 0
+        self._waiting_since: float | None = None
+        self._progressed = time.monotonic()
+
+    @property
+    def phase(self) -> str:
+        """`step 12 (loading data)`."""
+        return f"{self._stage} ({self._detail})" if self._detail else self._stage
+
+    def enter(self, stage: str, detail: str = "") -> None:
+        """Begin a stage of the run, such as `step 12`."""
+        self._stage, self._detail = stage, detail
+        self._begin()
+
+    def mark(self, detail: str) -> None:
+        """Begin a part of the stage."""
+        self._detail = detail
+        self._begin()
+
+    def _begin(self) -> None:
+        if self.clock is not None:
+            self.clock.begin(self._detail or self._stage)
+        self.tick()
+
+    def tick(self) -> None:
+        """Record progress: other ranks wait for a slow rank as long as it makes some."""
+        self._ticks += 1
+        self._progressed = time.monotonic()
+
+    def heartbeat(self) -> None:
+        """Record that a thread next to the main one works: this rank is alive, though no further for the others."""
+        self._progressed = time.monotonic()
+
+    @contextmanager
+    def unhurried(self) -> Iterator[None]:
+        """Apply the limit of the set-up to a block that may compile, or wait for a disk, on this rank alone."""
+        before, self._limit = self._limit, max(self._limit, self._setup_seconds)
+        try:
+            yield
+        finally:
+            self._limit = before
+
+    def end_setup(self) -> str | None:
+        """Apply the limit of steps from now on: the first step is done.
+
+        Returns the clock's summary the first time, if there is a clock.
+        """
+        self._limit = self._step_seconds
+        clock, self.clock = self.clock, None
+        return None if clock is None else clock.summary()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Mark a block that ends only when all ranks have reached it."""
+        self._reached, self._ticks = self._reached + 1, 0
+        self._progressed = self._waiting_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waiting_since = None
+            self.tick()
+
+    def ask_to_stop(self, signal_name: str) -> None:
+        """Record that this rank was asked to stop."""
+        self.stop_asked = self.stop_asked or signal_name
+
+    def state(self) -> dict[str, Any]:
+        """Return what the watch of rank 0 needs to compare ranks."""
+        now, since = time.monotonic(), self._waiting_since
+        return {
+            "phase": self.phase,
+            "reached": self._reached,
+            "ticks": self._ticks,
+            "waited": -1.0 if since is None else now - since,
+            "idle": now - self._progressed,
+            "limit": self._limit if math.isfinite(self._limit) else 1e9,
+        }
