@@ -7,6 +7,7 @@ import os
 import selectors
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -15,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from topoflow import errors
@@ -546,6 +548,9 @@ class Watch(Activity):
         if self.failure.is_stall and self.rank in self.failure.ranks and sys.stderr is not None:
             _write_stderr(f"rank {self.rank} is ended; its threads were in:")
             faulthandler.dump_traceback(file=2, all_threads=True)
+        if self.failure.is_stall and torch.cuda.is_initialized():
+            path = Path(tempfile.gettempdir()) / f"topoflow-flight-recorder-{self.rank}"
+            path.write_bytes(torch._C._distributed_c10d._dump_nccl_trace())
 
     def _write_error_file(self, failure: RankFailure) -> None:
         """Tell torchrun, whose report names the failure with the earliest time as the root cause."""

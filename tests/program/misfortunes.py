@@ -39,7 +39,8 @@ def befall(kind: str) -> None:
 
 def prepare(kind: str, phase: str, rank: int) -> None:
     """Arrange for it, where this process is that rank."""
-    if train.read_launch().rank != rank:
+    launch = train.read_launch()
+    if launch.rank != rank or launch.attempt > 0:  # torchrun's second attempt is spared
         return
     if kind == "other_config":
         load = train.load_config

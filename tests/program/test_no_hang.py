@@ -136,3 +136,13 @@ def test_torchruns_report_names_the_rank_that_failed_first(program, misfortune, 
     _, _, root_cause = done.stderr.partition("Root Cause")
     assert re.search(r"rank +: 1 \(local_rank: 1\)", root_cause), done.stderr
     assert words in root_cause
+
+
+def test_torchrun_may_start_all_ranks_again(program):
+    script = Path(__file__).with_name("misfortunes.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    command += [str(script), "killed:reduced:1", str(program.config), f"run.dir={program.folder / 'run'}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=program.environment(), timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert f"rank 1 on {HOST}: lost while rank 0 was in step 3" in done.stderr
+    assert program.exit_record()["status"] == 0
