@@ -489,6 +489,20 @@ def test_a_process_that_does_not_exit_after_the_run_is_named_and_ended(ranks, cu
     assert words in endings[0].said
 
 
+def test_rank_0_that_hangs_while_it_writes_what_the_others_have_scored_is_named(ranks):
+    def body(context, ranks):
+        context.watch.end_setup()
+        context.watch.enter("evaluation")
+        if context.rank == 0:
+            sleeps(context, ranks)
+
+    endings = ranks.run(body)
+    assert [ending.status for ending in endings] == [5] * WORLD
+    assert max(ending.seconds for ending in endings) < LIMIT + 2 + BUSY
+    words = f"rank 0 on {HOST} (alive, in evaluation) did not arrive within {LIMIT:g} s"
+    assert f"topoflow: end of the run: {words}\n" in endings[0].said
+
+
 def test_a_rank_that_hangs_when_it_leaves_the_process_group_is_named(ranks):
     def body(context, ranks):
         context.watch.end_setup()
