@@ -294,7 +294,7 @@ class WatchServer:
             names.append(f"rank(s) {number_ranges(missing)} of {self._world_size}")
         if names:
             message = f"{where}: {shorten(names, 16)} did not arrive within {limit:g} s"
-            self._declare(RankFailure(message, (*missing, *late), is_stall=True))
+            self._declare(RankFailure(message, (*missing, *late), is_stall=bool(late)))
         elif not on_their_way:
             message = f"{where}: all ranks have waited for each other for {limit:g} s and all are there"
             expected = "expected a network between them that carries all they send"
