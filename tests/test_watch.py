@@ -106,7 +106,7 @@ class Ranks:
         def inside():
             if before:
                 before(rank, self)
-            with distributed_context(launch, config, cpu, stop_signal=lambda: stop.signal_name) as context:
+            with distributed_context(launch, config, cpu, stop=stop) as context:
                 body(context, self)
 
         with StopFlag().listening() as stop:
