@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
-# From a fresh machine to a scored forecast: launch/demo.sh [section.key=value ...]
-# A second run makes no data and trains no step that is done: it evaluates the finished run again, or goes on with one
-# that was stopped. To start anew, remove the run directory.
+# Usage: launch/demo.sh [section.key=value ...]
+# Set up .venv, make the demo data, train, evaluate: from a fresh machine to a table of scores and plots.
+# Run it again and it reuses what exists: it resumes a stopped run, and evaluates a finished one again. To start anew,
+# remove the run directory.
+for word; do
+  case $word in -h | --help) sed -n '2,${/^# /!q;s/^# //p;}' "$0" && exit ;; esac
+done
 set -euo pipefail
 # shellcheck source=launch/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -9,11 +13,5 @@ set -euo pipefail
 make_venv ''
 cd "$root"
 data=$("$python" -m topoflow.config_io --print data.path configs/demo.yaml "$@")
-if [ ! -e "$data" ]; then
-  # under another name until it is whole
-  rm -rf "$data.partial"
-  "$python" -m topoflow demo-data "$data.partial"
-  mv "$data.partial" "$data"
-fi
-# ends with the table of scores and the folder of the plots
+[ -e "$data" ] || "$python" -m topoflow demo-data -- "$data" # appears only once it is complete
 exec "$python" train.py configs/demo.yaml "$@"

@@ -107,7 +107,7 @@ pass_on() {
 run_job() {
   local run_dir=$1 status=0 step told
   shift
-  rm -f "$run_dir/exit.json"
+  rm -f -- "${run_dir:-.}/exit.json"
   # srun takes this from the job no longer by itself (since SLURM 22.05)
   SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} "$@" &
   step=$!

@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# One task of a SLURM step: srun --kill-on-bad-exit=1 [options] launch/srun.sh CONFIG [section.key=value ...]
-# The program reads rank, size and address from the step's own variables. It takes the place of this shell, so that
-# SLURM's signals reach it and its exit status is the task's.
-trap 'exit 75' INT TERM USR1 # a request to stop before anything was begun
+# Usage: srun --kill-on-bad-exit=1 [options of srun] launch/srun.sh CONFIG [section.key=value ...]
+# Run one task of a SLURM step. The program reads rank, size and address from the step's variables. It replaces this
+# shell, so that SLURM's signals reach it and its exit status is the task's.
+trap 'exit 75' INT TERM USR1 # a request to stop before anything has started
+for word; do
+  case $word in -h | --help) sed -n '2,${/^# /!q;s/^# //p;}' "$0" && exit ;; esac
+done
 set -euo pipefail
 # shellcheck source=launch/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"

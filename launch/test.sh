@@ -1,9 +1,29 @@
 #!/usr/bin/env bash
-# From a fresh machine to the tests: launch/test.sh [pytest arguments]
+# Usage: launch/test.sh [--all] [pytest arguments]
+# Set up .venv and run tests. Without arguments: the tests that show whether this installation can be trusted.
+# --all: every test, in two processes; those that need SLURM or a GPU skip where there is none.
+for word; do
+  case $word in -h | --help) sed -n '2,${/^# /!q;s/^# //p;}' "$0" && exit ;; esac
+done
 set -euo pipefail
 # shellcheck source=launch/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 make_venv test
 cd "$root"
-exec "$python" -m pytest "$@"
+if [ "${1-}" != --all ]; then
+  [ $# -gt 0 ] || set -- -m 'not slow and not slurm'
+  exec "$python" -m pytest "$@"
+fi
+
+shift
+# The tests on a real SLURM mostly wait for it, and the others of this half measure no time.
+half=(tests/slurm tests/data tests/model)
+log=$(mktemp)
+trap 'rm -f -- "$log"' EXIT
+"$python" -m pytest "${half[@]}" "$@" >"$log" 2>&1 &
+second=$! status=0
+"$python" -m pytest "${half[@]/#/--ignore=}" "$@" || status=$?
+wait "$second" || status=$?
+cat "$log"
+exit "$status"

@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# Train on the devices of this machine (or, with torchrun's own options, of several):
-#   launch/torchrun.sh [--nproc-per-node=N] [other options of torchrun, as --name=value] CONFIG [section.key=value ...]
-# Without --nproc-per-node: a process per visible GPU, or one without a GPU. Without --nnodes: this machine alone.
-# This script ends with the program's own exit status, where torchrun always says 1.
+# Usage: launch/torchrun.sh [options of torchrun, as --name=value] CONFIG [section.key=value ...]
+# Train on the devices of this machine or, with torchrun's own options, of several.
+# Without --nproc-per-node: one process per visible GPU, or one without a GPU. Without --nnodes: this machine alone.
+# Exits with the program's own status, where torchrun always returns 1.
+for word; do
+  case $word in -h | --help) sed -n '2,${/^# /!q;s/^# //p;}' "$0" && exit ;; esac
+done
 set -euo pipefail
 # shellcheck source=launch/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -14,10 +17,10 @@ while [[ ${1:-} = -* ]]; do
 done
 [ $# -gt 0 ] || fail "no config: expected launch/torchrun.sh [options of torchrun] CONFIG [section.key=value ...]"
 
-# what cannot be used ends here, with one line and before anything is launched
+# refuse an unusable config here, with one line and before anything is launched
 run_dir=$(run_dir_of "$@")
 require_free "$run_dir" || exit
-rm -f "$run_dir/exit.json"
+rm -f -- "${run_dir:-.}/exit.json"
 
 case " ${options[*]-} " in
   *" --nproc"[-_]"per"[-_]"node="*) ;;
