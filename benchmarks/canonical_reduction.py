@@ -10,28 +10,22 @@ the ratio within pairs of blocks.
 import argparse
 import copy
 import os
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.multiprocessing import spawn
 
 from benchmarks.sizes import Size, build_sized_model, synthetic_batch, synthetic_elevation_m
-from topoflow.checkpoint.directory import CheckpointDirectory
-from topoflow.checkpoint.saver import CheckpointSaver
-from topoflow.config import CheckpointConfig, DistributedConfig, OptimConfig, TrainConfig
-from topoflow.data.sampling import BatchPlan
-from topoflow.launch import Launch, choose_device
+from tests.support.bare_trainer import build_bare_trainer
+from tests.support.rendezvous import host_store, rank_variables
+from topoflow.config import DistributedConfig
+from topoflow.launch import choose_device, read_launch
 from topoflow.model.topoflow import TopoFlow
-from topoflow.optim import build_optimizer, build_scheduler
 from topoflow.ranks import Context, distributed_context
-from topoflow.reduction import build_reduction
-from topoflow.train_state import TrainData, TrainProgress, TrainState
-from topoflow.trainer import RunOutput, Trainer
+from topoflow.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -52,11 +46,8 @@ class Settings:
 
 
 def main() -> None:
-    settings = read_settings()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    spawn(run_rank, (settings, port), nprocs=settings.ranks)
+    settings, store = read_settings(), host_store()
+    spawn(run_rank, (settings, store.port), nprocs=settings.ranks)
 
 
 def read_settings() -> Settings:
@@ -81,7 +72,8 @@ def read_settings() -> Settings:
 def run_rank(rank: int, settings: Settings, port: int) -> None:
     """One process of the benchmark, one thread."""
     torch.set_num_threads(1)
-    launch = Launch("a benchmark", "spawned", rank, settings.ranks, rank, settings.ranks, port=port)
+    os.environ.update(rank_variables(port, rank, settings.ranks))
+    launch = read_launch()
     device = choose_device(settings.device, launch)
     with distributed_context(launch, DistributedConfig(), device) as context:
         model = build_benchmark_model(settings).to(device)
@@ -123,25 +115,9 @@ def measure(settings: Settings, model: TopoFlow, accumulation: int, context: Con
 def build_benchmark_trainer(
     settings: Settings, model: TopoFlow, accumulation: int, reduction: str, context: Context
 ) -> Trainer:
-    """The program's trainer, of which only the step is used: nothing is logged or saved."""
-    optim = OptimConfig()
-    optimizer = build_optimizer(model, optim)
-    scheduler = build_scheduler(optimizer, optim, 1000, 1000)
-    state = TrainState(model, optimizer, scheduler, TrainProgress(), optim.grad_clip_norm)
-    micro_batch_size = settings.micro_batch_size
-    global_batch_size = micro_batch_size * accumulation * settings.ranks
-    plan = BatchPlan(global_batch_size, 0, global_batch_size, micro_batch_size, context.rank, settings.ranks)
+    """Return the program's trainer for `model`, of which only the step is used."""
     elevation_m = synthetic_elevation_m(settings.grid)
-    directory = CheckpointDirectory(Path("none"))
-    saver = CheckpointSaver(context, directory, CheckpointConfig(), capture=dict, on_commit=print)
-    return Trainer(
-        context,
-        state,
-        build_reduction(DistributedConfig(reduction=reduction), model, context, accumulation),
-        TrainData(train=None, validation=None, plan=plan, elevation_m=elevation_m.to(context.device), workers=0),
-        TrainConfig(max_steps=1000, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size),
-        RunOutput(saver, writer=None),
-    )
+    return build_bare_trainer(model, elevation_m, settings.micro_batch_size, accumulation, reduction, context)
 
 
 def synthetic_batches(settings: Settings, accumulation: int, context: Context) -> Iterator[dict[str, torch.Tensor]]:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from benchmarks.dwelling import Plan, PlanFolder
-from benchmarks.dwelling_points import PLACES
-from benchmarks.kill_campaign import newest
-from benchmarks.slurm_jobs import ENDED, Job, Slurm, wait_until
+from tests.support.compare_runs import newest_step
+from tests.support.dwelling import Plan, PlanFolder
+from tests.support.dwelling_points import PLACES
+from tests.support.slurm_jobs import ENDED, Job, Slurm, wait_until
 
 STEPS = 80
 MOST_STEPS_AHEAD = 6  # from the newest checkpoint to where a job is met
@@ -113,7 +113,7 @@ class DisturbedJob:
         try:
             for restart in itertools.count():
                 files = PlanFolder(self.campaign.folder / "plans", self.name, restart)
-                saved, disturbance = newest(self.run), None
+                saved, disturbance = newest_step(self.run), None
                 if restart < most and (saved or 0) < STEPS - 2 * MOST_STEPS_AHEAD:
                     about = (self.campaign.world_size, saved, self.campaign.seconds, self.crashes)
                     disturbance = draw_disturbance(self.draw, *about)
@@ -209,7 +209,7 @@ def lost_steps(run: Path) -> int:
     path = run / "metrics.jsonl"
     events = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     last = max((event["step"] for event in events if event["event"] == "train"), default=0)
-    return max(0, last - (newest(run) or 0))
+    return max(0, last - (newest_step(run) or 0))
 
 
 def last_line(log: Path) -> str:

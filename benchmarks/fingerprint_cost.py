@@ -6,7 +6,7 @@ over ranks), and what the proof adds to a step at the default `distributed.verif
 Options as for benchmarks.canonical_reduction.
 """
 
-import socket
+import os
 import time
 
 import numpy as np
@@ -20,24 +20,23 @@ from benchmarks.canonical_reduction import (
     read_settings,
     synthetic_batches,
 )
+from tests.support.rendezvous import host_store, rank_variables
 from topoflow.checkpoint.fingerprint import state_fingerprints
 from topoflow.config import DistributedConfig
-from topoflow.launch import Launch, choose_device
+from topoflow.launch import choose_device, read_launch
 from topoflow.ranks import distributed_context
 
 
 def main() -> None:
-    settings = read_settings()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    spawn(run_rank, (settings, port), nprocs=settings.ranks)
+    settings, store = read_settings(), host_store()
+    spawn(run_rank, (settings, store.port), nprocs=settings.ranks)
 
 
 def run_rank(rank: int, settings: Settings, port: int) -> None:
     """One process of the benchmark, one thread."""
     torch.set_num_threads(1)
-    launch = Launch("a benchmark", "spawned", rank, settings.ranks, rank, settings.ranks, port=port)
+    os.environ.update(rank_variables(port, rank, settings.ranks))
+    launch = read_launch()
     device = choose_device(settings.device, launch)
     with distributed_context(launch, DistributedConfig(), device) as context:
         accumulation = settings.accumulation[0]

@@ -10,30 +10,16 @@ the damaged state.pt plain torch.load refuses. Ends with status 1 if a damage wa
 """
 
 import argparse
-import logging
-import random
-import shutil
 import sys
 import tempfile
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import yaml
 
 import train
+from tests.support.damage import Row, damage_each
 from topoflow.checkpoint.directory import CheckpointDirectory
-from topoflow.checkpoint.file import read_checkpoint
-from topoflow.config import CheckpointConfig
-from topoflow.errors import ResumeRefused
-from topoflow.launch import Launch
-from topoflow.ranks import Context
-from topoflow.resume import keep_or_forget_best
 from topoflow.tools.demo.world import make_demo_data
-from topoflow.train_state import TrainProgress
 
 CONFIG = {
     "run": {"threads": 1},
@@ -47,111 +33,6 @@ CONFIG = {
     "train": {"max_steps": 2, "global_batch_size": 8, "micro_batch_size": 8, "validate_every_steps": 1},
     "checkpoint": {"every_steps": 1},
 }
-KINDS = ("flip", "truncation", "deletion")
-
-
-@dataclass
-class Row:
-    """Damages of one kind to one file, how many of them were found, and by torch.load alone."""
-
-    file: str
-    kind: str
-    damages: int = 0
-    found: int = 0
-    noticed_by_torch: int = 0
-
-
-def run_campaign(source: Path, work: Path, flips: int, others: int, seed: int) -> list[Row]:
-    """Damage a copy of the checkpoint folder `source` at `work`; each damage is undone before the next."""
-    shutil.copytree(source, work)
-    directory = CheckpointDirectory(work)
-    newest = directory.folder(directory.steps()[-1])
-    pointers = [name for name in ("last", "best") if (work / name).exists()]
-    files = {name: newest / name for name in ("state.pt", "manifest.json")} | {name: work / name for name in pointers}
-    rows: dict[tuple[str, str], Row] = {}
-    for name, kind, content in draw_damages(files, flips, others, random.Random(seed)):
-        row, file = rows.setdefault((name, kind), Row(name, kind)), files[name]
-        whole = file.read_bytes()
-        if content is None:
-            file.unlink()
-        else:
-            file.write_bytes(content)
-        row.damages += 1
-        row.noticed_by_torch += name == "state.pt" and not loads_in_torch(file)
-        row.found += is_pointer_found(directory, file) if name in pointers else is_found(directory, newest, file)
-        file.write_bytes(whole)
-    path, _ = directory.newest_whole(strict=True)
-    assert path == newest, "every damage was undone"
-    return sorted(rows.values(), key=lambda row: (KINDS.index(row.kind), list(files).index(row.file)))
-
-
-def draw_damages(
-    files: dict[str, Path], flips: int, others: int, draw: random.Random
-) -> Iterator[tuple[str, str, bytes | None]]:
-    """File, kind, and the damaged content (None: the file is gone). A flip changes one byte to any other."""
-    contents = {name: path.read_bytes() for name, path in files.items()}
-    names, sizes = list(files), [len(content) for content in contents.values()]
-    for number in range(flips):
-        name = draw.choices(names, sizes)[0] if number % 2 == 0 else draw.choice(names)
-        damaged = bytearray(contents[name])
-        damaged[draw.randrange(len(damaged))] ^= draw.randrange(1, 256)
-        yield name, "flip", bytes(damaged)
-    for number in range(others):
-        name = names[number % len(names)]
-        is_gone = number // len(names) % 3 == 0
-        length = draw.randrange(len(contents[name]))
-        yield name, "deletion" if is_gone else "truncation", None if is_gone else contents[name][:length]
-
-
-def is_found(directory: CheckpointDirectory, newest: Path, file: Path) -> bool:
-    """Whether the newest checkpoint is refused by its path and by its run's, and passed over by resume=auto."""
-    for load in (lambda: read_checkpoint(newest), lambda: directory.newest_whole(strict=True)):
-        try:
-            load()
-            return False
-        except ResumeRefused as refusal:
-            if file.name not in str(refusal):
-                return False
-    with warnings_of_the_program() as messages:
-        path, _ = directory.newest_whole()
-    return path != newest and any(f"{newest}: {file.name}" in line for line in messages)
-
-
-def is_pointer_found(directory: CheckpointDirectory, pointer: Path) -> bool:
-    """Whether what follows the pointer is refused (or finds none), and a resume names it."""
-    try:
-        is_refused = directory.pointer(pointer.name) is None and not pointer.exists()
-    except ResumeRefused as refusal:
-        is_refused = str(pointer) in str(refusal)
-    with warnings_of_the_program() as messages:
-        _, state = directory.newest_whole()
-        one_process = Context(Launch("none", "a campaign"), torch.device("cpu"))
-        keep_or_forget_best(TrainProgress(**state["progress"]), directory, CheckpointConfig(), one_process)
-    return is_refused and any(str(pointer) in line for line in messages)
-
-
-@contextmanager
-def warnings_of_the_program() -> Iterator[list[str]]:
-    """Collect the messages at warning level or above while the block runs."""
-    messages: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: messages.append(record.getMessage())
-    log = logging.getLogger("topoflow")
-    log.addHandler(handler)
-    try:
-        yield messages
-    finally:
-        log.removeHandler(handler)
-
-
-def loads_in_torch(path: Path) -> bool:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # noqa: BLE001 (damaged bytes make it raise anything)
-        return False
-    return True
 
 
 def make_run(folder: Path) -> Path:
@@ -191,7 +72,7 @@ def main() -> int:
             for path in (*newest.iterdir(), source / "last", source / "best")
             if path.exists()
         }
-        rows = run_campaign(source, Path(name) / "damaged", options.flips, options.others, options.seed)
+        rows = damage_each(source, Path(name) / "damaged", options.flips, options.others, options.seed)
     print_table(rows, sizes)
     damages, found = sum(row.damages for row in rows), sum(row.found for row in rows)
     print(f"{damages} damages, {found} found, {damages - found} missed")

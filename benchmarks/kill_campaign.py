@@ -10,26 +10,21 @@ accumulation and loader workers are on. Ends with status 1 if a run differs or a
 
 import argparse
 import collections
-import itertools
-import json
 import random
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
 import yaml
 
-from benchmarks.forked_runs import AT_A_RANDOM_TIME, Attack, Ending, ForkedRuns
-from benchmarks.kill_points import POINTS, Kill
-from topoflow.checkpoint.directory import CheckpointDirectory
-from topoflow.checkpoint.file import read_checkpoint
+from tests.support.compare_runs import differences, newest_step
+from tests.support.forked_runs import AT_A_RANDOM_TIME, Attack, Ending, ForkedRuns
+from tests.support.kill_points import POINTS, Kill
 from topoflow.tools.demo.world import make_demo_data
 
 STEPS = 20
@@ -89,40 +84,6 @@ def draw_attack(draw: random.Random, world_size: int, saved_step: int | None, se
     return Attack(Kill(name, step, draw.randint(1, point.times)), rank=rank, everyone=everyone)
 
 
-def differences(run: Path, untouched: Path, steps: int = STEPS) -> list[str]:
-    """What a finished run of `steps` steps has other than one that never stopped, by name."""
-    found = []
-    ours, theirs = losses(run), losses(untouched)
-    if ours != theirs:
-        first = next((a, b) for a, b in itertools.zip_longest(ours, theirs) if a != b)
-        found.append(f"loss {first[0]}: expected {first[1]}")
-    ours, theirs = (
-        read_checkpoint(CheckpointDirectory(path / "checkpoints").folder(steps)) for path in (run, untouched)
-    )
-    for part in ("model", "optimizer", "scheduler", "progress"):
-        found += [f"{part}/{name}" for name in different_leaves(ours[part], theirs[part])]
-    return found
-
-
-def losses(run: Path) -> list[tuple[str, int, str]]:
-    """(event, step, loss as bits) of every line of training and validation, as they stand in the file."""
-    events = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [(e["event"], e["step"], e["loss_hex"]) for e in events if e["event"] in ("train", "validation")]
-
-
-def different_leaves(one: Any, other: Any, path: str = "") -> Iterator[str]:
-    """Paths of the tensors (as bits) and plain values that differ in two nested dicts."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        for key in one.keys() | other.keys():
-            yield from different_leaves(one.get(key), other.get(key), f"{path}/{key}" if path else str(key))
-    elif isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        alike = (one.shape, one.dtype) == (other.shape, other.dtype)
-        if not alike or not torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)):
-            yield path
-    elif one != other:
-        yield path
-
-
 class Campaign:
     """Chains of killed and resumed runs below `folder`."""
 
@@ -156,7 +117,7 @@ class Campaign:
         while ending is None or not ending.done:
             attack = None
             if kills < most_kills:
-                attack = draw_attack(self.draw, world_size, newest(run), self.seconds[world_size])
+                attack = draw_attack(self.draw, world_size, newest_step(run), self.seconds[world_size])
             ending = self.train(run, world_size, attack)
             story.append("untouched" if attack is None else str(attack))
             if ending.note is not None:
@@ -171,7 +132,7 @@ class Campaign:
                 self.tally.misses += 1
         self.tally.runs += 1
         self.tally.resumes += sum('"event": "resume"' in line for line in (run / "metrics.jsonl").open())
-        different = differences(run, untouched)
+        different = differences(run, untouched, STEPS)
         if different:
             self.tally.different.append(f"{world_size} rank(s), {'; '.join(story)}: {', '.join(different[:5])}")
             self.keep(run)
@@ -181,11 +142,6 @@ class Campaign:
         number = len(self.tally.refused) + len(self.tally.different)
         shutil.copytree(run, self.folder / f"failed-{number}")
         shutil.copy(self.runs.log, self.folder / f"failed-{number}" / "said.log")
-
-
-def newest(run: Path) -> int | None:
-    """Step of the newest checkpoint, if there is one."""
-    return max(CheckpointDirectory(run / "checkpoints").steps(), default=None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

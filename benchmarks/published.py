@@ -1,12 +1,16 @@
 """The published program's network and its training step, restated from reading it: what this program is compared with.
 
 Source: github.com/AmmarKheder/TopoFlow, topoflow/{model,topoflow,wind_embed,training}.py (commit 1ab24d8), without its
-wind scan. It is the same function (a test holds it against another restatement) by the same operations: the same
-tensors are formed, held as long and kept for the backward pass, so time and memory of a step are those of the original.
-Parameters have the names of the original's.
+wind scan. It is the same function by the same operations: the same tensors are formed, held as long and kept for the
+backward pass, so time and memory of a step are those of the original. Parameters have the names of the original's.
+
+    python -m benchmarks.published
+
+compares it, in float64 and with its gradients, with the restatement that the tests of the Lightning import use.
 """
 
 import math
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +18,7 @@ from torch.nn import functional as F
 
 from benchmarks.sizes import DECODER_DEPTH, INPUTS, MLP_RATIO, PATCH_SIZE, TARGETS, Size
 from benchmarks.torchvision_operators import without_torchvision_operators
+from tests.lightning.restated import Network
 
 with without_torchvision_operators():
     from timm.layers import Mlp
@@ -178,3 +183,35 @@ class PublishedStep:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+def main() -> int:
+    """Compare the two restatements; raises AssertionError if they are not the same function."""
+    size = Size("small", (8, 12), 16, 3, 2, 3)
+    torch.manual_seed(0)
+    reference = Network(True, size.grid, width=16, depth=3, decoder_depth=2, heads=2).double()
+    network = PublishedNetwork(size).double()
+    network.load_state_dict(reference.state_dict())
+    x = torch.randn(3, len(INPUTS), *size.grid, dtype=torch.float64)
+    # one terrain for all samples, in kilometres, as the reference takes it
+    x[:, INPUTS.index("elevation")] = 10 * x[0, INPUTS.index("elevation")]
+    lead_time_hours = torch.full((3,), 24.0, dtype=torch.float64)
+    ours, theirs = network(x, lead_time_hours), reference(x, lead_time_hours)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    seed = torch.randn_like(ours)
+    names, parameters = zip(*reference.named_parameters(), strict=True)
+    gradients = dict(
+        zip(
+            [n for n, _ in network.named_parameters()],
+            torch.autograd.grad(ours, list(network.parameters()), seed),
+            strict=True,
+        )
+    )
+    for name, expected in zip(names, torch.autograd.grad(theirs, parameters, seed), strict=True):
+        torch.testing.assert_close(gradients[name], expected, rtol=1e-8, atol=1e-11)
+    print(f"same outputs and {len(names)} same gradients")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -36,10 +36,11 @@ from pathlib import Path
 import yaml
 
 from benchmarks.disturbed_job import AT_A_RANDOM_TIME, CYCLE_SECONDS, STEPS, Cycle, DisturbedJob, JobFailed, last_line
-from benchmarks.dwelling import ROOT, PlanFolder, make_project
-from benchmarks.dwelling_points import PLACES
-from benchmarks.kill_campaign import SETTINGS, differences
-from benchmarks.slurm_jobs import ENDED, Job, NoSlurm, Slurm, job_options, wait_until
+from benchmarks.kill_campaign import SETTINGS
+from tests.support.compare_runs import differences
+from tests.support.dwelling import ROOT, PlanFolder, make_project
+from tests.support.dwelling_points import PLACES
+from tests.support.slurm_jobs import ENDED, Job, NoSlurm, Slurm, job_options, wait_until
 from topoflow.tools.demo.world import make_demo_data
 
 MOST_OF_A_JOB = 10

@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from benchmarks.forked_runs import ForkedRuns
-from benchmarks.phases import METHODS, PHASES, STEP, WHOLE, record_phases
 from benchmarks.scaling_model import print_model
+from tests.support.forked_runs import ForkedRuns
+from tests.support.phases import METHODS, PHASES, STEP, WHOLE, record_phases
 from topoflow.tools.demo.world import make_demo_data
 
 SETTINGS = {

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import canonical_reduction
 from topoflow.build import build_plan
 from topoflow.config import DistributedConfig
 from topoflow.config_io import config_from_dict
@@ -219,13 +218,3 @@ def test_gloo_on_gpus_is_refused(monkeypatch):
         distributed_context(launch, config, torch.device("cuda")),
     ):
         pass
-
-
-def test_the_benchmark_prints_its_table(capsys):
-    settings = canonical_reduction.Settings(
-        grid=(4, 8), patch_size=2, embed_dim=8, depth=1, num_heads=2, micro_batch_size=1, ranks=1, accumulation=(1, 4),
-        rounds=2, steps=1, device="cpu",
-    )  # fmt: skip
-    canonical_reduction.run_rank(0, settings, port=1)
-    said = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in said[-2:]] == ["1", "4"]

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.canonical_reduction import Settings, build_benchmark_model, build_benchmark_trainer, synthetic_batches
+from tests.support.bare_trainer import build_bare_trainer
 from tests.test_ranks import run_on_ranks
+from topoflow.config import ModelConfig
 from topoflow.launch import Launch
+from topoflow.model.topoflow import build_model
 from topoflow.ranks import Context
 from topoflow.reduction import DdpReduction
 
@@ -58,13 +60,26 @@ class CountedContext(Context):
 
 
 def trainer_and_batches(context, reduction="ddp", accumulation=2):
-    settings = Settings(
-        grid=(8, 12), patch_size=2, embed_dim=16, depth=2, num_heads=2, micro_batch_size=2, ranks=1,
-        accumulation=(accumulation,), rounds=1, steps=1, device=context.device.type,
-    )  # fmt: skip
-    model = build_benchmark_model(settings).to(context.device)
-    trainer = build_benchmark_trainer(settings, model, accumulation, reduction, context)
-    return trainer, list(synthetic_batches(settings, accumulation, context))
+    """A small network with terrain and wind, and the micro-batches of one step."""
+    generator = torch.Generator().manual_seed(1)
+
+    def noise(*shape):
+        return torch.randn(2, *shape, 8, 12, generator=generator).to(context.device)
+
+    config = ModelConfig(patch_size=2, embed_dim=16, depth=2, num_heads=2, drop_rate=0.0, drop_path=0.0)
+    y_km, x_km = (km.flatten() for km in torch.meshgrid(torch.arange(4) * 50.0, torch.arange(6) * 50.0, indexing="ij"))
+    model = build_model(config, ("u", "v", "pm25"), ("pm25", "o3"), (8, 12), x_km, y_km, seed=0).to(context.device)
+    batches = [
+        {
+            "x": noise(3),
+            "y": noise(2),
+            "valid": noise(2) > -1,
+            "lead_time_hours": torch.full((2,), 24.0, device=context.device),
+            "wind_ms": noise(2),
+        }
+        for _ in range(accumulation)
+    ]
+    return build_bare_trainer(model, 1000 * noise()[0].abs(), 2, accumulation, reduction, context), batches
 
 
 @pytest.mark.parametrize("reduction", ["ddp", "canonical"])

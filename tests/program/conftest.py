@@ -15,7 +15,7 @@ import torch
 import yaml
 
 import train as train_script
-from benchmarks.forked_runs import ForkedRuns
+from tests.support.forked_runs import ForkedRuns
 from topoflow.data.dataset import ForecastDataset
 from topoflow.data.sampling import BatchPlan
 from topoflow.tools.demo.world import make_demo_data

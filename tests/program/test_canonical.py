@@ -8,8 +8,8 @@ import shutil
 
 import pytest
 
-from benchmarks.forked_runs import Attack
-from benchmarks.kill_points import Kill
+from tests.support.forked_runs import Attack
+from tests.support.kill_points import Kill
 
 CANONICAL = "distributed.reduction=canonical"
 

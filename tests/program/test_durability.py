@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import torch
 
-from benchmarks.flip_campaign import run_campaign
+from tests.support.damage import damage_each
 from topoflow import cli
 from topoflow.checkpoint import file as checkpoint_file
 from topoflow.checkpoint.directory import CheckpointDirectory
@@ -98,7 +98,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_again(program, checkpoi
 
 
 def test_each_of_sixty_damages_is_found_and_named(checkpoints, tmp_path):
-    rows = run_campaign(checkpoints.path, tmp_path / "damaged", flips=60, others=12, seed=1)
+    rows = damage_each(checkpoints.path, tmp_path / "damaged", flips=60, others=12, seed=1)
     assert sum(row.damages for row in rows) == 72
     assert [row for row in rows if row.found < row.damages] == []
     assert sum(row.noticed_by_torch for row in rows) < 60

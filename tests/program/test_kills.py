@@ -5,8 +5,8 @@ The runs that these are held against were started as a user starts them, not for
 
 import signal
 
-from benchmarks.forked_runs import Attack
-from benchmarks.kill_points import POINTS, Kill
+from tests.support.forked_runs import Attack
+from tests.support.kill_points import POINTS, Kill
 
 # point, step from which on it counts, and where the process must stand then (of its call stack)
 IN_STEPS = [

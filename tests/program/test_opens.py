@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.phases import WHOLE, record_phases
+from tests.support.phases import WHOLE, record_phases
 from topoflow.data.stores import Store, inspect_store
 from topoflow.tools.demo.world import make_demo_data
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.slurm_jobs import Slurm, wait_until
+from tests.support.slurm_jobs import Slurm, wait_until
 from topoflow.tools.demo.world import make_demo_data
 
 ROOT = Path(__file__).parents[2]

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.dwelling import ROOT, Plan, PlanFolder, make_project
-from benchmarks.kill_campaign import differences, losses
-from benchmarks.slurm_jobs import ENDED, Job, Slurm, job_options, wait_until
+from tests.support.compare_runs import differences, losses
+from tests.support.dwelling import ROOT, Plan, PlanFolder, make_project
+from tests.support.slurm_jobs import ENDED, Job, Slurm, job_options, wait_until
 
 STEPS = 60
 SETTINGS = {
@@ -128,7 +128,7 @@ def bench(tmp_path_factory, world, slurm_environ):
     folder = tmp_path_factory.mktemp("requeue")
     settings = {**SETTINGS, "data": {**SETTINGS["data"], "path": str(world)}}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    # the batch script asks the package for run.dir, and train.py of the project is in benchmarks
+    # the batch script asks the package for run.dir, and the project's train.py imports tests.support
     slurm = Slurm({**slurm_environ, "PYTHONPATH": str(ROOT)}, folder)
     bench = Bench(folder, make_project(folder), slurm)
     yield bench

@@ -15,23 +15,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BEFORE_IMPORTS = "while Python is started"
 LONGEST_SECONDS = 30.0
 AFTERWARDS_SECONDS = 0.3  # from the campaign's word to the signal's arrival through SLURM's daemons
 STARTER = """import sys
 sys.path[0] = {root!r}
-from benchmarks.dwelling import main
+from tests.support.dwelling import main
 sys.exit(main({plans!r}))
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Where one start of a job dwells. Of its files, <name>.json is the plan.
+    """Where one start of a job dwells; `point` is None for nowhere.
 
-    point: None for nowhere. rank: that dwells. step, count: see `benchmarks.kill_points.Kill`. step_seconds: how much
-    longer each training step takes.
+    rank: that dwells. step, count: as for `kill_points.Kill`. step_seconds: added to each training step.
     """
 
     point: str | None = None
@@ -112,7 +111,7 @@ def main(plans: str) -> int:
     if plan.point == BEFORE_IMPORTS and rank == plan.rank:
         files.dwell()
     import train as program  # here and not above: a signal may come before torch is there
-    from benchmarks.dwelling_points import install
+    from tests.support.dwelling_points import install
 
     install(plan, files.dwell, dwells_here=rank == plan.rank)
     return program.main(sys.argv[1:])

@@ -14,7 +14,6 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,14 +24,15 @@ from typing import Any
 from unittest import mock
 
 import train
-from benchmarks.kill_points import Kill, arm
+from tests.support.kill_points import Kill, arm
+from tests.support.rendezvous import host_store, rank_variables
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GRACE_SECONDS = 1.0
 
 # with what the program imports late; DDP imports torch's compiler
 LATE = ["xarray", "zarr", "netCDF4", "topoflow.logs", "topoflow.plots", "torch._dynamo"]
-PRELOADED = ["benchmarks.forked_runs", *LATE]
+PRELOADED = ["tests.support.forked_runs", *LATE]
 AT_A_RANDOM_TIME = "at a random time"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -96,10 +96,11 @@ class ForkedRuns:
         for file in (self.log, self.note):  # not emptied: workers that live on may still write
             file.unlink(missing_ok=True)
         self.log.touch()
-        port, ranks = _free_port(), []
+        store, ranks = host_store(), []
         for rank in range(world_size):
             kill = attack.kill if rank == attack.rank else None
-            what = (list(arguments), rank, world_size, port, self.log, kill, self.note, prepare)
+            variables = rank_variables(store.port, rank, world_size) if world_size > 1 else {}
+            what = (list(arguments), variables, self.log, kill, self.note, prepare)
             ranks.append(self._context.Process(target=_run_rank, args=what))
         try:
             for process in ranks:
@@ -139,31 +140,21 @@ def _join(ranks: Sequence[Any]) -> None:
         process.join(max(0.0, deadline - time.monotonic()))
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def _run_rank(
     arguments: list[str],
-    rank: int,
-    world_size: int,
-    port: int,
+    variables: dict[str, str],
     log: Path,
     kill: Kill | None,
     note: Path,
     prepare: Callable[[], None] | None,
 ) -> None:
-    """In the forked process: become rank `rank`, and train."""
+    """In the forked process: train as the rank that `variables` describe."""
     multiprocessing.set_start_method("fork", force=True)  # what a process that no server made has here
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    if world_size > 1:
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-        os.environ.update({name: str(value) for name, value in variables.items()})
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(variables)
+    sys.argv = ["train.py", *arguments]
     if kill is not None:
         arm(kill, note)
     if prepare is not None:

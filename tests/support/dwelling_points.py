@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import train as program
-from benchmarks.dwelling import BEFORE_IMPORTS, Plan
-from benchmarks.kill_points import POINTS, Fuse, Kill, Point, lay, wrap
+from tests.support.dwelling import BEFORE_IMPORTS, Plan
+from tests.support.kill_points import POINTS, Fuse, Kill, Point, lay, wrap
 from topoflow import trainer
 
 

@@ -1,0 +1,49 @@
+"""The program's trainer with nothing around its step: no data, no log, no checkpoint."""
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from topoflow.checkpoint.directory import CheckpointDirectory
+from topoflow.checkpoint.saver import CheckpointSaver
+from topoflow.config import CheckpointConfig, DistributedConfig, OptimConfig, TrainConfig
+from topoflow.data.sampling import BatchPlan
+from topoflow.optim import build_optimizer, build_scheduler
+from topoflow.ranks import Context
+from topoflow.reduction import build_reduction
+from topoflow.run_dir import StopFlag
+from topoflow.train_state import TrainData, TrainProgress, TrainState
+from topoflow.trainer import Trainer
+
+
+def build_bare_trainer(
+    model: nn.Module, elevation_m: Tensor, micro_batch_size: int, accumulation: int, reduction: str, context: Context
+) -> Trainer:
+    """Return a trainer whose `train_step` can be called.
+
+    Args:
+        elevation_m: [H, W].
+        reduction: as `distributed.reduction`.
+    """
+    optim = OptimConfig()
+    optimizer = build_optimizer(model, optim)
+    state = TrainState(model, optimizer, build_scheduler(optimizer, optim, 1000, 1000), TrainProgress())
+    global_batch_size = micro_batch_size * accumulation * context.world_size
+    plan = BatchPlan(global_batch_size, 0, global_batch_size, micro_batch_size, context.rank, context.world_size)
+    return Trainer(
+        context,
+        state,
+        build_reduction(DistributedConfig(reduction=reduction), model, context, accumulation),
+        TrainData(train=None, validation=None, plan=plan, elevation_m=elevation_m.to(context.device), workers=0),
+        TrainConfig(max_steps=1000, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size),
+        seed=0,
+        grad_clip_norm=1.0,
+        total_steps=1000,
+        save_every_steps=None,
+        verify_every_steps=None,
+        saver=CheckpointSaver(
+            context, CheckpointDirectory(Path("none")), CheckpointConfig(), capture=dict, on_commit=print
+        ),
+        writer=None,
+        stop=StopFlag(),
+    )
