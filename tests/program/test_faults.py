@@ -1,11 +1,7 @@
 """The fault campaign: each thing that a resume can do wrong is found before the next optimizer step, and named."""
 
 import json
-import multiprocessing
-import os
 import shutil
-import socket
-import sys
 from dataclasses import dataclass
 
 import faults
@@ -38,39 +34,17 @@ class Ended:
     stderr: str
 
 
-def run_with_fault(fault, arguments, said, launched):
-    """In a forked process, which is quicker to start than a new one: torch is imported already."""
-    os.environ.update(launched)
-    with open(said, "w") as stream:
-        sys.stderr = stream
-        sys.argv = [fault, *arguments]
-        getattr(faults, fault)()
-        sys.exit(faults.train.main(arguments))
-
-
 @pytest.fixture
-def resume(saved, program):
-    """Resume a copy of that run with a fault in it; returns how rank 0 ended and what all said."""
+def resume(saved, program, forked):
+    """Resume a copy of that run with a fault in it; returns how rank 0 ended and what all ranks logged."""
 
     def start(fault, *overrides, processes=1, before=lambda: None):
         shutil.copytree(saved.folder / "run", program.folder / "run")
         before()
         options = [f"run.dir={program.folder / 'run'}", "distributed.verify_every_steps=1", "train.max_steps=10"]
         arguments = [str(program.config), *options, *overrides]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        started = []
-        for rank in range(processes):
-            mine = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-            launched = {**common, **mine, "TORCHELASTIC_RUN_ID": "a test"} if processes > 1 else {}
-            target = (fault, arguments, program.folder / f"said-{rank}", launched)
-            started.append(multiprocessing.get_context("fork").Process(target=run_with_fault, args=target))
-            started[-1].start()
-        for process in started:
-            process.join()
-        said = "".join((program.folder / f"said-{rank}").read_text() for rank in range(processes))
-        return Ended(started[0].exitcode, [process.exitcode for process in started[1:]], said)
+        ending = forked.run(arguments, processes, prepare=getattr(faults, fault))
+        return Ended(ending.statuses[0], ending.statuses[1:], ending.said)
 
     return start
 
