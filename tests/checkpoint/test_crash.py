@@ -94,6 +94,7 @@ def require_orderly(directory):
         assert directory.pointer(name) in map(directory.folder, directory.steps())
 
 
+@pytest.mark.slow
 def test_killed_while_a_checkpoint_is_written(template):
     newest = []
 
@@ -114,6 +115,7 @@ def test_killed_while_a_checkpoint_is_written(template):
     assert set(newest) == {10, 15}
 
 
+@pytest.mark.slow
 def test_killed_while_a_checkpoint_is_replaced(template):
     values = []
 

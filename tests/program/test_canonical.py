@@ -11,6 +11,8 @@ import pytest
 from tests.support.forked_runs import Attack
 from tests.support.kill_points import Kill
 
+pytestmark = pytest.mark.slow
+
 CANONICAL = "distributed.reduction=canonical"
 
 

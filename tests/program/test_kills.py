@@ -5,8 +5,12 @@ The runs that these are held against were started as a user starts them, not for
 
 import signal
 
+import pytest
+
 from tests.support.forked_runs import Attack
 from tests.support.kill_points import POINTS, Kill
+
+pytestmark = pytest.mark.slow
 
 # point, step from which on it counts, and where the process must stand then (of its call stack)
 IN_STEPS = [

@@ -15,6 +15,8 @@ from tests.support.phases import WHOLE, record_phases
 from topoflow.data.stores import Store, inspect_store
 from topoflow.tools.demo.world import make_demo_data
 
+pytestmark = pytest.mark.slow
+
 IN_CLOSE_NOWRITE, IN_OPEN = 0x10, 0x20
 ON_DISK = ("data.in_memory=false", "data.workers=0", "train.global_batch_size=12")
 

@@ -29,6 +29,7 @@ def stop_after(process, step, number):
     return "".join(said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_stopped_at_a_step_and_resumed(program, assert_same_run, processes):
     # step 13 of 7 an epoch: in the middle of an epoch, between two checkpoints; max_steps may be raised
@@ -42,6 +43,7 @@ def test_stopped_at_a_step_and_resumed(program, assert_same_run, processes):
     assert_same_run(processes, parts=("model", "optimizer", "scheduler"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_commits_a_checkpoint_and_the_run_goes_on(program, undisturbed, number):
     process = program.start("train.max_steps=100000")
@@ -122,6 +124,7 @@ def test_a_raised_length_keeps_the_schedule(program):
     assert program.state(step=8)["config"]["optim"]["schedule_length"] == 6
 
 
+@pytest.mark.slow
 def test_another_world_size_goes_on_with_the_same_samples(program, forked):
     """Saved by 2 ranks in the middle of an epoch, resumed by 1 and by 4: what is next for them is next for 2."""
 

@@ -76,6 +76,7 @@ def test_activation_checkpointing_has_the_same_bits(program, undisturbed):
     assert program.losses() == {step: losses[step] for step in (1, 2, 3)}
 
 
+@pytest.mark.slow
 def test_a_compiled_run_resumes_with_the_same_bits(program, undisturbed):
     options = ("train.compile=true", "data.validation=[]", "data.workers=0", "train.micro_batch_size=16")
     assert program.train(*options, "train.max_steps=3", run="whole").returncode == 0
@@ -121,6 +122,7 @@ def test_a_batch_without_a_target_changes_nothing(program, without_targets_in_st
     assert all(torch.equal(before["model"][name], after["model"][name]) for name in before["model"])
 
 
+@pytest.mark.slow
 def test_validation_counts_every_sample_once_on_any_world_size(program):
     for processes in (1, 2):
         done = program.train(*PLAIN[:-1], "train.max_steps=1", run=f"{processes}", processes=processes)

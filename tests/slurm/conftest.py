@@ -142,3 +142,9 @@ def cluster(tmp_path, world, slurm_environ):
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump({**CONFIG, "data": {**CONFIG["data"], "path": str(world)}}))
     return Cluster(tmp_path, config, slurm_environ)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker("slurm")
