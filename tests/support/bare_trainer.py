@@ -11,9 +11,8 @@ from topoflow.data.sampling import BatchPlan
 from topoflow.optim import build_optimizer, build_scheduler
 from topoflow.ranks import Context
 from topoflow.reduction import build_reduction
-from topoflow.run_dir import StopFlag
 from topoflow.train_state import TrainData, TrainProgress, TrainState
-from topoflow.trainer import Trainer
+from topoflow.trainer import RunOutput, Trainer
 
 
 def build_bare_trainer(
@@ -27,23 +26,17 @@ def build_bare_trainer(
     """
     optim = OptimConfig()
     optimizer = build_optimizer(model, optim)
-    state = TrainState(model, optimizer, build_scheduler(optimizer, optim, 1000, 1000), TrainProgress())
+    scheduler = build_scheduler(optimizer, optim, 1000, 1000)
+    state = TrainState(model, optimizer, scheduler, TrainProgress(), optim.grad_clip_norm)
     global_batch_size = micro_batch_size * accumulation * context.world_size
     plan = BatchPlan(global_batch_size, 0, global_batch_size, micro_batch_size, context.rank, context.world_size)
+    directory = CheckpointDirectory(Path("none"))
+    saver = CheckpointSaver(context, directory, CheckpointConfig(), capture=dict, on_commit=print)
     return Trainer(
         context,
         state,
         build_reduction(DistributedConfig(reduction=reduction), model, context, accumulation),
         TrainData(train=None, validation=None, plan=plan, elevation_m=elevation_m.to(context.device), workers=0),
         TrainConfig(max_steps=1000, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size),
-        seed=0,
-        grad_clip_norm=1.0,
-        total_steps=1000,
-        save_every_steps=None,
-        verify_every_steps=None,
-        saver=CheckpointSaver(
-            context, CheckpointDirectory(Path("none")), CheckpointConfig(), capture=dict, on_commit=print
-        ),
-        writer=None,
-        stop=StopFlag(),
+        RunOutput(saver, writer=None),
     )
