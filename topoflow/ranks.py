@@ -3,7 +3,11 @@
 import hashlib
 import importlib
 import os
+<<<<<<< HEAD
 import resource
+=======
+import pickle
+>>>>>>> ef4abfd (ranks: let rank 0 answer all ranks through the store)
 import secrets
 import socket
 import time
@@ -42,7 +46,12 @@ class Context:
         self.launch, self.device = launch, device
         self.config, self.stop = config or DistributedConfig(), stop or StopFlag()
         self.rank, self.world_size, self.is_main = launch.rank, launch.world_size, launch.is_main
+<<<<<<< HEAD
         self.watch = watch or Activity()
+=======
+        self.watch = watch or Watch(launch)
+        self._questions = 0
+>>>>>>> ef4abfd (ranks: let rank 0 answer all ranks through the store)
 
     def gather_objects(self, item: Any) -> list[Any]:
         """Return the `item` of every process, in the order of ranks, on every process (pickled, over the host)."""
@@ -72,6 +81,28 @@ class Context:
         with self.watch.waiting():
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
+
+    def ask_main(self, item: Any, answer: Callable[[list[Any]], Any]) -> Any:
+        """Return on every process what rank 0's `answer` makes of the items of all, in the order of ranks (pickled).
+
+        They pass through the store, so a process needs a connection to rank 0 only, not to the others.
+        """
+        if self.world_size == 1:
+            return answer([item])
+        store, self._questions = dist.distributed_c10d._get_default_store(), self._questions + 1
+        store = dist.PrefixStore(f"question {self._questions}", store)
+        store.set(f"item {self.rank}", pickle.dumps(item))
+        if self.is_main:
+            with self.watch.waiting():
+                items = [pickle.loads(_get_when_set(store, f"item {rank}")) for rank in range(self.world_size)]
+            store.set("answer", pickle.dumps(answer(items)))
+        with self.watch.waiting():
+            answered = pickle.loads(_get_when_set(store, "answer"))
+            received = store.add("received", 1)
+            while self.is_main and received < self.world_size:  # rank 0 holds the store, and may leave after this
+                time.sleep(0.02)
+                received = store.add("received", 0)
+        return answered
 
     def broadcast_tensor(self, tensor: torch.Tensor) -> None:
         """Overwrite `tensor` with rank 0's, in place."""
@@ -391,8 +422,27 @@ def _find_server(
 ) -> tuple[dist.Store | None, WatchServer | None, int, str]:
     """Return the store if this process has one already, the server on rank 0, and the server's port and token.
 
+<<<<<<< HEAD
     Under torchrun, whose agent has the port of the launch, rank 0 publishes them in the agent's store. Else the server
     listens on the port of the launch.
+=======
+
+def _get_when_set(store: dist.Store, key: str) -> bytes:
+    """Return a value as soon as it is set. The watch ends this process if that will not happen."""
+    while True:
+        try:
+            store.wait([key], timedelta(seconds=1))  # in short waits, so that signals are handled
+            return store.get(key)
+        except dist.DistStoreError:
+            continue
+
+
+def require_agreement(context: Context, facts: Mapping[str, str], when: str) -> None:
+    """Prove that `facts` {name: value} are equal on all processes; only their hash travels if they are.
+
+    Raises:
+        RanksDisagree: on every process: a line for each fact that differs, with ranks and hosts for each value.
+>>>>>>> ef4abfd (ranks: let rank 0 answer all ranks through the store)
     """
     server, store, port, token = None, None, launch.port, f"job-{launch.job}.{launch.restart}"
     if launch.has_agent_store:
