@@ -352,6 +352,16 @@ def assigned_devices(environ: Mapping[str, str] = os.environ) -> str | None:
     return None
 
 
+def hosts_of_ranks(launch: Launch, environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Return the host of each rank, if SLURM's variables tell it: only under srun, with ranks in blocks."""
+    if launch.launcher != "srun":
+        return []
+    step = read_slurm_step(environ)
+    in_blocks = environ.get("SLURM_DISTRIBUTION", "block").startswith("block") or max(step.tasks_per_node) == 1
+    tasks = zip(step.nodes, step.tasks_per_node, strict=True)
+    return [node for node, count in tasks for _ in range(count)] if in_blocks and step.begins_on_first_node else []
+
+
 def forget_interface(name: str, environ: MutableMapping[str, str] = os.environ) -> None:
     """Take a variable of INTERFACES from this process: with one that names no interface it could join no group."""
     assert name in INTERFACES, name
