@@ -28,21 +28,25 @@ from topoflow.reproducibility import describe_software, hash_sources
 from topoflow.train_state import TrainData, TrainProgress, TrainState, total_steps
 
 
-def require_same_program(context: Context, config: Config) -> None:
-    """Prove that all processes have the same code, versions, number of threads and config.
-
-    Raises:
-        RanksDisagree: on every process, with the table of who has what.
-    """
-    if context.world_size == 1:
-        return  # and does not read a hundred source files
+def program_facts(config: Config) -> dict[str, str]:
+    """Return {name: value} of what must be equal on all ranks: code, versions, number of threads and config."""
     software = describe_software(torch.device("cpu"))
     facts = {name: str(software[name]) for name in ("python", "torch", "numpy", "topoflow", "threads")}
     facts["system"] = platform.system()
     facts["sources of topoflow"] = hash_sources()[:16]
     for section, keys in config_to_dict(config).items():
         facts |= {f"{section}.{key}": repr(value) for key, value in keys.items()}
-    context.require_same(facts, "at the start")
+    return facts
+
+
+def require_same_program(context: Context, config: Config) -> None:
+    """Prove that all processes have the same `program_facts`.
+
+    Raises:
+        RanksDisagree: on every process, with the table of who has what.
+    """
+    if context.world_size > 1:  # one process need not read a hundred source files
+        context.require_same(program_facts(config), "at the start")
 
 
 def open_data(config: Config, context: Context, only: Sequence[str] = SPLITS) -> ForecastData:

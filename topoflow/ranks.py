@@ -3,11 +3,8 @@
 import hashlib
 import importlib
 import os
-<<<<<<< HEAD
-import resource
-=======
 import pickle
->>>>>>> ef4abfd (ranks: let rank 0 answer all ranks through the store)
+import resource
 import secrets
 import socket
 import time
@@ -46,12 +43,8 @@ class Context:
         self.launch, self.device = launch, device
         self.config, self.stop = config or DistributedConfig(), stop or StopFlag()
         self.rank, self.world_size, self.is_main = launch.rank, launch.world_size, launch.is_main
-<<<<<<< HEAD
         self.watch = watch or Activity()
-=======
-        self.watch = watch or Watch(launch)
         self._questions = 0
->>>>>>> ef4abfd (ranks: let rank 0 answer all ranks through the store)
 
     def gather_objects(self, item: Any) -> list[Any]:
         """Return the `item` of every process, in the order of ranks, on every process (pickled, over the host)."""
@@ -220,6 +213,16 @@ class Context:
             )
             refusal.shared = True
             raise refusal
+
+
+def _get_when_set(store: dist.Store, key: str) -> bytes:
+    """Return a value as soon as it is set. The watch ends this process if that will not happen."""
+    while True:
+        try:
+            store.wait([key], timedelta(seconds=1))  # in short waits, so that signals are handled
+            return store.get(key)
+        except dist.DistStoreError:
+            continue
 
 
 MOST_FACTS = 8
@@ -422,27 +425,8 @@ def _find_server(
 ) -> tuple[dist.Store | None, WatchServer | None, int, str]:
     """Return the store if this process has one already, the server on rank 0, and the server's port and token.
 
-<<<<<<< HEAD
     Under torchrun, whose agent has the port of the launch, rank 0 publishes them in the agent's store. Else the server
     listens on the port of the launch.
-=======
-
-def _get_when_set(store: dist.Store, key: str) -> bytes:
-    """Return a value as soon as it is set. The watch ends this process if that will not happen."""
-    while True:
-        try:
-            store.wait([key], timedelta(seconds=1))  # in short waits, so that signals are handled
-            return store.get(key)
-        except dist.DistStoreError:
-            continue
-
-
-def require_agreement(context: Context, facts: Mapping[str, str], when: str) -> None:
-    """Prove that `facts` {name: value} are equal on all processes; only their hash travels if they are.
-
-    Raises:
-        RanksDisagree: on every process: a line for each fact that differs, with ranks and hosts for each value.
->>>>>>> ef4abfd (ranks: let rank 0 answer all ranks through the store)
     """
     server, store, port, token = None, None, launch.port, f"job-{launch.job}.{launch.restart}"
     if launch.has_agent_store:
