@@ -225,13 +225,25 @@ def _import_lightning(options: argparse.Namespace) -> int:
 
 
 def _add_doctor(commands) -> None:
-    parser = _add_with_config_help(
-        commands, "doctor", "check the nodes of a job before training: under srun, torchrun, or alone"
+    parser = commands.add_parser(
+        "doctor",
+        help="check the nodes of a job before training: under srun, torchrun, or alone",
+        epilog=f"{_DOCTOR_STATUSES}\n\n{config_help()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="default: a small model, no data set")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to CONFIG")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.set_defaults(run=_doctor)
+
+
+_DOCTOR_STATUSES = """\
+exit status:
+  0   every check is ok, or has warnings
+  1   at least one check failed
+  2   the launcher's variables or the config cannot be used (also: bad usage)
+  5   the processes did not meet within a minute, or one was lost later
+With --json, rank 0 prints the object for each of these, except for bad usage."""
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""The doctor on several nodes, some of which are not as they should be."""
+"""The doctor on several nodes, some of which have faults."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ esac
 """
 
 
-def test_each_node_is_told_what_is_wrong_with_it(cluster):
+def test_the_faults_of_each_node_are_found(cluster):
     (cluster.folder / "runs").mkdir()
     script = cluster.folder / "task.sh"
     script.write_text(TASK.replace("PROJECT", str(ROOT)).replace("INTERPRETER", sys.executable))

@@ -1,22 +1,27 @@
-"""What was found: checks, each with a verdict for every node that deserves one."""
+"""The report: checks with their findings, as JSON and as text."""
 
+import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from topoflow.text import format_table, number_ranges, shorten
+
 OK, WARNING, FAIL = "ok", "WARNING", "FAIL"
 VERDICTS = (OK, WARNING, FAIL)
 """From good to bad."""
+WIDTH, _NAME_WIDTH, _VERDICT_WIDTH = 120, 15, 9
+_MOST_NODES = 6
 
 
 def worst(verdicts: Iterable[str]) -> str:
-    """The worst of some verdicts, ok without any."""
+    """Return the worst of some verdicts; ok without any."""
     return max(verdicts, key=VERDICTS.index, default=OK)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something not as it should be on one node, in words that say what to do. ranks: those of the node it is about."""
+    """A problem on one node, with what to do about it. ranks: the processes of the node that it concerns."""
 
     verdict: str
     node: str
@@ -26,10 +31,7 @@ class Finding:
 
 @dataclass
 class Check:
-    """One subject, examined on all nodes. summary: what was found, in a line.
-
-    figures: {node: {name: value}}, plain values whose names end in their unit.
-    """
+    """One subject, examined on all nodes. figures: {node: {name: value}}, plain values; names end in their unit."""
 
     name: str
     summary: str = ""
@@ -47,7 +49,7 @@ class Check:
 
 @dataclass
 class Report:
-    """All checks. facts: what was examined; ranks_of: {node: its ranks}, in the order of ranks."""
+    """All checks. facts: the head of the JSON object; ranks_of: {node: its ranks}, in the order of ranks."""
 
     facts: Mapping[str, Any]
     ranks_of: Mapping[str, list[int]]
@@ -58,37 +60,113 @@ class Report:
         return worst(check.verdict for check in self.checks)
 
     def verdict_of(self, node: str) -> str:
-        """The worst that was found on a node."""
+        """Return the worst verdict on a node."""
         return worst(finding.verdict for check in self.checks for finding in check.findings if finding.node == node)
 
     def figures_of(self, node: str) -> dict[str, Any]:
-        """Everything that was measured on a node."""
+        """Return everything that was measured on a node."""
         return {name: value for check in self.checks for name, value in check.figures.get(node, {}).items()}
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, in the shape that the package's docstring describes."""
-        return {
-            "verdict": self.verdict,
-            **self.facts,
-            "checks": [
-                {
-                    "check": check.name,
-                    "verdict": check.verdict,
-                    "summary": check.summary,
-                    "findings": [
-                        {
-                            "verdict": finding.verdict,
-                            "node": finding.node,
-                            "ranks": list(finding.ranks),
-                            "text": finding.text,
-                        }
-                        for finding in check.findings
-                    ],
-                }
-                for check in self.checks
-            ],
-            "nodes": [
-                {"node": node, "verdict": self.verdict_of(node), "ranks": list(ranks), "figures": self.figures_of(node)}
-                for node, ranks in self.ranks_of.items()
-            ],
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values in the shape that the package's docstring describes."""
+        checks = [
+            {
+                "check": check.name,
+                "verdict": check.verdict,
+                "summary": check.summary,
+                "findings": [vars(finding) | {"ranks": list(finding.ranks)} for finding in check.findings],
+            }
+            for check in self.checks
+        ]
+        nodes = [
+            {"node": node, "verdict": self.verdict_of(node), "ranks": list(ranks), "figures": self.figures_of(node)}
+            for node, ranks in self.ranks_of.items()
+        ]
+        return {"verdict": self.verdict, **self.facts, "checks": checks, "nodes": nodes}
+
+    def head_lines(self) -> list[str]:
+        """Return what is examined."""
+        what = self.facts["config"] or "no CONFIG: a small built-in model, no data set, the current folder"
+        lines = textwrap.wrap(f"topoflow doctor: {what}", WIDTH, break_on_hyphens=False)
+        if self.facts["data"]:
+            paths = f"run directory {self.facts['run_directory']}, data {self.facts['data']}"
+            lines += textwrap.wrap(paths, WIDTH, break_on_hyphens=False)
+        return [*lines, ""]
+
+    def check_lines(self, check: Check) -> list[str]:
+        """Return a check, its verdict and summary, and below them each finding with its nodes."""
+        lines = _row(check.name, check.verdict, check.summary)
+        places: dict[tuple[str, str], list[str]] = {}
+        for finding in check.findings:
+            whole = list(finding.ranks) == list(self.ranks_of[finding.node])
+            ranks = "" if whole else f" rank{'s' * (len(finding.ranks) > 1)} {number_ranges(finding.ranks)}"
+            places.setdefault((finding.verdict, finding.text), []).append(f"{finding.node}{ranks}")
+        for (verdict, text), nodes in places.items():
+            everywhere = len(nodes) > 1 and nodes == list(self.ranks_of)
+            where = "all nodes" if everywhere else shorten(nodes, _MOST_NODES)
+            lines += _row("", verdict if verdict != check.verdict else "", f"{where}: {text}")
+        return lines
+
+    def node_lines(self) -> list[str]:
+        """Return the table of nodes and the verdict on all of them."""
+        shown = {
+            node: {title: form(figures[name]) for title, name, form in _COLUMNS if figures.get(name) is not None}
+            for node in self.ranks_of
+            for figures in [self.figures_of(node)]
         }
+        titles = [title for title, _, _ in _COLUMNS if any(title in cells for cells in shown.values())]
+        rows = [
+            [node, number_ranges(ranks), *(shown[node].get(title, "") for title in titles), self.verdict_of(node)]
+            for node, ranks in self.ranks_of.items()
+        ]
+        verdicts = [row[-1] for row in rows]
+        words = {FAIL: "failed", WARNING: "with warnings", OK: "ok"}
+        counts = [f"{verdicts.count(verdict)} {words[verdict]}" for verdict in words if verdict in verdicts]
+        last = f"{self.verdict}: of {len(verdicts)} node(s), {', '.join(counts)}"
+        return ["", *format_table(["node", "ranks", *titles, "verdict"], rows), "", last]
+
+
+def format_bytes(count: float) -> str:
+    """Return `1.2 MB` for 1234567."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while count >= 999.5 and len(units) > 1:
+        count /= 1000
+        units.pop(0)
+    return f"{count:.0f} {units[0]}" if units[0] == "B" or count >= 99.5 else f"{count:.2g} {units[0]}"
+
+
+def format_rate(bytes_per_second: float) -> str:
+    """Return `1.2 MB/s` for 1234567."""
+    return f"{format_bytes(bytes_per_second)}/s"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return `12.3 ms` for 0.0123."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def _format_devices(names: list[str]) -> str:
+    kinds = sorted({name.partition(" ")[2] or name for name in names})
+    shown = f"{len(names)} x {', '.join(kinds)}"
+    return shown if len(shown) <= 24 else f"{shown[:21]}..."
+
+
+def _row(name: str, verdict: str, text: str) -> list[str]:
+    indent = " " * (_NAME_WIDTH + _VERDICT_WIDTH)
+    wrapped = textwrap.wrap(text, WIDTH - len(indent), break_on_hyphens=False) or [""]
+    first = f"{name:<{_NAME_WIDTH}}{verdict:<{_VERDICT_WIDTH}}{wrapped[0]}".rstrip()
+    return [first, *(f"{indent}{line}" for line in wrapped[1:])]
+
+
+_COLUMNS = (
+    ("device", "devices", _format_devices),
+    ("CPUs", "processors", str),
+    ("clock", "clock_offset_seconds", lambda seconds: f"{round(seconds * 1e3, 1) + 0.0:+.1f} ms"),
+    ("disk free", "free_bytes", format_bytes),
+    ("write", "write_bytes_per_second", format_rate),
+    ("samples/s", "data_samples_per_second", "{:.3g}".format),
+    ("network", "network_bytes_per_second", format_rate),
+    ("pass", "pass_seconds", lambda seconds: format_seconds(max(seconds))),
+    ("memory", "memory_bytes", lambda sizes: format_bytes(max(sizes))),
+)
+"""Title of a column, the figure that it shows, and how."""

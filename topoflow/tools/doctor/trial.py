@@ -1,0 +1,188 @@
+"""What the processes measure together, all at the same time: the network, and passes of the model."""
+
+import math
+import resource
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from topoflow.config import Config
+from topoflow.data.dataset import input_names
+from topoflow.data.grid import Grid, build_grid
+from topoflow.loss import loss_sums
+from topoflow.model.topoflow import TopoFlow, build_model
+from topoflow.ranks import Context
+from topoflow.reproducibility import seed_draws
+
+TRIAL_BYTES = 2**20
+LEAST_PAIR_BYTES, MOST_PAIR_BYTES = 8 * 2**20, 64 * 2**20
+"""Between two nodes a small gradient would measure the latency of the first byte; a large one tells no more."""
+ALL_REDUCE_SECONDS, PAIR_SECONDS = 2.0, 1.0
+"""What one measurement may take; where the network is too slow for the whole gradient, a part of it is sent."""
+REPEATS, MOST_PARTNERS = 3, 3
+PASSES, ENOUGH_SECONDS = 3, 5.0
+"""After so many seconds no further pass is made."""
+
+
+class ModelTrial:
+    """The configured model on random fields of the grid's shape, the same on all processes."""
+
+    def __init__(self, config: Config, grid_shape: tuple[int, int], device: torch.device):
+        self.config, self.grid_shape, self.device = config, grid_shape, device
+        self._model: TopoFlow | None = None
+
+    def build(self) -> int:
+        """Build the model; return the bytes of its parameters, and so of its gradient.
+
+        Raises:
+            ConfigError: the grid does not divide into patches, or a part of the model does not fit.
+        """
+        config = self.config
+        self._model = build_model(
+            config.model,
+            input_names(config.data),
+            config.data.targets,
+            self.grid_shape,
+            *plain_grid(self.grid_shape).patch_centres_km(config.model.patch_size),
+            seed=config.run.seed,
+            activation_checkpointing=config.train.activation_checkpointing,
+            flex_attention=config.train.flex_attention,
+        )
+        return sum(parameter.nbytes for parameter in self._model.parameters())
+
+    def run(self) -> dict[str, Any]:
+        """Make a few forward and backward passes of a micro-batch; return the best seconds, loss, and memory in bytes.
+
+        Raises:
+            ConfigError: see `build`.
+        """
+        if self._model is None:
+            self.build()
+        model = self._model.to(self.device).train()
+        batch, heights = self._random_batch()
+        taken: list[float] = []
+        loss = math.nan
+        while len(taken) < PASSES and sum(taken) < ENOUGH_SECONDS:
+            seed_draws(self.config.run.seed, "doctor")
+            start = time.monotonic()
+            sums, counts = loss_sums(model, batch, heights, self.config.train.precision)
+            sums.sum().backward()
+            loss = (sums.detach().sum() / counts.sum()).item()
+            _synchronize(self.device)
+            taken.append(time.monotonic() - start)
+            model.zero_grad()
+        used, total = self._memory()
+        return {"seconds": min(taken), "loss": loss, "memory_bytes": used, "total_bytes": total}
+
+    def _random_batch(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Return a micro-batch as the data set gives it, and terrain heights [H, W] in metres."""
+        size, data = self.config.train.micro_batch_size, self.config.data
+        draws = torch.Generator().manual_seed(self.config.run.seed)
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, *self.grid_shape, generator=draws)
+
+        batch = {
+            "x": draw(size, len(input_names(data))),
+            "y": draw(size, len(data.targets)),
+            "valid": torch.ones(size, len(data.targets), *self.grid_shape, dtype=torch.bool),
+            "lead_time_hours": torch.full((size,), float(data.lead_times_hours[0])),
+        }
+        if self.config.model.wind != "none":
+            batch["wind_ms"] = 5 * draw(size, 2)
+        heights = 1000 * draw().abs()
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}, heights.to(self.device)
+
+    def _memory(self) -> tuple[int, int | None]:
+        """Return (peak in use, what the device has) of the GPU; on CPU, this process's peak and None."""
+        if self.device.type == "cuda":
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            return torch.cuda.max_memory_allocated(self.device), total
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, None
+
+
+def plain_grid(shape: tuple[int, int]) -> Grid:
+    """Return a regular grid about the equator: the cost of the model does not depend on where the cells are."""
+    lat, lon = (np.arange(count) * min(0.25, 120 / count) for count in shape)
+    lat2d, lon2d = np.meshgrid(lat - lat.mean(), lon, indexing="ij")
+    return build_grid(lat2d, lon2d, "the doctor's grid")
+
+
+def time_all_reduce(context: Context, wanted_bytes: int, device: torch.device) -> tuple[float, int]:
+    """Return (seconds, bytes) of the fastest of a few all-reduces of `wanted_bytes`, or of what the time allows."""
+
+    def once(size: int) -> float:
+        tensor = torch.zeros(max(1, size // 4), device=device)
+        _barrier(context)
+        start = time.monotonic()
+        context.all_reduce_sum(tensor)
+        _synchronize(device)
+        return max(context.gather_objects(time.monotonic() - start))
+
+    once(TRIAL_BYTES)  # the first one connects
+    trial = min(TRIAL_BYTES, wanted_bytes)
+    size = _affordable(wanted_bytes, trial, once(trial), ALL_REDUCE_SECONDS)
+    return min(once(size) for _ in range(REPEATS)), size
+
+
+def measure_pairs(context: Context, leaders: list[int], wanted_bytes: int, device: torch.device) -> float | None:
+    """Return bytes per second that this process, one of `leaders`, sends and receives at once; None for others.
+
+    An all-reduce is as slow as its slowest member, so it blames nobody. Nodes therefore send to each other in pairs,
+    all pairs at once, in up to three rounds with other partners; the best round counts, so that one slow node does not
+    make its partners look slow.
+    """
+    rounds, slowest, best = pair_up(leaders)[:MOST_PARTNERS], 0.0, 0.0
+    for pairs in rounds:
+        _time_pair(context, pairs, TRIAL_BYTES, device)  # the first one connects
+        seconds = context.gather_objects(_time_pair(context, pairs, TRIAL_BYTES, device))
+        slowest = max(slowest, *(took for took in seconds if took is not None))
+    wanted_bytes = min(max(wanted_bytes, LEAST_PAIR_BYTES), MOST_PAIR_BYTES)
+    size = _affordable(wanted_bytes, TRIAL_BYTES, slowest, PAIR_SECONDS)
+    for pairs in rounds:
+        for _ in range(REPEATS):
+            seconds = _time_pair(context, pairs, size, device)
+            best = max(best, size / seconds if seconds else 0.0)
+    return best or None
+
+
+def pair_up(ranks: list[int]) -> list[list[tuple[int, int]]]:
+    """Return rounds in which each rank meets another, or one of an odd number rests (the circle method)."""
+    circle: list[int | None] = [*ranks, *([None] if len(ranks) % 2 else [])]
+    rounds, half = [], len(circle) // 2
+    for _ in range(len(circle) - 1):
+        pairs = zip(circle[:half], reversed(circle[half:]), strict=True)
+        rounds.append([(one, other) for one, other in pairs if one is not None and other is not None])
+        circle = [circle[0], circle[-1], *circle[1:-1]]
+    return rounds
+
+
+def _time_pair(context: Context, pairs: list[tuple[int, int]], size: int, device: torch.device) -> float | None:
+    """Return the seconds of an exchange with this process's partner, None without one; all pairs send at once."""
+    partner = next((other for pair in pairs if context.rank in pair for other in pair if other != context.rank), None)
+    sent = torch.zeros(max(1, size // 4), device=device)
+    received = torch.empty_like(sent)
+    _synchronize(device)
+    _barrier(context)
+    if partner is None:
+        return None
+    start = time.monotonic()
+    context.exchange(partner, sent, received)
+    _synchronize(device)
+    return time.monotonic() - start
+
+
+def _affordable(wanted_bytes: int, trial_bytes: int, trial_seconds: float, seconds: float) -> int:
+    """Return how much can be sent in `seconds`, judging by a trial; the same on all processes."""
+    return max(trial_bytes, min(wanted_bytes, int(trial_bytes * seconds / trial_seconds)))
+
+
+def _barrier(context: Context) -> None:
+    context.gather_rows(torch.zeros(1))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
