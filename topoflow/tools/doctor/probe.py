@@ -58,25 +58,26 @@ _SIOCGIFADDR = 0x8915
 
 @dataclass(frozen=True)
 class Answer:
-    """The result of one measurement, or why there is none. is_late: because it took too long."""
+    """The result of one measurement, or why there is none: is_late, if it took too long; is_minor, if that is no failure."""
 
     value: Any = None
     error: str | None = None
     is_late: bool = False
+    is_minor: bool = False
 
 
 @dataclass(frozen=True)
 class Greeting:
     """What each process tells all others first: its node, where it listens, and the files that it left for them.
 
-    config_refusal, device_refusal: why this process has not the config or the device that it should have, if so.
+    config_refusal, device_refusal: see `Probe.refusals`.
     token: for rank 0, a `Token` in the run directory. marks: {variable: file in the cache folder it names, error}.
     """
 
     node: str
     device_kind: str
-    config_refusal: str | None
-    device_refusal: str | None
+    config_refusal: str
+    device_refusal: str
     address: str | None
     port: int
     token: Answer
@@ -93,10 +94,23 @@ class Token:
 
 
 class Probe:
-    """The measurements of this process. is_stuck: one of them never returned, and its thread still hangs."""
+    """The measurements of this process.
 
-    def __init__(self, launch: Launch, config: Config, device: torch.device, run_dir: Path):
+    is_configured: whether there is a config. refusals: why this process cannot use the config, and the device; "" if it
+    can. is_stuck: a measurement never returned, and its thread still hangs.
+    """
+
+    def __init__(
+        self,
+        launch: Launch,
+        config: Config,
+        device: torch.device,
+        run_dir: Path,
+        is_configured: bool,
+        refusals: tuple[str, str],
+    ):
         self.launch, self.config, self.device, self.run_dir = launch, config, device, run_dir
+        self.is_configured, self.refusals = is_configured, refusals
         self.is_stuck = False
         self._temporary: list[Path] = []
         self._locked: list[int] = []
@@ -148,13 +162,13 @@ class Probe:
             else:
                 path.unlink(missing_ok=True)
 
-    def greet(self, route: Answer, port: int, config_refusal: str | None, device_refusal: str | None) -> Greeting:
+    def greet(self, route: Answer, port: int) -> Greeting:
         """Leave files for the others, and tell them where. route: of `find_route`."""
         return Greeting(
             node=socket.gethostname(),
             device_kind=self.device.type,
-            config_refusal=config_refusal,
-            device_refusal=device_refusal,
+            config_refusal=self.refusals[0],
+            device_refusal=self.refusals[1],
             # rank 0 is reached by the name that all know; its own route to itself may be loopback
             address=self.launch.address if self.launch.is_main or route.value is None else route.value[2],
             port=port,
@@ -162,7 +176,7 @@ class Probe:
             marks=self.ask(self.mark_caches),
         )
 
-    def run(self, greetings: list[Greeting], is_configured: bool, forgotten: Mapping[str, str]) -> dict[str, Answer]:
+    def run(self, greetings: list[Greeting], forgotten: Mapping[str, str]) -> dict[str, Answer]:
         """Make all measurements of this process; those about the node are made by its first process only.
 
         forgotten: see `forget_missing_interfaces`.
@@ -184,7 +198,7 @@ class Probe:
             if rank > 0:
                 answers["clock"] = self.ask(lambda: measure_clock_offset(listeners[nodes[0]]))
             answers["shared caches"] = self.ask(lambda: find_shared_caches(others))
-            if is_configured:
+            if self.is_configured:
                 # different samples on each node and in each call, so that caches help little
                 answers["data"] = self.ask(lambda: read_samples(self.config), DATA_SECONDS)
             token = greetings[0].token.value
@@ -366,7 +380,12 @@ def describe_limits(device: torch.device) -> dict[str, int]:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft, hard = (2**31 if limit == resource.RLIM_INFINITY else limit for limit in limits)
     status = os.statvfs(SHARED_MEMORY)
-    return {"open_files": soft, "hard_open_files": hard, "shared_memory_bytes": status.f_bavail * status.f_frsize}
+    return {
+        "open_files": soft,
+        "hard_open_files": hard,
+        "shared_memory_bytes": status.f_bavail * status.f_frsize,
+        "on_gpu": device.type == "cuda",
+    }
 
 
 def forget_missing_interfaces() -> dict[str, str]:

@@ -1,10 +1,13 @@
 """The report: checks with their findings, as JSON and as text."""
 
+import json
+import sys
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from topoflow.errors import RanksDisagree
 from topoflow.text import format_table, number_ranges, shorten
 
 OK, WARNING, FAIL = "ok", "WARNING", "FAIL"
@@ -47,13 +50,50 @@ class Check:
         self.figures.setdefault(node, {}).update(figures)
 
 
-@dataclass
 class Report:
-    """All checks. facts: the head of the JSON object; ranks_of: {node: its ranks}, in the order of ranks."""
+    """All checks, printed as text while they are made, or as one JSON object at the end.
 
-    facts: Mapping[str, Any]
-    ranks_of: Mapping[str, list[int]]
-    checks: list[Check] = field(default_factory=list)
+    facts: the head of the JSON object. is_shown: whether this process prints. ranks_of: {node: its ranks}, in the order
+    of ranks; empty until the processes have met.
+    """
+
+    def __init__(self, facts: Mapping[str, Any], is_shown: bool = True, as_json: bool = False):
+        self.facts, self._is_shown, self._as_json = facts, is_shown, as_json
+        self.ranks_of: Mapping[str, Sequence[int]] = {}
+        self.checks: list[Check] = []
+
+    def begin(self, ranks_of: Mapping[str, Sequence[int]]) -> None:
+        """Print what is examined. ranks_of: {node: its ranks}."""
+        self.ranks_of = ranks_of
+        what = self.facts["config"] or "no CONFIG: a small built-in model, no data set, the current folder"
+        lines = [f"topoflow doctor: {what}"]
+        if self.facts["data"]:
+            lines.append(f"run directory {self.facts['run_directory']}, data {self.facts['data']}")
+        self._print([part for line in lines for part in textwrap.wrap(line, WIDTH, break_on_hyphens=False)] + [""])
+
+    def add(self, check: Check) -> None:
+        """Add a check and print it."""
+        self.checks.append(check)
+        self._print(self._check_lines(check))
+
+    def end(self, status: int | None = None) -> int:
+        """Print what comes last; return `status`, by default 1 if a check failed, else 0."""
+        if self._as_json and self._is_shown:
+            sys.stdout.write(json.dumps(self.to_dict(), indent=1) + "\n")
+            sys.stdout.flush()
+        self._print(self._node_lines())
+        return int(self.verdict == FAIL) if status is None else status
+
+    def end_as_lost(self, text: str) -> int:
+        """End after the processes lost each other: what was found until then is worth knowing. Returns the status."""
+        node, ranks = next(iter(self.ranks_of.items()))
+        summary = f"lost after {len(self.checks)} check(s): no further ones were made"
+        self.add(Check("connection", summary, [Finding(FAIL, node, tuple(ranks), text)]))
+        return self.end(RanksDisagree.exit_status)
+
+    def _print(self, lines: list[str]) -> None:
+        if self._is_shown and not self._as_json:
+            print("\n".join(lines), flush=True)
 
     @property
     def verdict(self) -> str:
@@ -84,16 +124,7 @@ class Report:
         ]
         return {"verdict": self.verdict, **self.facts, "checks": checks, "nodes": nodes}
 
-    def head_lines(self) -> list[str]:
-        """Return what is examined."""
-        what = self.facts["config"] or "no CONFIG: a small built-in model, no data set, the current folder"
-        lines = textwrap.wrap(f"topoflow doctor: {what}", WIDTH, break_on_hyphens=False)
-        if self.facts["data"]:
-            paths = f"run directory {self.facts['run_directory']}, data {self.facts['data']}"
-            lines += textwrap.wrap(paths, WIDTH, break_on_hyphens=False)
-        return [*lines, ""]
-
-    def check_lines(self, check: Check) -> list[str]:
+    def _check_lines(self, check: Check) -> list[str]:
         """Return a check, its verdict and summary, and below them each finding with its nodes."""
         lines = _row(check.name, check.verdict, check.summary)
         places: dict[tuple[str, str], list[str]] = {}
@@ -107,7 +138,7 @@ class Report:
             lines += _row("", verdict if verdict != check.verdict else "", f"{where}: {text}")
         return lines
 
-    def node_lines(self) -> list[str]:
+    def _node_lines(self) -> list[str]:
         """Return the table of nodes and the verdict on all of them."""
         shown = {
             node: {title: form(figures[name]) for title, name, form in _COLUMNS if figures.get(name) is not None}

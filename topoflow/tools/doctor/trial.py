@@ -10,7 +10,7 @@ import torch
 
 from topoflow.config import Config
 from topoflow.data.dataset import input_names
-from topoflow.data.grid import Grid, build_grid
+from topoflow.data.grid import build_grid
 from topoflow.loss import loss_sums
 from topoflow.model.topoflow import TopoFlow, build_model
 from topoflow.ranks import Context
@@ -26,88 +26,69 @@ PASSES, ENOUGH_SECONDS = 3, 5.0
 """After so many seconds no further pass is made."""
 
 
-class ModelTrial:
-    """The configured model on random fields of the grid's shape, the same on all processes."""
+def build_trial_model(config: Config, grid_shape: tuple[int, int]) -> TopoFlow:
+    """Return the configured model for a regular grid about the equator: where the cells are does not change its cost.
 
-    def __init__(self, config: Config, grid_shape: tuple[int, int], device: torch.device):
-        self.config, self.grid_shape, self.device = config, grid_shape, device
-        self._model: TopoFlow | None = None
-
-    def build(self) -> int:
-        """Build the model; return the bytes of its parameters, and so of its gradient.
-
-        Raises:
-            ConfigError: the grid does not divide into patches, or a part of the model does not fit.
-        """
-        config = self.config
-        self._model = build_model(
-            config.model,
-            input_names(config.data),
-            config.data.targets,
-            self.grid_shape,
-            *plain_grid(self.grid_shape).patch_centres_km(config.model.patch_size),
-            seed=config.run.seed,
-            activation_checkpointing=config.train.activation_checkpointing,
-            flex_attention=config.train.flex_attention,
-        )
-        return sum(parameter.nbytes for parameter in self._model.parameters())
-
-    def run(self) -> dict[str, Any]:
-        """Make a few forward and backward passes of a micro-batch; return the best seconds, loss, and memory in bytes.
-
-        Raises:
-            ConfigError: see `build`.
-        """
-        if self._model is None:
-            self.build()
-        model = self._model.to(self.device).train()
-        batch, heights = self._random_batch()
-        taken: list[float] = []
-        loss = math.nan
-        while len(taken) < PASSES and sum(taken) < ENOUGH_SECONDS:
-            seed_draws(self.config.run.seed, "doctor")
-            start = time.monotonic()
-            sums, counts = loss_sums(model, batch, heights, self.config.train.precision)
-            sums.sum().backward()
-            loss = (sums.detach().sum() / counts.sum()).item()
-            _synchronize(self.device)
-            taken.append(time.monotonic() - start)
-            model.zero_grad()
-        used, total = self._memory()
-        return {"seconds": min(taken), "loss": loss, "memory_bytes": used, "total_bytes": total}
-
-    def _random_batch(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Return a micro-batch as the data set gives it, and terrain heights [H, W] in metres."""
-        size, data = self.config.train.micro_batch_size, self.config.data
-        draws = torch.Generator().manual_seed(self.config.run.seed)
-
-        def draw(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, *self.grid_shape, generator=draws)
-
-        batch = {
-            "x": draw(size, len(input_names(data))),
-            "y": draw(size, len(data.targets)),
-            "valid": torch.ones(size, len(data.targets), *self.grid_shape, dtype=torch.bool),
-            "lead_time_hours": torch.full((size,), float(data.lead_times_hours[0])),
-        }
-        if self.config.model.wind != "none":
-            batch["wind_ms"] = 5 * draw(size, 2)
-        heights = 1000 * draw().abs()
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}, heights.to(self.device)
-
-    def _memory(self) -> tuple[int, int | None]:
-        """Return (peak in use, what the device has) of the GPU; on CPU, this process's peak and None."""
-        if self.device.type == "cuda":
-            total = torch.cuda.get_device_properties(self.device).total_memory
-            return torch.cuda.max_memory_allocated(self.device), total
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, None
+    Raises:
+        ConfigError: the grid does not divide into patches, or a part of the model does not fit.
+    """
+    lat, lon = (np.arange(count) * min(0.25, 120 / count) for count in grid_shape)
+    grid = build_grid(*np.meshgrid(lat - lat.mean(), lon, indexing="ij"), "the doctor's grid")
+    return build_model(
+        config.model,
+        input_names(config.data),
+        config.data.targets,
+        grid_shape,
+        *grid.patch_centres_km(config.model.patch_size),
+        seed=config.run.seed,
+        activation_checkpointing=config.train.activation_checkpointing,
+        flex_attention=config.train.flex_attention,
+    )
 
 
-def plain_grid(shape: tuple[int, int]) -> Grid:
-    """Return a regular grid about the equator: the cost of the model does not depend on where the cells are."""
-    lat, lon = (np.arange(count) * min(0.25, 120 / count) for count in shape)
-    lat2d, lon2d = np.meshgrid(lat - lat.mean(), lon, indexing="ij")
-    return build_grid(lat2d, lon2d, "the doctor's grid")
+def run_passes(model: TopoFlow, config: Config, grid_shape: tuple[int, int], device: torch.device) -> dict[str, Any]:
+    """Make a few forward and backward passes of a micro-batch of random fields, the same on all processes.
+
+    Returns seconds of the fastest, loss, memory_bytes at the peak, and total_bytes of the device (None on CPU).
+    """
+    model = model.to(device).train()
+    batch, heights = _random_batch(config, grid_shape, device)
+    taken: list[float] = []
+    loss = math.nan
+    while len(taken) < PASSES and sum(taken) < ENOUGH_SECONDS:
+        seed_draws(config.run.seed, "doctor")
+        start = time.monotonic()
+        sums, counts = loss_sums(model, batch, heights, config.train.precision)
+        sums.sum().backward()
+        loss = (sums.detach().sum() / counts.sum()).item()
+        _synchronize(device)
+        taken.append(time.monotonic() - start)
+        model.zero_grad()
+    used, total = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, None
+    if device.type == "cuda":
+        used, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+    return {"seconds": min(taken), "loss": loss, "memory_bytes": used, "total_bytes": total}
+
+
+def _random_batch(
+    config: Config, grid_shape: tuple[int, int], device: torch.device
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Return a micro-batch as the data set gives it, and terrain heights [H, W] in metres."""
+    size, data = config.train.micro_batch_size, config.data
+    draws = torch.Generator().manual_seed(config.run.seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, *grid_shape, generator=draws)
+
+    batch = {
+        "x": draw(size, len(input_names(data))),
+        "y": draw(size, len(data.targets)),
+        "valid": torch.ones(size, len(data.targets), *grid_shape, dtype=torch.bool),
+        "lead_time_hours": torch.full((size,), float(data.lead_times_hours[0])),
+    }
+    if config.model.wind != "none":
+        batch["wind_ms"] = 5 * draw(size, 2)
+    return {name: tensor.to(device) for name, tensor in batch.items()}, 1000 * draw().abs().to(device)
 
 
 def time_all_reduce(context: Context, wanted_bytes: int, device: torch.device) -> tuple[float, int]:
