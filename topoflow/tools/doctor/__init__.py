@@ -1,7 +1,7 @@
 """Examine the nodes of a job before it is submitted: `[srun ...] python -m topoflow doctor [CONFIG] [key=value ...]`.
 
-Each process probes its machine (`probe.py`), rank 0 gathers the results and judges them (`judge.py`), prints the report
-(`report.py`), and all processes end with the same status:
+Each process probes its machine (`probe.py`), then all measure the network and the model together (`trial.py`). Rank 0
+gathers the results, judges them (`judge.py`) and prints the report (`report.py`); all end with the same status:
 
     0   every check is ok, or has warnings
     1   at least one check failed

@@ -163,11 +163,11 @@ class Examination:
             self._greetings = context.ask_main(probe.greet(route, server.port), list)
             group = self._group([])
             self.report.begin(group.ranks_of)
-            if any(greeting.config_refusal for greeting in self._greetings):
-                check = Check("config", "cannot be used: nothing else was examined")
-                for rank, greeting in enumerate(self._greetings):
-                    if greeting.config_refusal:
-                        group.report(check, FAIL, rank, greeting.config_refusal, whole_node=False)
+            check = Check("config", "cannot be used: nothing else was examined")
+            for rank, greeting in enumerate(self._greetings):
+                if greeting.refusals[0]:
+                    group.report(check, FAIL, rank, greeting.refusals[0], whole_node=False)
+            if check.findings:
                 self.report.add(check)
                 return self.report.end(ConfigError.exit_status)
             context.watch.mark("checks of each process")
@@ -198,7 +198,7 @@ class Examination:
         """Judge what each process measured by itself, and plan what all measure together. On rank 0."""
         group, config, launch, add = self._group(gathered), self.config, self.context.launch, self.report.add
         add(judge.judge_ranks(group, config, self.probe.is_configured))
-        refusals = {r: item.device_refusal for r, item in enumerate(self._greetings) if item.device_refusal}
+        refusals = {r: item.refusals[1] for r, item in enumerate(self._greetings) if item.refusals[1]}
         add(judge.judge_devices(group, refusals))
         add(judge.judge_processors(group, launch.launcher, config.data.workers))
         add(judge.judge_software(group))

@@ -179,7 +179,7 @@ def judge_processors(group: Group, launcher: str, workers: int) -> Check:
     counts = sorted({round(figures["processors_per_process"], 1) for figures in check.figures.values()})
     free = any(not figures["bound"] for figures in check.figures.values())
     how = "shared by all processes of a node (none is bound)" if free else "usable by each"
-    check.summary = f"{_span(counts)} per process, {how}"
+    check.summary = f"{_span(counts or [0])} per process, {how}"
     return check
 
 

@@ -1,4 +1,7 @@
-"""What one process measures on its own machine: plain values, which rank 0 judges."""
+"""What one process measures on its own machine: plain values, which rank 0 judges.
+
+Measurements raise OSError or a Refusal where the machine or the data refuse; `Probe.ask` makes an answer of these.
+"""
 
 import dataclasses
 import fcntl
@@ -18,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +61,7 @@ _SIOCGIFADDR = 0x8915
 
 @dataclass(frozen=True)
 class Answer:
-    """The result of one measurement, or why there is none: is_late, if it took too long; is_minor, if that is no failure."""
+    """The result of one measurement, or why there is none. is_late: it took too long; is_minor: that is no failure."""
 
     value: Any = None
     error: str | None = None
@@ -70,14 +73,12 @@ class Answer:
 class Greeting:
     """What each process tells all others first: its node, where it listens, and the files that it left for them.
 
-    config_refusal, device_refusal: see `Probe.refusals`.
-    token: for rank 0, a `Token` in the run directory. marks: {variable: file in the cache folder it names, error}.
+    refusals: see `Probe`. token: for rank 0, a `Token` in the run directory. marks: of `Probe.mark_caches`.
     """
 
     node: str
     device_kind: str
-    config_refusal: str
-    device_refusal: str
+    refusals: tuple[str, str]
     address: str | None
     port: int
     token: Answer
@@ -93,6 +94,7 @@ class Token:
     lock_error: str | None
 
 
+@dataclass
 class Probe:
     """The measurements of this process.
 
@@ -100,20 +102,15 @@ class Probe:
     can. is_stuck: a measurement never returned, and its thread still hangs.
     """
 
-    def __init__(
-        self,
-        launch: Launch,
-        config: Config,
-        device: torch.device,
-        run_dir: Path,
-        is_configured: bool,
-        refusals: tuple[str, str],
-    ):
-        self.launch, self.config, self.device, self.run_dir = launch, config, device, run_dir
-        self.is_configured, self.refusals = is_configured, refusals
-        self.is_stuck = False
-        self._temporary: list[Path] = []
-        self._locked: list[int] = []
+    launch: Launch
+    config: Config
+    device: torch.device
+    run_dir: Path
+    is_configured: bool
+    refusals: tuple[str, str]
+    is_stuck: bool = False
+    _temporary: list[Path] = field(default_factory=list)
+    _locked: list[int] = field(default_factory=list)
 
     def ask(self, question: Callable[[], Any], seconds: float = 10.0) -> Answer:
         """Return the result of `question`, which must call no collective operation; an error or a timeout is a result.
@@ -167,8 +164,7 @@ class Probe:
         return Greeting(
             node=socket.gethostname(),
             device_kind=self.device.type,
-            config_refusal=self.refusals[0],
-            device_refusal=self.refusals[1],
+            refusals=self.refusals,
             # rank 0 is reached by the name that all know; its own route to itself may be loopback
             address=self.launch.address if self.launch.is_main or route.value is None else route.value[2],
             port=port,
@@ -207,11 +203,7 @@ class Probe:
         return answers
 
     def leave_token(self) -> Token:
-        """Make a folder in the run directory (or the nearest existing folder above it), with a locked file `token`.
-
-        Raises:
-            OSError: the file system refuses it.
-        """
+        """Make a folder in the run directory (or the nearest existing folder above it), with a locked file `token`."""
         token = Token(nearest_folder(self.run_dir) / f"{PREFIX}{secrets.token_hex(8)}", secrets.token_hex(16), None)
         token.folder.mkdir()
         self._temporary.append(token.folder)
@@ -226,11 +218,7 @@ class Probe:
         return token
 
     def examine_folder(self, token: Token, nodes: int) -> dict[str, Any]:
-        """Return whether this node sees rank 0's token and its lock, the free space, and the speed of writing.
-
-        Raises:
-            OSError: the file system refuses something.
-        """
+        """Return whether this node sees rank 0's token and its lock, the free space, and the speed of writing."""
         folder = nearest_folder(self.run_dir)
         status = os.statvfs(folder)
         free_bytes = status.f_bavail * status.f_frsize
@@ -302,11 +290,7 @@ def find_unreachable(listeners: Mapping[str, tuple[str | None, int]]) -> dict[st
 
 
 def read_clock(listener: tuple[str | None, int], rounds: int = 1) -> list[tuple[float, float, float]]:
-    """Return (our clock before, the listener's clock, our clock after) for each of a few round trips, in seconds.
-
-    Raises:
-        OSError: no connection, or no answer.
-    """
+    """Return (our clock before, the listener's clock, our clock after) for each of a few round trips, in seconds."""
     address, port = listener
     if address is None:
         raise OSError("it has no route to rank 0")
@@ -372,11 +356,7 @@ def describe_software(config: Config, device: torch.device) -> dict[str, dict[st
 
 
 def describe_limits(device: torch.device) -> dict[str, int]:
-    """Return the limits on open files, and free shared memory in bytes.
-
-    Raises:
-        OSError: there is no /dev/shm, or it cannot be written.
-    """
+    """Return the limits on open files, and free shared memory in bytes."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft, hard = (2**31 if limit == resource.RLIM_INFINITY else limit for limit in limits)
     status = os.statvfs(SHARED_MEMORY)
@@ -400,11 +380,7 @@ def forget_missing_interfaces() -> dict[str, str]:
 
 
 def find_route(launch: Launch) -> tuple[socket.AddressFamily, str, str]:
-    """Return the family and address of rank 0 as seen here, and this node's own address on the way there.
-
-    Raises:
-        OSError: the address cannot be resolved, or there is no route to it.
-    """
+    """Return the family and address of rank 0 as seen here, and this node's own address on the way there."""
     try:
         family, _, _, _, target = socket.getaddrinfo(launch.address, launch.port or 1, type=socket.SOCK_DGRAM)[0]
     except OSError as error:
@@ -418,9 +394,6 @@ def describe_address(launch: Launch, forgotten: Mapping[str, str]) -> dict[str, 
     """Return rank 0's address as seen here, the interface that leads to it, its speed, and the interface variables.
 
     `interface` is None on the node of rank 0; `missing` is {NAME=VALUE: (interfaces that do not exist, is fatal)}.
-
-    Raises:
-        OSError: see `find_route`.
     """
     _, address, mine = find_route(launch)
     addresses = local_addresses()
@@ -496,9 +469,6 @@ def read_samples(config: Config) -> dict[str, Any]:
     """Open the data set as training does, except for holding it in memory, and read random training samples.
 
     Returns shape (rows, columns of the grid), fingerprint, open_seconds, samples_per_second, bytes_per_second.
-
-    Raises:
-        ConfigError, DataError, MissingPath: it is not what the config expects.
     """
     start = time.monotonic()
     on_disk = dataclasses.replace(config.data, in_memory=False)
