@@ -88,7 +88,7 @@ class Group:
 
 
 def judge_ranks(group: Group, config: Config, is_configured: bool) -> Check:
-    """All processes report the same launcher, are numbered without a gap, and can share the configured batch."""
+    """Check that all processes have the same launcher, complete numbers, and a batch that they can share."""
     check, launches = group.open("ranks", "launch", whole_node=False)
     for ranks in group.ranks_of.values():
         here = [launches[rank] for rank in ranks if rank in launches]
@@ -122,7 +122,7 @@ def judge_ranks(group: Group, config: Config, is_configured: bool) -> Check:
 
 
 def judge_devices(group: Group, refusals: Mapping[int, str]) -> Check:
-    """Each process has a device of its own, and the intended one. refusals: {rank: why it has none}."""
+    """Check that each process has a device of its own, and the intended one. refusals: {rank: why it has none}."""
     check, devices = group.open("devices", "device", whole_node=False)
     for rank, found in devices.items():
         if rank in refusals:
@@ -152,7 +152,7 @@ def judge_devices(group: Group, refusals: Mapping[int, str]) -> Check:
 
 
 def judge_processors(group: Group, launcher: str, workers: int) -> Check:
-    """The processes of a node do not share CPUs, and have enough for their loader processes."""
+    """Check that the processes of a node do not share CPUs, and have enough for their loader processes."""
     check, usable = group.open("CPUs", "processors", whole_node=False)
     for node, ranks in group.ranks_of.items():
         bound = {rank: frozenset(usable[rank]) for rank in ranks if rank in usable}
@@ -184,7 +184,7 @@ def judge_processors(group: Group, launcher: str, workers: int) -> Check:
 
 
 def judge_software(group: Group) -> Check:
-    """Versions, drivers, sources, threads and config are equal on all ranks, as training demands."""
+    """Check that versions, drivers, sources, threads and config are equal on all ranks, as training demands."""
     check, software = group.open("software", "software", whole_node=False)
     group.compare(check, {rank: {**found["program"], **found["versions"]} for rank, found in software.items()})
     for ranks in group.ranks_of.values():
@@ -196,7 +196,7 @@ def judge_software(group: Group) -> Check:
 
 
 def judge_addresses(group: Group, address: str, port: int) -> Check:
-    """Each node resolves rank 0's address to one that others can reach, and the named interfaces exist."""
+    """Check that each node resolves rank 0's address to one that others can reach, and the named interfaces exist."""
     check, found_by = group.open("addresses", "address")
     usual = Counter(found["address"] for rank, found in found_by.items() if rank > 0).most_common(1)
     reached_by = []
@@ -225,7 +225,7 @@ def judge_addresses(group: Group, address: str, port: int) -> Check:
 
 
 def judge_clocks(group: Group) -> Check:
-    """Each node's clock agrees with rank 0's, or with most others where there are more than two."""
+    """Check that each node's clock agrees with rank 0's, or with most others where there are more than two."""
     check, found = group.open("clocks", "clock")
     found = {0: (0.0, 0.0), **found}
     # of two clocks nobody knows which one is wrong
@@ -246,7 +246,7 @@ def judge_clocks(group: Group) -> Check:
 
 
 def judge_caches(group: Group, greetings: list[Greeting], compiles: bool) -> Check:
-    """Home, temporary and cache folders can be written, and no other node writes to MIOpen's (it gets corrupted)."""
+    """Check that cache folders can be written, and that no other node writes to MIOpen's (it would get corrupted)."""
     check, shared = group.open("caches", "shared caches")
     for rank in (ranks[0] for ranks in group.ranks_of.values()):
         marks = greetings[rank].marks
@@ -271,7 +271,7 @@ def judge_caches(group: Group, greetings: list[Greeting], compiles: bool) -> Che
 
 
 def judge_data(group: Group, config: Config, is_configured: bool) -> tuple[Check, tuple[int, int]]:
-    """The data set is readable and the same on all nodes. Returns the grid's shape too (a default without data)."""
+    """Check that all nodes read the same data set. Returns the grid's shape too (a default without data)."""
     check, looks = group.open("data", "data")
     patch = config.model.patch_size
     shape = tuple(config.model.img_size or (12 * patch, 16 * patch))
@@ -302,7 +302,7 @@ def judge_data(group: Group, config: Config, is_configured: bool) -> tuple[Check
 
 
 def judge_limits(group: Group, workers: int) -> Check:
-    """Open files and shared memory suffice for data.workers and the number of processes."""
+    """Check that open files and shared memory suffice for data.workers and the number of processes."""
     check, limits = group.open("limits", "limits", whole_node=False)
     files = OWN_FILES + LOADERS * (FILES_PER_LOADER + workers * FILES_PER_WORKER)
     pages = LOADERS * (PAGES_PER_LOADER + workers * PAGES_PER_WORKER) if workers else 0
@@ -338,7 +338,7 @@ def judge_limits(group: Group, workers: int) -> Check:
 
 
 def judge_storage(group: Group, token: Answer, run_dir: Path, checkpoint_bytes: int, kept: int) -> Check:
-    """The run directory has room and speed, all nodes see the same one, and locks reach from node to node.
+    """Check that the run directory has room and speed, all nodes see the same one, and locks reach from node to node.
 
     token: of rank 0's greeting; checkpoint_bytes: size of one checkpoint; kept: how many there are at most at a time.
     """
@@ -398,7 +398,7 @@ def judge_connections(group: Group) -> Check:
 
 
 def judge_network(group: Group, gradient_bytes: int) -> Check:
-    """No node is much slower than the others; the summary has the time of an all-reduce of the gradient."""
+    """Check that no node is much slower than the others, and report the time of an all-reduce of the gradient."""
     check, sums = group.open("network", "all-reduce")
     if not sums:
         check.summary = "one process: nothing is sent"
@@ -423,7 +423,7 @@ def judge_network(group: Group, gradient_bytes: int) -> Check:
 
 
 def judge_model(group: Group, built: Answer, config: Config, grid_shape: tuple[int, int]) -> Check:
-    """Every process computes the same loss, in about the same time. built: rank 0's attempt to build the model."""
+    """Check that all compute the same loss in about the same time. built: rank 0's attempt to build the model."""
     if built.error is not None:
         check = Check("model", "cannot be built: no pass was made")
         group.report_all(check, FAIL, built.error)
