@@ -37,7 +37,7 @@ def test_help_is_printed_and_nothing_is_done(project, script, arguments):
 PYTHON = """#!/bin/sh
 case "$*" in
   *config_io*) echo "$DATA_PATH" ;;
-  *make-demo-data*) for path; do :; done; echo "$path" > "$NOTES" ;;
+  *demo-data*) for path; do :; done; echo "$path" > "$NOTES" ;;
 esac
 """
 

@@ -25,9 +25,9 @@ IN_STEPS = [
 ]
 IN_SAVES_AND_RESUMES = [
     ("in the probe of a save", 1, "certificate.py:probe"),
-    ("while the state is copied", 2, "host_copy.py:copy"),
+    ("while the state is copied", 2, "saver.py:copy"),
     ("while state.pt is written", 2, "serialization.py:save"),
-    ("between state.pt and the manifest", 3, "disk.py:flush"),
+    ("between state.pt and the manifest", 3, "files.py:flush"),
     ("between manifest and rename", 4, "file.py:write_checkpoint"),
     ("between rename and pointers", 5, "file.py:write_checkpoint"),
     ("in the move of a pointer", 6, "directory.py:save"),
