@@ -22,7 +22,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass
 class RestoreReport:
-    """What a restore put back, by name and count; `expected` counts leave out what may start fresh."""
+    """What was restored, by name and count; `expected` counts leave out what may start fresh."""
 
     weights: int = 0
     weights_expected: int = 0
@@ -41,11 +41,11 @@ class RestoreReport:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """A table for the log, exceptions last."""
+        """Return lines for the log, exceptions last."""
         lines = [f"weights {self.weights}/{self.weights_expected}, buffers {self.buffers}/{self.buffers_expected}"]
         if self.learning_rates:
             lines[0] += f", moments {self.moments}/{self.moments_expected}, scheduler at step {self.scheduler_steps}"
-        whence = "config, as checkpoint.allow_changed says" if self.rates_from_config else "checkpoint"
+        whence = "config, as checkpoint.allow_changed permits" if self.rates_from_config else "checkpoint"
         lines += [
             f"{name:<15} learning rate {rate:.6e}, weight decay {self.weight_decay[name]:g} (from the {whence})"
             for name, rate in self.learning_rates.items()
@@ -56,16 +56,16 @@ class RestoreReport:
 
 @dataclass
 class Restore:
-    """A restore that has been checked: what is copied where, and what is set once it is there."""
+    """A restore that has been checked: the copies to make, and what is set after them."""
 
     report: RestoreReport
     pairs: list[Pair]
     finish: Callable[[], None] = lambda: None
-    """Hand moments, rates and position to the optimizer and the scheduler."""
+    """Give moments, rates and position to the optimizer and the scheduler."""
 
 
 def capture_state(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> dict[str, Any]:
-    """Weights and buffers, moments and steps, groups and rates, scheduler: nested dicts of tensors and plain values.
+    """Return weights, buffers, moments, steps, groups, rates and scheduler as nested dicts of tensors and plain values.
 
     The tensors are those of the model and the optimizer themselves: copy them before the next step.
 
@@ -98,7 +98,7 @@ def copy_pairs(pairs: Sequence[Pair]) -> None:
 
 
 def plan_weights(model: nn.Module, saved: dict[str, torch.Tensor], allow_new: Sequence[str] = ()) -> Restore:
-    """Overwrite weights and buffers by those of the same name; only names, shapes and dtypes of `saved` are looked at.
+    """Plan to overwrite weights and buffers by name. Of the tensors in `saved` only shape and dtype are read.
 
     Raises:
         ResumeRefused: a name is missing (and not in `allow_new`) or left over, or a shape or dtype differs.
@@ -107,7 +107,7 @@ def plan_weights(model: nn.Module, saved: dict[str, torch.Tensor], allow_new: Se
     current = model.state_dict()
     new = _allowed_new(list(current), list(saved), allow_new, "weight or buffer")
     for name, tensor in saved.items():
-        _require_alike(name, tensor, current[name])
+        _require_same_form(name, tensor, current[name])
     new_weights = sum(name in parameters for name in new)
     report = RestoreReport(
         weights=sum(name in parameters for name in saved),
@@ -127,12 +127,12 @@ def plan_state(
     allow_new: Sequence[str] = (),
     rates_from_config: bool = False,
 ) -> Restore:
-    """Put weights, buffers, moments, steps, rates and the scheduler's position back, each by name.
+    """Plan to restore weights, buffers, moments, steps, rates and the scheduler's position, each by name.
 
     Nothing is changed before the plan's pairs are copied, and its `finish` is called.
 
     Args:
-        state: as `capture_state` returns it, with `progress`; of its tensors only shape and dtype are looked at.
+        state: as `capture_state` returns it, with `progress`; of its tensors only shape and dtype are read.
         allow_new: names or globs of weights and buffers that may be absent from the state; they start fresh.
         rates_from_config: the user allowed other optimizer settings: keep those of `optimizer`, at the restored step.
 
@@ -150,8 +150,8 @@ def plan_state(
         new = set(home) - set(moments)
     for name, entry in moments.items():
         for key in MOMENTS[1:]:
-            _require_alike(f"{key} of {name}", entry[key], parameters[name])
-        _require_alike(f"step of {name}", entry["step"], torch.empty((), dtype=torch.float32))
+            _require_same_form(f"{key} of {name}", entry[key], parameters[name])
+        _require_same_form(f"step of {name}", entry["step"], torch.empty((), dtype=torch.float32))
     for group in optimizer.param_groups:
         if group["name"] not in groups:
             raise ResumeRefused(f"optimizer group {group['name']}: not in the checkpoint ({', '.join(groups)})")
@@ -181,7 +181,7 @@ def plan_state(
 
 
 def restore_state(state: dict[str, Any], model: nn.Module, *parts: Any, **options: Any) -> RestoreReport:
-    """`plan_state`, carried out in this process."""
+    """Restore a state in this process, without other ranks; arguments as of `plan_state`."""
     restore = plan_state(state, model, *parts, **options)
     copy_pairs(restore.pairs)
     restore.finish()
@@ -189,7 +189,7 @@ def restore_state(state: dict[str, Any], model: nn.Module, *parts: Any, **option
 
 
 def _allowed_new(expected: list[str], found: list[str], allow_new: Sequence[str], what: str) -> list[str]:
-    """Names that the checkpoint lacks and that the user listed; anything else missing or left over is refused."""
+    """Return the names that the checkpoint lacks and `allow_new` lists; refuse any other missing or extra name."""
     left_over = sorted(set(found) - set(expected))
     if left_over:
         raise ResumeRefused(f"{what} {', '.join(left_over)}: in the checkpoint, but this model has no such name")
@@ -203,7 +203,7 @@ def _allowed_new(expected: list[str], found: list[str], allow_new: Sequence[str]
     return new
 
 
-def _require_alike(name: str, saved: torch.Tensor, current: torch.Tensor) -> None:
+def _require_same_form(name: str, saved: torch.Tensor, current: torch.Tensor) -> None:
     for what in ("shape", "dtype"):
         was, now = getattr(saved, what), getattr(current, what)
         if was != now:
@@ -212,7 +212,7 @@ def _require_alike(name: str, saved: torch.Tensor, current: torch.Tensor) -> Non
 
 
 def _zero_moments(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Moments and step count on the parameter's device, as fused AdamW has them at step 0."""
+    """Return moments and step count on the parameter's device, as fused AdamW creates them."""
     return {"step": torch.zeros((), dtype=torch.float32, device=parameter.device)} | {
         key: torch.zeros_like(parameter, requires_grad=False) for key in MOMENTS[1:]
     }
@@ -221,7 +221,7 @@ def _zero_moments(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
 def _rates_at(
     groups: dict[str, dict], optimizer: torch.optim.Optimizer, scheduler: Any, steps: int, rates_from_config: bool
 ) -> dict[str, float]:
-    """The rate of each group after `steps` scheduler steps, with its other settings compared by name.
+    """Return the rate of each group after `steps` scheduler steps, and compare its other settings by name.
 
     The schedule is a closed form of the position, so the saved rate must be what the config's schedule gives there.
     """
@@ -249,20 +249,20 @@ PIECE_BYTES = 64 * 2**20
 
 
 def share_outline(context: Context, state: dict[str, Any] | None) -> dict[str, Any]:
-    """Rank 0's `state` (nested dicts of tensors and plain values), in outline on the others, which pass None.
+    """Return rank 0's `state` (nested dicts of tensors and plain values) there, and its outline on the other ranks.
 
-    There every tensor is on the meta device: it has a shape and a dtype and takes no memory. `deliver` fills what is
-    made after it.
+    In the outline every tensor is on the meta device: it has shape and dtype and takes no memory. The other ranks pass
+    None.
     """
     outline = context.broadcast_object(_outline(state))
     return outline if state is None else state
 
 
 def read_everywhere(context: Context, find: Callable[[], Path], parts: Sequence[str]) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint that `find` names, read by rank 0: its path, and those parts of its state, see `share_outline`.
+    """Read the checkpoint that `find` returns on rank 0; return its path and those parts of it, see `share_outline`.
 
     Raises:
-        MissingPath, ResumeRefused: on every rank alike, as `find` and `read_checkpoint` raise them.
+        MissingPath, ResumeRefused: on every rank, as `find` and `read_checkpoint` raise them.
     """
     path, state = None, None
     with context.together("reading the checkpoint"):
@@ -274,10 +274,10 @@ def read_everywhere(context: Context, find: Callable[[], Path], parts: Sequence[
 
 
 def deliver(context: Context, pairs: Sequence[Pair]) -> None:
-    """Copy rank 0's sources into every rank's destinations, which may lie on any device.
+    """Copy rank 0's sources into every rank's destinations, which may be on any device.
 
-    The pairs are the same on all ranks, in the same order; the sources of other ranks may be without contents. What a
-    rank needs beside its destinations is one piece of at most PIECE_BYTES.
+    The pairs are the same on all ranks, in the same order; sources on other ranks may be without contents. A rank needs
+    memory for its destinations and one piece of at most PIECE_BYTES.
     """
     if context.world_size == 1:
         return copy_pairs(pairs)
@@ -312,7 +312,7 @@ def _broadcast_piece(context: Context, parts: list[Pair], dtype: torch.dtype) ->
 
 
 def _outline(tree: Any) -> Any:
-    """The tree with every tensor replaced by one without storage."""
+    """Return the tree with every tensor replaced by one without storage."""
     if isinstance(tree, torch.Tensor):
         return torch.empty(tree.shape, dtype=tree.dtype, device="meta")
     return {key: _outline(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
