@@ -343,6 +343,7 @@ def test_a_device_is_known_by_what_it_is_and_not_by_its_index(monkeypatch):
     assert device_identity(torch.device("cpu")) == ""
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 1, reason="no GPU")
 def test_a_real_gpu_has_an_identity_and_two_have_two():
     identities = [device_identity(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]

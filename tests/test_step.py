@@ -115,6 +115,7 @@ def test_with_and_without_the_loss_a_step_is_the_same():
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu_torch_sees_no_other_wait():
     context = CountedContext("cuda")

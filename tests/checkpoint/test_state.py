@@ -172,6 +172,7 @@ def test_one_changed_ulp_changes_its_digest_alone():
     assert [name for name in before if before[name] != after[name]] == ["head.weight"]
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_state_of_the_host_is_restored_onto_a_gpu():
     original, state = saved_after()

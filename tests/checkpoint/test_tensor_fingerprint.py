@@ -73,6 +73,7 @@ def test_the_tensors_of_a_state_are_named():
     assert set(state_tensors(model, optimizer, persistent=True)) == held | moments
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_gpu_gives_the_same():
     tensor = torch.randn(3 * CHUNK + 5, generator=torch.Generator().manual_seed(0))

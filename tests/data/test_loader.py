@@ -217,10 +217,10 @@ def test_two_that_iterate_over_one_loader_have_slots_of_their_own():
         assert is_of(other, indices)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_gpu_takes_its_batches_from_pinned_memory(workers):
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
     torch.cuda.init()
     for batch in BatchLoader(OfOddSizes(), [[1, 2], [3]], 2, workers):
         assert all(tensor.is_pinned() for tensor in batch.values())

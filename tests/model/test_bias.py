@@ -192,6 +192,7 @@ def test_bfloat16_is_as_near_as_its_numbers_are():
         assert (a.float() - e).norm() < 0.02 * e.norm()
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("strength", [LOW, MIDDLE])
 def test_on_a_gpu_it_is_the_function_on_cpu(strength):
