@@ -102,8 +102,10 @@ def model_config(size: Size, **changes: Any) -> ModelConfig:
     return ModelConfig(**{**fields, **changes})
 
 
-def build_sized_model(size: Size, activation_checkpointing: bool = False, **changes: Any) -> TopoFlow:
-    """Our network at a size, on CPU; changes as for `model_config`."""
+def build_sized_model(
+    size: Size, activation_checkpointing: bool = False, flex_attention: bool = True, **changes: Any
+) -> TopoFlow:
+    """Build our network at a size, on CPU; changes as for `model_config`."""
     config = model_config(size, **changes)
     rows, columns = (cells // config.patch_size for cells in size.grid)
     step_km = CELL_KM * config.patch_size
@@ -117,6 +119,7 @@ def build_sized_model(size: Size, activation_checkpointing: bool = False, **chan
         y_km.ravel(),
         seed=0,
         activation_checkpointing=activation_checkpointing,
+        flex_attention=flex_attention,
     )
 
 

@@ -18,6 +18,7 @@ QUICK = {
     "fingerprint_cost": [*TINY, "--accumulation", "1", "--rounds", "2", "--steps", "1"],
     "flip_campaign": ["--flips", "20", "--others", "4"],
     "flops": ["--quick"],
+    "gpu": ["--quick", "--device", "cpu", "--only", "steps"],
     "kill_campaign": ["--kills", "2", "--ranks", "1"],
     "loading": ["--quick"],
     "loop": ["--quick"],
@@ -29,8 +30,8 @@ QUICK = {
     "start": ["--quick"],
     "terrain_block": ["--quick"],
 }
-NOT_ALONE = {"requeue_campaign", "trainer_loops"}
-"""Needs a SLURM; is started by compare_trainers and loop."""
+NOT_ALONE = {"gpu_workers", "requeue_campaign", "trainer_loops"}
+"""Is started by gpu; needs a SLURM; is started by compare_trainers and loop."""
 
 
 def run_benchmark(name, *arguments, cwd=ROOT, **environ):
