@@ -33,8 +33,8 @@ esac
 
 # how long torchrun waits for ranks that commit a checkpoint after a signal: by default 30 s, then it kills them
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
-# the watch between ranks names the rank that failed first; NCCL's own would end the others before it can
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-0}
+# The program sets this itself (see set_torch_defaults in topoflow/launch.py), but torchrun would set another value first.
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-2}
 # set -m: torchrun gets its own process group, so that Ctrl-C reaches it once, through the trap
 set -m
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} \

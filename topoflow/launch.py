@@ -374,9 +374,11 @@ def set_torch_defaults(environ: MutableMapping[str, str] = os.environ) -> None:
         # gloo connects two processes when they first speak (torch 2.8 and later). At once, each connects with each: n
         # open files a process, and n^2 requests to the store for their addresses.
         "TORCH_GLOO_LAZY_INIT": "1",
-        # the watch ends hanging ranks, and names the culprit; torch's would end rank 0 before it can
-        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
-        "TORCH_NCCL_ENABLE_MONITORING": "0",
+        # The watch ends hanging ranks and names the culprit. By default torch's watchdog ends the process at the first
+        # error of NCCL, before the watch can. With 2 it aborts the communicators only (CleanUpOnly in torch's
+        # ProcessGroupNCCL.hpp), so the main thread sees the error. Its heartbeat stays, as a net, past our limits.
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",
+        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "3600",
         "TORCH_FR_BUFFER_SIZE": "2000",  # records the last collectives, for the dump at a stall
     }.items():
         environ.setdefault(name, value)

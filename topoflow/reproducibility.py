@@ -1,6 +1,5 @@
 """What makes a run repeat: deterministic algorithms, and random draws that depend only on where they stand."""
 
-import functools
 import hashlib
 import os
 import platform
@@ -51,7 +50,6 @@ def describe_software(device: torch.device) -> dict[str, str | int]:
     }
 
 
-@functools.cache
 def hash_sources(*parts: str) -> str:
     """Return the SHA-256 over names and contents of the package's source files, as hex: whether two run the same code.
 

@@ -137,8 +137,8 @@ SITE_BLOCK = re.compile(
 OF_A_SITE = ("hsn", "lumi", "miopen", "rocr_", "mask_cpu", "partition", "account", "gpus-per-node", "module load")
 NEVER = (
     "NCCL_NET_GDR_LEVEL",
-    # watchdog, heartbeat, error handling: off-switches of what ends a hanging job
-    "TORCH_NCCL_", "NCCL_ASYNC_ERROR_HANDLING", "NCCL_BLOCKING_WAIT", "TORCH_DISABLE", "NCCL_IB_DISABLE",
+    # off-switches of torch's watchdog, the net below the program's own
+    "TORCH_NCCL_ENABLE_MONITORING", "ERROR_HANDLING:-0", "NCCL_BLOCKING_WAIT", "TORCH_DISABLE", "NCCL_IB_DISABLE",
 )  # fmt: skip
 
 
