@@ -90,6 +90,7 @@ class FineTune(NewRun):
 
     def restore(self, state: TrainState, context: Context) -> None:
         """Put the weights into the model on every rank."""
+        context.watch.enter("fine-tune")
         with context.together("restoring the checkpoint"):
             restore = plan_weights(state.model, self.saved["model"], self.config.allow_new)
         deliver(context, restore.pairs)
@@ -173,6 +174,7 @@ class Resume(NewRun):
 
     def restore(self, state: TrainState, context: Context) -> None:
         """Put weights, moments, rates, scheduler and progress back on every rank."""
+        context.watch.enter("resume")
         with context.together("restoring the checkpoint"):
             restore = plan_state(
                 self.saved,

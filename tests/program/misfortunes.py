@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import topoflow.checkpoint.directory
 import train
 from topoflow.data.assembly import ForecastData
+from topoflow.resume import Resume
 from topoflow.trainer import Trainer
 
 STEP = 3
@@ -48,9 +49,9 @@ def prepare(kind: str, phase: str, rank: int) -> None:
         return
     owner, name, is_there = {
         "data": (ForecastData, "summary" if rank == 0 else "dataset", lambda self: True),
-        "resume": (train, "prove", lambda *_: True),
+        "resume": (Resume, "prove", lambda self: True),
         "step": (Trainer, "train_step", lambda self: self.state.progress.step + 1 == STEP),
-        "reduced": (Trainer, "_say", lambda self: self.state.progress.step + 1 == STEP),
+        "reduced": (Trainer, "_step_flags", lambda self: self.state.progress.step + 1 == STEP),
         "validation": (Trainer, "_to_device", lambda self: self.context.watch.phase.startswith("validation")),
         "save": (topoflow.checkpoint.directory.CheckpointDirectory, "save", lambda self: True),
     }[phase]
