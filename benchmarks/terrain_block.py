@@ -3,7 +3,7 @@
     python -m benchmarks.terrain_block [--sizes b,c] [--rounds N] [--threads N] [--quick]
 
 Both blocks get the tokens that the network hands to its block 0, and in turn run forward and backward on them; the
-table has the median of both and of the ratio within pairs. The promise is a ratio of at most 1.15 at (b) and (c).
+table has the median of both and of the ratio within pairs.
 """
 
 import argparse
