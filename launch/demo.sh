@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Usage: launch/demo.sh [section.key=value ...]
-# Set up .venv, make the demo data, train, evaluate: from a fresh machine to a table of scores and plots.
+# Create .venv, simulate the demo data, train and evaluate: from a fresh machine to a table of scores and plots.
 # Run it again and it reuses what exists: it resumes a stopped run, and evaluates a finished one again. To start anew,
 # remove the run directory.
 for word; do

@@ -10,9 +10,9 @@ set -euo pipefail
 # shellcheck source=launch/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-# as torchrun does: bits on CPU depend on the number of threads (run.threads sets it for good)
+# one thread, as under torchrun, because bits on CPU depend on the number of threads; run.threads overrides it
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# a request to stop waits until the program, which takes a while to start, asks for it
+# hold back stop signals until the program has started and unblocks them
 later=(env "--block-signal=INT,TERM,USR1")
 "${later[@]}" true 2>/dev/null || later=() # before coreutils 8.31
 exec "${later[@]}" "$python" "$root/train.py" "$@"

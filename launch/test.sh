@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Usage: launch/test.sh [--all] [pytest arguments]
-# Set up .venv and run tests. Without arguments: the tests that show whether this installation can be trusted.
-# --all: every test, in two processes; those that need SLURM or a GPU skip where there is none.
+# Create .venv and run tests. Without arguments: the tests that show whether the installation works.
+# --all: every test, in two processes; those that need SLURM or a GPU are skipped without one.
 for word; do
   case $word in -h | --help) sed -n '2,${/^# /!q;s/^# //p;}' "$0" && exit ;; esac
 done
@@ -17,7 +17,7 @@ if [ "${1-}" != --all ]; then
 fi
 
 shift
-# The tests on a real SLURM mostly wait for it, and the others of this half measure no time.
+# One of two halves that run at once: it mostly waits for SLURM, and none of its tests measure time.
 half=(tests/slurm tests/data tests/model)
 log=$(mktemp)
 trap 'rm -f -- "$log"' EXIT

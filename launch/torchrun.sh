@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Usage: launch/torchrun.sh [options of torchrun, as --name=value] CONFIG [section.key=value ...]
-# Train on the devices of this machine or, with torchrun's own options, of several.
+# Train on the devices of this machine or, with torchrun's own options, of several machines.
 # Without --nproc-per-node: one process per visible GPU, or one without a GPU. Without --nnodes: this machine alone.
-# Exits with the program's own status, where torchrun always returns 1.
+# Exits with the program's own status; torchrun returns 1 for every failure.
 for word; do
   case $word in -h | --help) sed -n '2,${/^# /!q;s/^# //p;}' "$0" && exit ;; esac
 done
@@ -17,7 +17,7 @@ while [[ ${1:-} = -* ]]; do
 done
 [ $# -gt 0 ] || fail "no config: expected launch/torchrun.sh [options of torchrun] CONFIG [section.key=value ...]"
 
-# refuse an unusable config here, with one line and before anything is launched
+# refuse an unusable config with one line, before anything is launched
 run_dir=$(run_dir_of "$@")
 require_free "$run_dir" || exit
 rm -f -- "${run_dir:-.}/exit.json"
@@ -31,7 +31,7 @@ case " ${options[*]-} " in
   *) options+=(--standalone) ;;
 esac
 
-# how long torchrun waits for ranks that commit a checkpoint after a signal: by default 30 s, then it kills them
+# time for ranks to commit a checkpoint after a signal; torchrun's default is 30 s, after which it kills them
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 # The program sets this itself (see set_torch_defaults in topoflow/launch.py), but torchrun would set another value first.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-2}
@@ -42,7 +42,7 @@ OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} \
 torchrun=$!
 set +m
 trap 'pass_on INT "$torchrun"' INT
-# USR1 is SLURM's warning; torchrun passes only some signals on to the processes, and USR1 would end it
+# torchrun would not forward USR1 (SLURM's warning) to the processes, and would end on it
 trap 'pass_on TERM "$torchrun"' TERM HUP USR1
 status=0
 wait_for "$torchrun" || status=$?
