@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -209,7 +210,7 @@ def _correlation(sums: Mapping[str, float]) -> float | None:
     return max(-1.0, min(1.0, covariance / math.sqrt(variance_o * variance_f)))
 
 
-Record = dict[str, object]
+Record = dict[str, Any]
 
 
 def write_scores(records: Sequence[Record], folder: Path) -> None:

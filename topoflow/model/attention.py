@@ -59,7 +59,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each [B, heads, N, D/heads]
         drop_rate = self.attn_drop_rate if self.training else 0.0
         if self.rel_pos_bias is not None or (biases and (drop_rate or not (x.device.type == "cpu" or self.flex))):
-            mask = _rows(_sum_of(biases), q, slice(0, N)) if biases else 0.0
+            mask = _rows(_sum_of(biases), q, slice(0, N)) if biases else q.new_zeros(())
             if self.rel_pos_bias is not None:
                 mask = mask + self.rel_pos_bias()
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype), dropout_p=drop_rate)
@@ -114,7 +114,7 @@ class _WithStrengthGradients(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  (torch: *grads)
         out, lse, q, k, v = ctx.saved_tensors
         grads = []
         for bias in ctx.biases:
@@ -159,7 +159,7 @@ class _CpuKernel(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  (torch: *grads)
         q, k, v, out, lse = ctx.saved_tensors
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         grad_q, grad_k, grad_v = [], torch.zeros_like(k), torch.zeros_like(v)
@@ -191,7 +191,7 @@ def flex_kernel(q: Tensor, k: Tensor, v: Tensor, added: ScoreFunction) -> tuple[
 
     if hasattr(flex, "AuxRequest"):  # torch 2.9
         out, auxiliary = flex.flex_attention(q, k, v, score_mod=score_mod, return_aux=flex.AuxRequest(lse=True))
-        return out, auxiliary.lse
+        return out, auxiliary.lse  # pyright: ignore[reportReturnType]  (a Tensor, as requested)
     return flex.flex_attention(q, k, v, score_mod=score_mod, return_lse=True)
 
 

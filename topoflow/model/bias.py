@@ -25,15 +25,19 @@ class ScoreBias(Protocol):
     @property
     def strengths(self) -> tuple[Tensor, ...]:
         """Return the tensors that get a gradient, each of a shape that broadcasts to [B, heads, N queries]."""
+        ...
 
     def detached(self) -> "ScoreBias":
         """Return the same bias with strengths that are constants."""
+        ...
 
     def added(self, sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """Return what is added to the scores at these places."""
+        ...
 
     def slopes(self, sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
         """Return, for each strength, minus the derivative of `added` by it, at least 0."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,9 @@ def axis_buckets(size: int) -> Tensor:
 class RelativePositionBias(nn.Module):
     """A learned addition to the scores of each head by the offset of query and key, grid_size (rows, columns)."""
 
+    row_buckets: Tensor
+    column_buckets: Tensor
+
     def __init__(self, num_heads: int, grid_size: tuple[int, int]):
         super().__init__()
         self.bias_table = nn.Parameter(torch.empty(NUM_BUCKETS**2, num_heads))

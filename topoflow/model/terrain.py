@@ -23,11 +23,13 @@ def patch_heights(elevation_m: Tensor, patch_size: int) -> Tensor:
 class TerrainAttention(Attention):
     """Self-attention with a `TerrainBias` of learned strength elevation_alpha; other arguments as for `Attention`."""
 
+    H_scale: Tensor
+
     def __init__(self, embed_dim: int, num_heads: int, drop_rate: float, alpha_init: float, **options):
         super().__init__(embed_dim, num_heads, drop_rate, **options)
         self.elevation_alpha = nn.Parameter(torch.full((1,), alpha_init))
         self.register_buffer("H_scale", torch.tensor(H_SCALE_M))
 
-    def forward(self, x: Tensor, heights_m: Tensor) -> Tensor:
+    def forward(self, x: Tensor, heights_m: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  (makes the bias)
         """Attend: x [B, N, D], heights_m [N] -> [B, N, D]."""
         return super().forward(x, TerrainBias(heights_m / self.H_scale, self.elevation_alpha))

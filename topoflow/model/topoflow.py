@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,8 +36,8 @@ class TopoFlow(nn.Module):
         input_names: Sequence[str],
         target_names: Sequence[str],
         img_size: tuple[int, int],
-        patch_x_km: Sequence[float],
-        patch_y_km: Sequence[float],
+        patch_x_km: Sequence[float] | np.ndarray,
+        patch_y_km: Sequence[float] | np.ndarray,
         activation_checkpointing: bool = False,
         flex_attention: bool = True,
     ):
@@ -44,7 +45,7 @@ class TopoFlow(nn.Module):
         self.config = config
         self.input_names = tuple(input_names)
         self.target_names = tuple(target_names)
-        self.img_size = tuple(img_size)
+        self.img_size = (img_size[0], img_size[1])
         self.activation_checkpointing = activation_checkpointing
         self.flex_attention = flex_attention
         D, p = config.embed_dim, config.patch_size
@@ -74,7 +75,7 @@ class TopoFlow(nn.Module):
     def num_patches(self) -> int:
         return self.grid_size[0] * self.grid_size[1]
 
-    def _patch_centres(self, name: str, centres_km: Sequence[float]) -> Tensor:
+    def _patch_centres(self, name: str, centres_km: Sequence[float] | np.ndarray) -> Tensor:
         centres = torch.as_tensor(centres_km, dtype=torch.float64)
         if centres.shape != (self.num_patches,) or not bool(torch.isfinite(centres).all()):
             raise ValueError(f"{name}: shape {tuple(centres.shape)}, expected {self.num_patches} finite numbers")
@@ -125,11 +126,12 @@ class TopoFlow(nn.Module):
         """Tokens [B, N, D] of the fields [B, V, H, W], in raster order."""
         patches = split_patches(x, self.config.patch_size)  # [B, N, V, p*p]
         patches = F.pad(patches, (0, 1), value=1.0)  # the 1 that carries biases and variable embedding
-        if self.config.patch_norm:
+        if isinstance(self.token_embeds, NormedPatchEmbedding):
             tokens = self.var_agg(self.var_query, self.token_embeds.tokens(patches, self.var_embed), None)
         else:
             tokens = self.var_agg(self.var_query, patches, self.token_embeds(self.var_embed))
         if self.config.wind == "legacy_regional":
+            assert wind_ms is not None  # by _check_shapes
             tokens = scan_regionally(tokens, wind_ms)  # all that follows takes them for tokens in raster order
         lead_time = self.lead_time_embed(lead_time_hours.unsqueeze(-1)).unsqueeze(1)  # [B, 1, D]
         tokens = tokens + self.pos_embed + lead_time
@@ -158,8 +160,8 @@ def build_model(
     input_names: Sequence[str],
     target_names: Sequence[str],
     img_size: tuple[int, int],
-    patch_x_km: Sequence[float],
-    patch_y_km: Sequence[float],
+    patch_x_km: Sequence[float] | np.ndarray,
+    patch_y_km: Sequence[float] | np.ndarray,
     seed: int,
     activation_checkpointing: bool = False,
     flex_attention: bool = True,

@@ -46,6 +46,10 @@ class WindRank(nn.Module):
     patch_x_km, patch_y_km [N]: patch centres in raster order, east and north.
     """
 
+    x_km: Tensor
+    y_km: Tensor
+    frequencies: Tensor
+
     def __init__(self, embed_dim: int, patch_x_km: Tensor, patch_y_km: Tensor):
         super().__init__()
         self.register_buffer("x_km", patch_x_km.double(), persistent=False)
