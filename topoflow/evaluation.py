@@ -14,7 +14,7 @@ from tqdm import tqdm
 from topoflow.baselines import BLOCK_HOURS, Baselines, contiguous_blocks, fit_baselines, hour_of_day
 from topoflow.config import TrainConfig
 from topoflow.data.assembly import ForecastData
-from topoflow.data.batch_memory import Batch, make_batch
+from topoflow.data.batch_memory import Batch, Layout, make_batch
 from topoflow.data.dataset import ForecastDataset
 from topoflow.data.normalization import Normalization
 from topoflow.data.sampling import build_eval_loader
@@ -100,7 +100,7 @@ class PhysicalSamples(torch.utils.data.Dataset):
     def __init__(self, dataset: ForecastDataset):
         self.dataset, self.source = dataset, dataset.source
         shape = (len(dataset.target_names), *dataset.source.grid.shape)
-        self.layout = {**dataset.layout, "present": (torch.float32, shape), "observed": (torch.float32, shape)}
+        self.layout: Layout = {**dataset.layout, "present": (torch.float32, shape), "observed": (torch.float32, shape)}
 
     def __len__(self) -> int:
         return len(self.dataset)

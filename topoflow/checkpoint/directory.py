@@ -200,7 +200,7 @@ class CheckpointDirectory:
             if self.folder(step).is_dir():
                 self._point("last", self.folder(step))
             for name in POINTERS:
-                if self._named_by(name) in map(self.folder, later):
+                if self._named_by(name) in list(map(self.folder, later)):
                     with self._guard():
                         (self.path / name).unlink()
             for folder in map(self.folder, reversed(later)):

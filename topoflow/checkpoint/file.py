@@ -9,8 +9,9 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         # compare the text, not the values: this finds a changed byte that JSON ignores
         intact = _manifest_text(content).encode() == text
     except (ValueError, KeyError, TypeError, RecursionError):
-        intact = False
+        content, intact = {}, False
     if not intact:
         raise ResumeRefused(f"checkpoint {folder}: {MANIFEST} does not match its own hash: it is damaged")
     return content
@@ -116,7 +117,7 @@ def verify_checkpoint(folder: Path) -> None:
 class _ProgressFile:
     """The file that torch.save writes to; calls `on_progress` after each write."""
 
-    def __init__(self, file: BinaryIO, on_progress: Callable[[], None]):
+    def __init__(self, file: BufferedWriter, on_progress: Callable[[], None]):
         self._file, self._on_progress = file, on_progress
 
     def write(self, data: bytes | memoryview) -> int:
@@ -132,7 +133,8 @@ def _write_state(path: Path, state: dict[str, Any], on_progress: Callable[[], No
     """Write state.pt, flush it, then hash it; return its entry in the manifest."""
     with open(path, "wb") as file:
         try:
-            torch.save(state, _ProgressFile(file, on_progress))
+            # torch.save calls no other method of a file
+            torch.save(state, _ProgressFile(file, on_progress))  # pyright: ignore[reportArgumentType]
         except RuntimeError as error:
             if isinstance(error.__context__, OSError):  # torch raises its own error on top of a failed write
                 raise error.__context__ from None
@@ -145,7 +147,7 @@ def _write_state(path: Path, state: dict[str, Any], on_progress: Callable[[], No
 
 def _tensor_record(tensor: torch.Tensor) -> dict[str, Any]:
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    digest = hashlib.sha256(data).hexdigest()
+    digest = hashlib.sha256(data.data).hexdigest()
     return {"dtype": str(tensor.dtype), "shape": list(tensor.shape), "sha256": digest}
 
 
@@ -175,7 +177,7 @@ def _move_into_place(temporary: Path, folder: Path, guard: Guard) -> None:
 
 
 @contextmanager
-def _open_verified(folder: Path) -> Iterator[tuple[BinaryIO, dict[str, Any]]]:
+def _open_verified(folder: Path) -> Iterator[tuple[BufferedReader, dict[str, Any]]]:
     """Yield state.pt, open and verified, and the manifest. Opened once, so that what is verified is what is loaded."""
     if not os.path.exists(folder):  # also False without permission to look
         raise MissingPath(f"checkpoint {folder}: not found")
@@ -193,7 +195,7 @@ def _open_verified(folder: Path) -> Iterator[tuple[BinaryIO, dict[str, Any]]]:
         raise CheckpointUnreadable(f"checkpoint {folder}: cannot be read: {error.strerror or error}") from None
 
 
-def _require_intact(file: BinaryIO, manifest: dict[str, Any], folder: Path) -> None:
+def _require_intact(file: BufferedReader, manifest: dict[str, Any], folder: Path) -> None:
     size = os.fstat(file.fileno()).st_size
     try:
         entry = manifest["files"][STATE]
@@ -212,7 +214,7 @@ def _require_intact(file: BinaryIO, manifest: dict[str, Any], folder: Path) -> N
         raise ResumeRefused(f"checkpoint {folder}: {STATE} does not match its hash in {MANIFEST}: it is damaged")
 
 
-def _load(file: BinaryIO, folder: Path) -> Any:
+def _load(file: BufferedReader, folder: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's comments on a foreign file are in the refusal

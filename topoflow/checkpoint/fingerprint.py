@@ -65,7 +65,7 @@ def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, persistent
     persistent: only what a checkpoint holds, so without the buffers that the model derives from its grid.
     """
     buffers = set(model.state_dict()) if persistent else {name for name, _ in model.named_buffers()}
-    tensors = dict(model.named_parameters())
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
     tensors.update({name: buffer for name, buffer in model.named_buffers() if name in buffers})
     for group in optimizer.param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):

@@ -86,7 +86,7 @@ def _allocate_pageable(nbytes: int) -> memoryview:
 
 
 def _allocate_pinned(nbytes: int) -> memoryview:
-    return memoryview(torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy())
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy().data
 
 
 def _room(tensor: torch.Tensor) -> int:
@@ -249,6 +249,7 @@ class CheckpointSaver:
         if isinstance(self._failure, OSError | DataError):
             log.error("%s; the later save of step %d succeeded", self._describe(self._failure)[1], self._step)
             self._failure = None
+        assert self._step is not None  # a write has a step until it fails
         self._on_commit(self._step, write.result())
 
     def _note_failure(self, error: BaseException) -> None:

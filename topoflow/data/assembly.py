@@ -127,9 +127,8 @@ def index_forecast_data(config: DataConfig, with_wind: bool, with_terrain: bool)
     check_names(config.variables, config.targets)
     check_disjoint(**{split: getattr(config, split) for split in SPLITS})
     source = index_source(config.path, needed_variables(config, with_wind, with_terrain))
-    packed_mask = source.mask if isinstance(source, PackedIndex) else None
-    use_packed = config.mask is None and packed_mask is not None
-    return DataIndex(source, packed_mask if use_packed else load_mask(config.mask, source.grid))
+    packed_mask = source.mask if isinstance(source, PackedIndex) and config.mask is None else None
+    return DataIndex(source, load_mask(config.mask, source.grid) if packed_mask is None else packed_mask)
 
 
 def open_indexed_data(

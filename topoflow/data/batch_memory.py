@@ -24,8 +24,11 @@ class FillsBatches(Protocol):
     source: FieldSource
     layout: Layout
 
+    def __len__(self) -> int: ...
+
     def fill(self, indices: Sequence[int], batch: Batch) -> None:
         """Write the samples `indices` into `batch` {name: [B, ...]}, every element of it."""
+        ...
 
 
 class BatchMemory:

@@ -112,6 +112,7 @@ class ForecastDataset(torch.utils.data.Dataset):
         count = len(indices)
         goes_on = count > 1 and list(indices) == list(range(indices[0], indices[0] + count))
         unfinished = (indices[-1] + 1) % len(self.lead_times_hours) != 0
+        start, _ = self._start_and_lead(indices[-1])
         self._recent = (start, x[-1].copy(), wind[-1].copy()) if goes_on and unfinished else None
 
     def sample_identity(self, i: int) -> str:

@@ -41,7 +41,7 @@ class FieldSource(ABC):
         """float32 [n, H, W] of `name` at `indices` [n] of `times`, not in memory."""
 
     @abstractmethod
-    def _read_hour(self, names: Sequence[str], index: int) -> np.ndarray:
+    def _read_hour(self, names: tuple[str, ...], index: int) -> np.ndarray:
         """float32 [len(names), H, W] at hour `index`, not in memory; may be a view that must not be changed."""
 
     @abstractmethod

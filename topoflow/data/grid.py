@@ -123,7 +123,9 @@ def _read_mask(path: Path, grid: Grid, key: str) -> np.ndarray:
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{key}: {path} cannot be read: {error}".splitlines()[0]) from error
     if "mask" not in dataset:
-        raise DataError(f"{key}: {path} has no variable 'mask': it has {', '.join(dataset.variables) or 'none'}")
+        raise DataError(
+            f"{key}: {path} has no variable 'mask': it has {', '.join(map(str, dataset.variables)) or 'none'}"
+        )
     for name, degrees in (("lat", grid.lat2d[:, 0]), ("lon", grid.lon2d[0])):
         if name in dataset.coords and dataset[name].ndim == 1 and not same_place(dataset[name].values, degrees):
             raise DataError(f"{key}: {path} does not match the grid of the data: {name} differs")

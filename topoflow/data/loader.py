@@ -4,6 +4,7 @@ import functools
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, get_worker_info
@@ -33,6 +34,7 @@ class _Batches(torch.utils.data.Dataset):
         worker = get_worker_info()
         if worker is None:
             return make_batch(self.samples, indices, pinned=_is_for_gpu())
+        assert self.slots is not None, "the loader makes them before it forks a worker"
         slot = self.slots.number(worker.id, self._filled)
         self._filled += 1
         self.samples.fill(indices, self.slots.open(slot, len(indices)))
@@ -46,8 +48,9 @@ class BatchLoader(DataLoader):
     """
 
     def __init__(self, samples: FillsBatches, batches: Iterable[list[int]], batch_size: int, workers: int):
+        source = _Batches(samples)
         super().__init__(
-            _Batches(samples),
+            source,
             sampler=batches,
             batch_size=None,  # the data set makes whole batches
             num_workers=workers,
@@ -58,22 +61,23 @@ class BatchLoader(DataLoader):
             # seeds of workers are drawn from here, not from the global stream; nothing in a sample is random
             generator=torch.Generator().manual_seed(0),
         )
+        self._source = source
         self._memory = BatchMemory(samples.layout, batch_size)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]  (torch names a private class)
         if self.num_workers == 0:
             return _surface_refusals(super().__iter__())
-        self.dataset.samples.source.close()  # each worker opens its own handles
-        slots = self.dataset.slots = SharedSlots(self._memory, self.num_workers, _PREFETCHED + 1)
+        self._source.samples.source.close()  # each worker opens its own handles
+        slots = self._source.slots = SharedSlots(self._memory, self.num_workers, _PREFETCHED + 1)
         with deferred_sigterm():  # which would end a worker that has not come to start_worker yet
             filled = super().__iter__()
         pinned = _is_for_gpu()
-        batches = (slots.copy(*slot_and_count, pinned) for slot_and_count in filled)
+        batches = (slots.copy(slot, count, pinned) for slot, count in filled)
         # on CPU all cores compute: a thread that takes batches meanwhile only holds up the one that computes
         return _surface_refusals(_fetch_ahead(batches) if pinned else batches)
 
 
-def _as_it_is(batch: Batch | tuple[int, int]) -> Batch | tuple[int, int]:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +39,7 @@ class Normalization:
         return {name: [self.mean[name], self.std[name]] for name in self.mean}
 
     @classmethod
-    def from_dict(cls, constants: dict[str, Sequence[float]]) -> "Normalization":
+    def from_dict(cls, constants: Mapping[str, Sequence[float]]) -> "Normalization":
         """What `to_dict` gave, exactly."""
         mean = {name: float(pair[0]) for name, pair in constants.items()}
         return cls(mean, {name: float(pair[1]) for name, pair in constants.items()})
@@ -86,8 +86,9 @@ def _consecutive(pieces: list[np.ndarray], hours: int) -> Iterator[list[np.ndarr
 
 
 def _moments_of_pieces(source: FieldSource, name: str, pieces: list[np.ndarray]) -> list[Moments]:
-    known = [source.moments_of_day(name, piece) for piece in pieces]
-    if None not in known:
+    found = (source.moments_of_day(name, piece) for piece in pieces)
+    known = [moments for moments in found if moments is not None]
+    if len(known) == len(pieces):
         return known
     ends = np.cumsum([len(piece) for piece in pieces])
     return [moments_of(values) for values in np.split(source.read(name, np.concatenate(pieces)), ends[:-1])]

@@ -71,7 +71,7 @@ class GriddedSource(FieldSource):
             values[chosen] = self._open(int(store)).read(name, wanted)[back]
         return values
 
-    def _read_hour(self, names: Sequence[str], index: int) -> np.ndarray:
+    def _read_hour(self, names: tuple[str, ...], index: int) -> np.ndarray:
         number = int(np.searchsorted(self._first, index, side="right")) - 1
         values = np.empty((len(names), *self.grid.shape), np.float32)
         self._open(number).read_hour(names, index - int(self._first[number]), values)

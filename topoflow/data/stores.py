@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,7 +19,6 @@ from topoflow.errors import DataError, MissingPath
 
 if TYPE_CHECKING:  # it takes half a second to import, and where data are packed nothing needs it
     import xarray as xr
-    import zarr
 
 _YEARLY_STORE = re.compile(r"data_\d{4}.*\.zarr")
 _ZARR_METADATA = ("zarr.json", ".zgroup", ".zmetadata", ".zarray", ".zattrs")
@@ -117,9 +116,10 @@ class OpenStore:
         self._dataset = None
 
     def _read_decoded(self, name: str, indices: np.ndarray) -> np.ndarray:
-        if self._dataset is None:
-            self._dataset = pickle.loads(self._store.handle)
-        variable = self._dataset.variables[name]
+        dataset = self._dataset
+        if dataset is None:
+            dataset = self._dataset = pickle.loads(self._store.handle)
+        variable = dataset.variables[name]
         _, rows, columns = _spatial_dims(variable, name, self._store.path)
         contiguous = len(indices) == indices[-1] - indices[0] + 1
         selection = slice(int(indices[0]), int(indices[-1]) + 1) if contiguous else indices
@@ -168,14 +168,15 @@ def open_store(path: Path) -> "xr.Dataset":
     return _open(path)[0]
 
 
-def _open(path: Path) -> tuple["xr.Dataset", Mapping[str, "zarr.Array"]]:
+def _open(path: Path) -> tuple["xr.Dataset", Mapping[str, Any]]:
     """The opened store and, of Zarr, the arrays under it, whose metadata are read once for both."""
     import xarray as xr
+    from xarray.backends import ZarrStore
 
     try:
         if not path.is_dir():
             return xr.open_dataset(path, engine="netcdf4", chunks=None), {}
-        store = xr.backends.ZarrStore.open_group(path, mode="r", consolidated=_is_consolidated(path))
+        store = ZarrStore.open_group(path, mode="r", consolidated=_is_consolidated(path))
         return xr.open_dataset(store, engine="store", chunks=None), store.members
     except _UNREADABLE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -27,7 +27,7 @@ class DirectQueue(multiprocessing.queues.SimpleQueue):
         Raises:
             queue.Empty: none came within `timeout` seconds.
         """
-        if timeout is not None and not self._poll(timeout):
+        if timeout is not None and not self._poll(timeout):  # pyright: ignore[reportAttributeAccessIssue]  (undocumented)
             raise queue.Empty
         return super().get()
 
@@ -38,7 +38,7 @@ class DirectQueue(multiprocessing.queues.SimpleQueue):
 class WorkerContext(ForkContext):
     """Forks, so that the fields in memory are shared with the workers, copy-on-write."""
 
-    def Queue(self, maxsize: int = 0) -> DirectQueue:  # noqa: N802 (multiprocessing's name)
+    def Queue(self, maxsize: int = 0) -> DirectQueue:  # noqa: N802  # pyright: ignore[reportIncompatibleMethodOverride]  (multiprocessing's name)
         """What the loader and its workers speak through."""
         assert maxsize == 0
         return DirectQueue(ctx=self)

@@ -36,8 +36,8 @@ class ChunkedArray:
     """
 
     folder: str
-    shape: tuple[int, int, int]
-    chunks: tuple[int, int, int]
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
     dtype: str
     fill_value: float
     key: str
@@ -107,7 +107,7 @@ class ChunkedArray:
 
 
 @functools.cache
-def _decompressor(codec: str) -> Callable[[bytes], bytes]:
+def _decompressor(codec: str) -> Callable[[bytes], Any]:
     import numcodecs
 
     return numcodecs.get_codec({"id": codec}).decode
@@ -121,7 +121,8 @@ def chunked_array(array: "zarr.Array", folder: Path) -> ChunkedArray | None:
     dtype, compressors, serializer = array.dtype.str, array.compressors, array.serializer
     is_plain = array.shards is None and not array.filters and array.order == "C" and len(compressors) <= 1
     if serializer is not None:  # of format 3
-        is_plain &= serializer.to_dict()["name"] == "bytes" and not array.metadata.storage_transformers
+        transformers = array.metadata.storage_transformers  # pyright: ignore[reportAttributeAccessIssue]  (format 3 has it)
+        is_plain &= serializer.to_dict()["name"] == "bytes" and not transformers
     names = [_codec_name(compressor) for compressor in compressors]
     if not is_plain or dtype not in ("<f4", "<f8") or array.ndim != 3 or array.fill_value is None:
         return None
