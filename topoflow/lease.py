@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import get_type_hints
 
 from topoflow.errors import RunDirectoryError
 
@@ -86,7 +87,7 @@ def parse_holder(content: bytes | None) -> Holder | None:
         holder = Holder(**json.loads(content or b""))
     except (ValueError, TypeError):
         return None
-    typed = all(isinstance(getattr(holder, field.name), field.type) for field in dataclasses.fields(Holder))
+    typed = all(isinstance(getattr(holder, name), kind) for name, kind in get_type_hints(Holder).items())
     return holder if typed and 0 < holder.pid < 2**31 and 0 < holder.seconds <= 3600 else None
 
 
@@ -163,7 +164,7 @@ class Lease:
 
     def release(self) -> None:
         """Give the run directory up; does nothing if the lease was lost or never taken."""
-        if self._mine is None or self._mine.pid != os.getpid():
+        if self._mine is None or self._heart is None or self._mine.pid != os.getpid():
             return
         self._ended.set()
         self._heart.join()
@@ -276,7 +277,7 @@ class Lease:
         """Change this process's entry if it still holds the lease."""
         found = self._read()
         holder = parse_holder(found)
-        if holder is not None and holder.token == self._mine.token:
+        if holder is not None and self._mine is not None and holder.token == self._mine.token:
             self._replace(found, dataclasses.replace(holder, **changes), durable=False)
 
     def _replace(self, expected: bytes | None, holder: Holder, durable: bool) -> bool:

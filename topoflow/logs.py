@@ -207,8 +207,9 @@ class MetricsWriter:
     def checkpoint(self, step: int, path: Path | str) -> None:
         """Log a committed checkpoint of the state after `step` steps, and flush all lines to the disk."""
         self._write("checkpoint", step, path=str(path))
-        if self._lines is not None:
-            self._try_lines(lambda: os.fsync(self._lines.fileno()))
+        lines = self._lines
+        if lines is not None:
+            self._try_lines(lambda: os.fsync(lines.fileno()))
         self._try_curves(lambda curves: curves.flush())
 
     def resume(self, step: int, path: Path | str) -> None:
@@ -228,16 +229,17 @@ class MetricsWriter:
         self._try_curves(lambda curves: curves.close())
 
     def _write(self, event: str, step: int, **values: Any) -> None:
-        if self._lines is None:
+        lines = self._lines
+        if lines is None:
             return
         record = {"event": event, "step": step} | {key: _finite_or_null(value) for key, value in values.items()}
         self._unwritten += json.dumps(record, allow_nan=False).encode() + b"\n"
-        self._try_lines(self._write_lines)
+        self._try_lines(lambda: self._write_lines(lines))
 
-    def _write_lines(self) -> None:
+    def _write_lines(self, lines: io.FileIO) -> None:
         with self._guard():
             while self._unwritten:  # a disk that fills up takes a part first
-                self._unwritten = self._unwritten[self._lines.write(self._unwritten) :]
+                self._unwritten = self._unwritten[lines.write(self._unwritten) :]
 
     def _try_lines(self, action: Callable[[], None]) -> None:
         """Call `action`; log the first of several failures of the file system."""
@@ -322,8 +324,9 @@ def cut_metrics(
             if number < len(lines):
                 raise RunDirectoryError(f"{path}: line {number} is not an event: expected a JSON object") from error
             is_kept = False
+        else:
+            last = max(last, event["step"]) if is_kept else last
         (kept if is_kept else moved).append(line)
-        last = max(last, event["step"]) if is_kept else last
     if moved:
         with guard(), _abandoned(path).open("a", encoding="utf-8") as file:
             file.writelines(moved)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]  (documented)
 
 from topoflow import errors
 from topoflow.activity import Activity
@@ -82,13 +83,13 @@ class Context:
         """
         if self.world_size == 1:
             return answer([item])
-        store, self._questions = dist.distributed_c10d._get_default_store(), self._questions + 1
-        store = dist.PrefixStore(f"question {self._questions}", store)
-        store.set(f"item {self.rank}", pickle.dumps(item))
+        self._questions += 1
+        store = PrefixStore(f"question {self._questions}", dist.distributed_c10d._get_default_store())
+        store.set(f"item {self.rank}", pickle.dumps(item))  # pyright: ignore[reportArgumentType]  (takes bytes too)
         if self.is_main:
             with self.watch.waiting():
                 items = [pickle.loads(_get_when_set(store, f"item {rank}")) for rank in range(self.world_size)]
-            store.set("answer", pickle.dumps(answer(items)))
+            store.set("answer", pickle.dumps(answer(items)))  # pyright: ignore[reportArgumentType]  (takes bytes too)
         with self.watch.waiting():
             answered = pickle.loads(_get_when_set(store, "answer"))
             received = store.add("received", 1)
@@ -215,7 +216,7 @@ class Context:
             raise refusal
 
 
-def _get_when_set(store: dist.Store, key: str) -> bytes:
+def _get_when_set(store: Store, key: str) -> bytes:
     """Return a value as soon as it is set. The watch ends this process if that will not happen."""
     while True:
         try:
@@ -308,8 +309,9 @@ def _listen(port: int, world_size: int) -> socket.socket:
     try:
         return socket.create_server(("", port), family=family, backlog=world_size + 8, dualstack_ipv6=dual)
     except OSError as error:
+        why = os.strerror(error.errno or 0)
         raise ConfigError(
-            f"environment: rank 0 cannot listen on port {port} of {socket.gethostname()} ({os.strerror(error.errno)}): "
+            f"environment: rank 0 cannot listen on port {port} of {socket.gethostname()} ({why}): "
             "expected MASTER_PORT to be a free port"
         ) from None
 
@@ -395,7 +397,7 @@ def _meet(
         watch.raise_if_failed()
         try:
             if store is None:
-                store = dist.TCPStore(address, watch.met["store"], timeout=limit, wait_for_workers=False)
+                store = TCPStore(address, watch.met["store"], timeout=limit, wait_for_workers=False)
             dist.init_process_group(
                 backend,
                 store=store,
@@ -422,21 +424,22 @@ def _choose_backend(config: DistributedConfig, device: torch.device) -> str:
 
 def _find_server(
     launch: Launch, config: DistributedConfig, watch: Watch, wait: _SetupWait
-) -> tuple[dist.Store | None, WatchServer | None, int, str]:
+) -> tuple[Store | None, WatchServer | None, int, str]:
     """Return the store if this process has one already, the server on rank 0, and the server's port and token.
 
     Under torchrun, whose agent has the port of the launch, rank 0 publishes them in the agent's store. Else the server
     listens on the port of the launch.
     """
-    server, store, port, token = None, None, launch.port, f"job-{launch.job}.{launch.restart}"
+    store: Store | None = None
+    server, port, token = None, launch.port, f"job-{launch.job}.{launch.restart}"
     if launch.has_agent_store:
         port, token = 0, secrets.token_hex(16)
     listener = _listen(port, launch.world_size) if launch.is_main else None
     limit = timedelta(seconds=config.setup_timeout_seconds)
     if launch.has_agent_store:
         _reach(launch.address, launch.port, wait).close()
-        store = dist.TCPStore(launch.address, launch.port, timeout=limit, wait_for_workers=False)
-        store = dist.PrefixStore(f"topoflow/{launch.attempt}", store)
+        agent = TCPStore(launch.address, launch.port, timeout=limit, wait_for_workers=False)
+        store = PrefixStore(f"topoflow/{launch.attempt}", agent)
         own = f"{listener.getsockname()[1]} {token}" if listener else ""
         found = store.compare_set("watch", "", own).decode() if listener else ""
         while not found:
@@ -447,8 +450,10 @@ def _find_server(
             listener.close()
             listener = None
     if listener is not None:
+        store_port = None
         if store is None:
-            store = dist.TCPStore("localhost", 0, is_master=True, timeout=limit, wait_for_workers=False)
-        met = {"store": None if launch.has_agent_store else store.port}
+            store = own_store = TCPStore("localhost", 0, is_master=True, timeout=limit, wait_for_workers=False)
+            store_port = own_store.port
+        met = {"store": store_port}
         server = WatchServer(listener, launch.world_size, token, met, config.timeout_seconds, lambda: watch.phase)
     return store, server, port, token

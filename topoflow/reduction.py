@@ -59,7 +59,7 @@ class DdpReduction:
     @contextmanager
     def micro_batch(self, index: int) -> Iterator[None]:
         """Gradients add up in .grad, and over ranks with the last micro-batch only."""
-        if self.context.world_size == 1:
+        if not isinstance(self.forward, nn.parallel.DistributedDataParallel):
             yield
         elif index < self.accumulation - 1:
             with self.forward.no_sync():

@@ -190,7 +190,7 @@ def report_refusal(refusal: Refusal, launch: Launch | None = None) -> None:
     if is_main and logging.getLogger("topoflow").handlers:
         log.error("%s", refusal)
     elif is_main or not refusal.shared:
-        print_error(f"{refusal}" if is_main else f"rank {launch.rank}: {refusal}")
+        print_error(f"{refusal}" if launch is None or launch.is_main else f"rank {launch.rank}: {refusal}")
 
 
 def main(arguments: list[str]) -> int:

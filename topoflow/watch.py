@@ -163,10 +163,12 @@ class WatchServer:
             before, looked = looked, time.monotonic()
             if looked - before > 1 and self._polled_since is not None:
                 self._polled_since = looked  # this process was stopped itself: the silence is its own
-            if self._failure is None and self._ended is None:
+            if self._failure is not None:
+                continue
+            if self._ended is None:
                 self._find_stalls(looked)
-            elif self._failure is None:
-                self._find_late_exits(looked)
+            else:
+                self._find_late_exits(self._ended, looked)
 
     def _accept(self) -> None:
         try:
@@ -273,9 +275,9 @@ class WatchServer:
             self._send_all({"poll": True})
         overdue = [peer for peer in waiting if peer.waited >= peer.state["limit"]]
         if overdue:
-            self._judge(max(overdue, key=Peer.place), now)
+            self._judge(max(overdue, key=Peer.place), now, self._polled_since)
 
-    def _judge(self, front: Peer, now: float) -> None:
+    def _judge(self, front: Peer, now: float, polled_since: float) -> None:
         """Name the ranks for which `front` waits in vain, unless they make progress."""
         limit = front.state["limit"]
         peers = {peer.rank: peer for peer in self._peers}
@@ -283,7 +285,7 @@ class WatchServer:
         late: dict[int, str] = {}
         on_their_way = False
         for rank, peer in sorted(peers.items()):
-            if now - max(peer.heard, self._polled_since) > _silence_seconds(limit):
+            if now - max(peer.heard, polled_since) > _silence_seconds(limit):
                 late[rank] = f"{peer} (does not answer)"
             elif peer.place() < front.place() and peer.idle >= max(limit, peer.state.get("limit", limit)):
                 late[rank] = f"{peer} (alive, in {peer.state['phase']})"
@@ -300,14 +302,14 @@ class WatchServer:
             expected = "expected a network between them that carries all they send"
             self._declare(RankFailure(f"{message}: {expected}", is_stall=True))
 
-    def _find_late_exits(self, now: float) -> None:
+    def _find_late_exits(self, ended: float, now: float) -> None:
         """Name the ranks whose process does not end after the run. Rank 0's time begins when the others are gone."""
         alive = sorted((peer for peer in self._peers if not peer.is_gone), key=lambda peer: peer.rank)
         others = [peer for peer in alive if peer.rank > 0]
         if not others and not self.others_are_gone.is_set():
-            self._ended = now
+            ended = self._ended = now
             self.others_are_gone.set()
-        if now - self._ended > self._end_seconds:
+        if now - ended > self._end_seconds:
             names = shorten(others or alive, 16)
             message = f"end of the run: the process of {names} did not exit within {self._end_seconds:g} s"
             self._declare(RankFailure(message, tuple(peer.rank for peer in others or alive), is_stall=True))
@@ -409,7 +411,7 @@ class Watch(Activity):
                 f"set-up: rank {self.rank} on {self.host}: the program that listens at {server} is not rank 0 of this "
                 "run, or has ended: expected MASTER_PORT to be a free port"
             )
-        threading.Thread(target=self._listen, args=(received,), name="watch", daemon=True).start()
+        threading.Thread(target=self._listen, args=(connection, received), name="watch", daemon=True).start()
 
     def ask_to_stop(self, signal_name: str) -> None:
         """Tell all ranks, before they meet this one, that it was asked to stop."""
@@ -466,15 +468,16 @@ class Watch(Activity):
         return RankFailure(f"{where}: {type(error).__name__}: {first_line}".removesuffix(": "), (self.rank,))
 
     def _send(self, message: dict[str, Any], prefix: str = "") -> None:
+        assert self._connection is not None  # after `connect`
         with self._sending, suppress(OSError):  # the server is gone: the listening thread sees that too
             self._connection.sendall(f"{prefix}{json.dumps(message)}\n".encode())
 
-    def _listen(self, received: bytes) -> None:
+    def _listen(self, connection: socket.socket, received: bytes) -> None:
         heard = time.monotonic()
         complained = complaining_since = None
         while self.failure is None:
             try:
-                content = self._connection.recv(65536)
+                content = connection.recv(65536)
                 received, heard = received + content, time.monotonic()
                 is_closed = not content
             except TimeoutError:
@@ -528,29 +531,30 @@ class Watch(Activity):
             self._write_error_file(failure)
         self._failed.set()
         self._all_done.set()
-        threading.Thread(target=self._force_exit, name="watch exit", daemon=True).start()
+        threading.Thread(target=self._force_exit, args=(failure,), name="watch exit", daemon=True).start()
 
-    def _force_exit(self) -> None:
+    def _force_exit(self, failure: RankFailure) -> None:
         """End the process, if it has not ended by itself soon."""
-        time.sleep(0.4 if self.failure.is_stall else 3.0)
-        status = self.failure.exit_status(self._has_failed)
+        time.sleep(0.4 if failure.is_stall else 3.0)
+        status = failure.exit_status(self._has_failed)
         # stderr may be a file on the file system that is away
-        report = threading.Thread(target=self._report_forced_exit, args=(status,), daemon=True)
+        report = threading.Thread(target=self._report_forced_exit, args=(failure, status), daemon=True)
         report.start()
         report.join(LAST_WORDS_SECONDS)
         os._exit(status)
 
-    def _report_forced_exit(self, status: int) -> None:
-        if not self._has_failed and (self.rank == 0 or not self.failure.shared):
-            _write_stderr(self.failure.message)
+    def _report_forced_exit(self, failure: RankFailure, status: int) -> None:
+        if not self._has_failed and (self.rank == 0 or not failure.shared):
+            _write_stderr(failure.message)
         if self.rank == 0 and self._on_forced_exit is not None:
-            self._on_forced_exit(status, self.failure.message)
-        if self.failure.is_stall and self.rank in self.failure.ranks and sys.stderr is not None:
+            self._on_forced_exit(status, failure.message)
+        if failure.is_stall and self.rank in failure.ranks and sys.stderr is not None:
             _write_stderr(f"rank {self.rank} is ended; its threads were in:")
             faulthandler.dump_traceback(file=2, all_threads=True)
-        if self.failure.is_stall and torch.cuda.is_initialized():
+        if failure.is_stall and torch.cuda.is_initialized():
             path = Path(tempfile.gettempdir()) / f"topoflow-flight-recorder-{self.rank}"
-            path.write_bytes(torch._C._distributed_c10d._dump_nccl_trace())
+            c10d = torch._C._distributed_c10d  # pyright: ignore[reportAttributeAccessIssue]  (not in torch's stubs)
+            path.write_bytes(c10d._dump_nccl_trace())
 
     def _write_error_file(self, failure: RankFailure) -> None:
         """Tell torchrun, whose report names the failure with the earliest time as the root cause."""
