@@ -54,10 +54,9 @@ def score_checkpoint(
     with context.together("model"):
         if split not in data.splits:
             raise ConfigError(f"data.{split}: no range is configured: expected at least one to score")
-        if data.grid.shape != tuple(config.model.img_size):
-            raise ConfigError(
-                f"data.path: grid {data.grid.shape}: expected {tuple(config.model.img_size)} as in {path}"
-            )
+        expected = tuple(config.model.img_size or ())
+        if data.grid.shape != expected:
+            raise ConfigError(f"data.path: grid {data.grid.shape}: expected {expected} as in {path}")
         model = build_network(config, data)
     if data.source.fingerprint != saved["data"]["fingerprint"]:
         log.warning("data.path: %s differs from the data set used in training", config.data.path)

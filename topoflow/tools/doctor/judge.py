@@ -3,7 +3,7 @@
 import ipaddress
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -274,7 +274,8 @@ def judge_data(group: Group, config: Config, is_configured: bool) -> tuple[Check
     """Check that all nodes read the same data set. Returns the grid's shape too (a default without data)."""
     check, looks = group.open("data", "data")
     patch = config.model.patch_size
-    shape = tuple(config.model.img_size or (12 * patch, 16 * patch))
+    rows, columns = config.model.img_size or (12 * patch, 16 * patch)
+    shape = (rows, columns)
     if not looks:
         check.summary = f"no CONFIG: not examined; a grid of {shape[0]} x {shape[1]} cells for what follows"
         if is_configured:
@@ -463,5 +464,5 @@ def judge_model(group: Group, built: Answer, config: Config, grid_shape: tuple[i
     return check
 
 
-def _span(numbers: list[float]) -> str:
+def _span(numbers: Sequence[float]) -> str:
     return f"{numbers[0]:g}" if numbers[0] == numbers[-1] else f"{numbers[0]:g} to {numbers[-1]:g}"

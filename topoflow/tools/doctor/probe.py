@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.cuda.nccl
 
 import topoflow
 from topoflow.build import program_facts
@@ -342,7 +343,7 @@ def usable_processors() -> list[int]:
     return sorted(os.sched_getaffinity(0))
 
 
-def describe_software(config: Config, device: torch.device) -> dict[str, dict[str, str | None]]:
+def describe_software(config: Config, device: torch.device) -> dict[str, Mapping[str, str | None]]:
     """Return versions, as people read them, and the facts that must be the same on all ranks for training."""
     program = program_facts(config)
     versions: dict[str, str | None] = {"python": platform.python_version()}
@@ -509,7 +510,7 @@ def try_lock(descriptor: int) -> str:
     except BlockingIOError:
         return "held"
     except OSError as error:
-        return error.strerror
+        return error.strerror or str(error)
     return "taken"
 
 

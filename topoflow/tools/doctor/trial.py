@@ -29,7 +29,8 @@ PASSES, ENOUGH_SECONDS = 3, 5.0
 def build_trial_model(config: Config, grid_shape: tuple[int, int]) -> TopoFlow:
     """Return the configured model for a regular grid about the equator: its cost does not depend on where cells are."""
     lat, lon = (np.arange(count) * min(0.25, 120 / count) for count in grid_shape)
-    grid = build_grid(*np.meshgrid(lat - lat.mean(), lon, indexing="ij"), "the doctor's grid")
+    lat2d, lon2d = np.meshgrid(lat - lat.mean(), lon, indexing="ij")
+    grid = build_grid(lat2d, lon2d, "the doctor's grid")
     return build_model(
         config.model,
         input_names(config.data),

@@ -145,5 +145,5 @@ def samples_per_batch(comparison: Comparison, stated: Sections, size: int) -> in
 
 def _product(section: Mapping[str, Any], *keys: str) -> int | None:
     """Return the product of counts; None where one is not stated as a number. No default is assumed."""
-    counts = [section.get(key) for key in keys]
+    counts: list[Any] = [section.get(key) for key in keys]
     return math.prod(counts) if all(is_kind(count, int) and count > 0 for count in counts) else None

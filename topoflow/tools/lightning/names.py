@@ -127,8 +127,9 @@ def read_weights(state_dict: Mapping[str, Any], inputs: list[str], targets: list
     if odd:
         raise ResumeRefused(f"weights {show(odd)}: expected names")
     dialect = detect_dialect(state_dict)
-    names = {source: dialect.translate(source) for source in state_dict if source not in (MASK, TARGET_INDICES)}
-    unknown = [source for source, name in names.items() if name is None]
+    known = {source: dialect.translate(source) for source in state_dict if source not in (MASK, TARGET_INDICES)}
+    names = {source: name for source, name in known.items() if name is not None}
+    unknown = [source for source in known if source not in names]
     if unknown:
         raise ResumeRefused(f"weights {shorten(unknown)}: unknown in a checkpoint of the {dialect.name} program")
     here = {name: source for source, name in names.items()}

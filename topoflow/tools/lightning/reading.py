@@ -10,7 +10,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from topoflow.errors import MissingPath, ResumeRefused
 from topoflow.text import shorten
 
+T = TypeVar("T")
+
 PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "epoch", "global_step")
 
-_numpy_scalar = np.float64(0).__reduce__()[0]
+_numpy_scalar: Any = np.float64(0).__reduce__()[0]
 
-PLAIN_OBJECTS: list[tuple[Callable, str]] = [
+PLAIN_OBJECTS: list[Callable | tuple[Callable, str]] = [
     *((OrderedDict, f"{package}.AttributeDict") for package in (
         "lightning.fabric.utilities.data", "lightning_fabric.utilities.data", "pytorch_lightning.utilities.parsing"
     )),
@@ -121,7 +123,7 @@ def take(content: Any, kind: type, *keys: Any) -> Any:
     return value
 
 
-def is_kind(value: Any, kind: type) -> bool:
+def is_kind(value: Any, kind: type[T]) -> TypeGuard[T]:
     """Tell whether a value is what _KINDS describes, whatever a file holds. An int is a float too, a bool no int."""
     if kind is Tensor:
         is_plain = type(value) in (Tensor, nn.Parameter) and not value.is_nested and value.layout is torch.strided

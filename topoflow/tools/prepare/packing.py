@@ -255,7 +255,7 @@ class _Packing:
             return packed
         days = read_days(self.output / packed.days.name, packed.days.sha256)
         for day, (_, values) in zip(days, self._blocks(hours, bar), strict=True):
-            if hashlib.sha256(self._encode(variables, values)).hexdigest() != day.sha256:
+            if hashlib.sha256(self._encode(variables, values).data).hexdigest() != day.sha256:
                 raise DataError(f"{self.output}: {day.day} was packed with values that differ from the data")
         return replace(packed, source_files=states)
 

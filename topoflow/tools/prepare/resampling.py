@@ -57,9 +57,11 @@ class Resampling:
         """float64 [..., H, W]. Added up in a fixed order: the same bits on any machine, unlike a matrix product."""
         rows, columns = self._rows, self._columns
         down = sum(
-            rows.weight[:, k, None] * fields[..., rows.index[:, k], :] for k in range(rows.index.shape[1])
+            (rows.weight[:, k, None] * fields[..., rows.index[:, k], :] for k in range(rows.index.shape[1])),
+            start=np.zeros(()),
         )  # [..., H, w]
-        return sum(columns.weight[:, k] * down[..., columns.index[:, k]] for k in range(columns.index.shape[1]))
+        across = (columns.weight[:, k] * down[..., columns.index[:, k]] for k in range(columns.index.shape[1]))
+        return sum(across, start=np.zeros(()))
 
 
 def build_resampling(grid: Grid, shape: tuple[int, int], method: Method) -> Resampling:

@@ -39,13 +39,13 @@ def open_station_file(path: Path) -> StationFile:
     for name in ("lat", "lon"):
         if name not in dataset.variables or dataset[name].ndim != 1:
             raise DataError(f"{path}: no `{name}` over the stations: expected a CF timeSeries file (time, station)")
-    station_dim = dataset["lat"].dims[0]
+    station_dim = str(dataset["lat"].dims[0])
     lat, lon = (dataset[name].values.astype("float64") for name in ("lat", "lon"))
     if dataset["lon"].dims != (station_dim,) or station_dim == "time":
         raise DataError(f"{path}: lat and lon are not over one station dimension: found {dict(dataset.sizes)}")
     if not (np.isfinite(lat).all() and np.isfinite(lon).all()):
         raise DataError(f"{path}: {(~np.isfinite(lat + lon)).sum()} stations have no position: expected lat and lon")
-    series = [name for name in dataset.data_vars if set(dataset[name].dims) == {"time", station_dim}]
+    series = [str(name) for name in dataset.data_vars if set(dataset[name].dims) == {"time", station_dim}]
     known = [name for name in series if name in VARIABLES and VARIABLES[name].kind == "dynamic"]
     if not known:
         raise DataError(f"{path}: no variable of the format over (time, {station_dim}): found {series}")

@@ -189,12 +189,13 @@ def _terrain_points(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Latitude, longitude and height of the points that cell heights are made of, each [P]."""
     if terrain is None:
-        if any(file.elevation_m is None for file in files):
+        heights_m = [file.elevation_m for file in files if file.elevation_m is not None]
+        if len(heights_m) < len(files):
             return None
         return (
             np.concatenate([file.lat for file in files]),
             np.concatenate([file.lon for file in files]),
-            np.concatenate([file.elevation_m for file in files]),
+            np.concatenate(heights_m),
         )
     with open_netcdf(Path(terrain)) as dataset:
         for name, dims in (("lat", 1), ("lon", 1), ("elevation", 2)):

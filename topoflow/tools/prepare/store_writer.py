@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import zarr
@@ -86,7 +87,6 @@ class StoreWriter:
         self.chunk_hours = min(max(CHUNK_BYTES // hour_bytes, CHUNK_HOURS[0]), CHUNK_HOURS[1])
         self._years = self.times.astype("datetime64[Y]").astype(int) + 1970
         self._groups: dict[int, zarr.Group] = {}
-        self._partial: Path | None = None
 
     def __enter__(self) -> "StoreWriter":
         try:
@@ -124,7 +124,9 @@ class StoreWriter:
         """Writes `values` [n, H, W] of one variable at the times of `block`, one of those that `blocks` yields."""
         year = int(self._years[block.start])
         first = int(np.searchsorted(self._years, year))
-        self._groups[year][name][block.start - first : block.stop - first] = values
+        array = self._groups[year][name]
+        assert isinstance(array, zarr.Array)
+        array[block.start - first : block.stop - first] = values
 
     def _create_year(self, year: int) -> zarr.Group:
         times = self.times[self._years == year]
@@ -157,7 +159,7 @@ class StoreWriter:
 
 
 def _create_whole(
-    group: zarr.Group, name: str, dimensions: tuple[str, ...], values: np.ndarray, attributes: dict[str, str]
+    group: zarr.Group, name: str, dimensions: tuple[str, ...], values: np.ndarray, attributes: dict[str, Any]
 ) -> None:
     fill_value = np.nan if values.dtype.kind == "f" else 0
     array = group.create_array(

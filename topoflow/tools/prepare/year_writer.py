@@ -68,7 +68,7 @@ class YearWriter:
         """The next day: values [hours, variable, row, column] in the type of the array, and its record but the hash."""
         assert values.shape == (self.hours[len(self.days)], *self.shape[1:])
         assert values.dtype == self.dtype
-        data = memoryview(np.ascontiguousarray(values)).cast("B")
+        data = np.ascontiguousarray(values).data.cast("B")
         self._file.write(data)
         self._file.flush()  # before the journal says so
         day = DayRecord(record.day, record.hours, hashlib.sha256(data).hexdigest(), record.moments, record.errors)
