@@ -151,3 +151,9 @@ def test_scripts_can_ask_for_a_value_without_torch(file):
     done = subprocess.run([*command, "run.dri=x"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "did you mean run.dir?" in done.stderr
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+def test_the_batch_of_the_demo_divides_among_1_2_4_and_8_processes(processes):
+    train = load_config(Path(__file__).parents[2] / "configs" / "demo.yaml").train
+    assert train.global_batch_size % (train.micro_batch_size * processes) == 0
