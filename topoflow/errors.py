@@ -11,8 +11,11 @@ class Refusal(Exception):
     """An expected error: the program reports it in one line and ends without a traceback."""
 
     exit_status = 1
-    shared = False
-    """Whether all ranks raise the same error, so that only rank 0 reports it."""
+
+    def __init__(self, message: str, *, shared: bool = False):
+        super().__init__(message)
+        self.shared = shared
+        """Whether all ranks raise the same error, so that only rank 0 reports it."""
 
 
 class ConfigError(Refusal, ValueError):

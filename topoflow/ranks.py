@@ -177,9 +177,7 @@ class Context:
         rank, kind, message = refused[0]
         is_same = len(refused) == self.world_size and len({text for _, _, text in refused}) == 1
         who = "" if is_same or self.world_size == 1 else f"rank {rank}, {phase}: "
-        shared = getattr(errors, kind)(who + message)
-        shared.shared = True
-        raise shared from refusal
+        raise getattr(errors, kind)(who + message, shared=True) from refusal
 
     def stop_requested(self) -> str | None:
         """Return the signal by which this rank was asked to stop, or another as far as is known; tell the others."""
@@ -195,9 +193,7 @@ class Context:
         """
         names = [name for name in self.gather_objects(self.stop.signal_name) if name]
         if names:
-            refusal = StopRequested(f"stopped by {names[0]} during {phase}")
-            refusal.shared = True
-            raise refusal
+            raise StopRequested(f"stopped by {names[0]} during {phase}", shared=True)
 
     def require_same(self, facts: Mapping[str, str], when: str) -> None:
         """Prove that `facts` {name: value} are equal on all processes; only their hash is sent if they are.
@@ -209,11 +205,8 @@ class Context:
         digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.int64)
         rows = self.gather_rows(digest.unsqueeze(0))
         if not (rows == rows[0]).all():
-            refusal = RanksDisagree(
-                describe_differences(self.gather_objects((socket.gethostname(), dict(facts))), when)
-            )
-            refusal.shared = True
-            raise refusal
+            gathered = self.gather_objects((socket.gethostname(), dict(facts)))
+            raise RanksDisagree(describe_differences(gathered, when), shared=True)
 
 
 def _get_when_set(store: Store, key: str) -> bytes:

@@ -148,9 +148,9 @@ class Trainer:
         self._refuse(f"step {step}: the gradient is not finite ({norm}) on all ranks after their sum, {where}")
 
     def _refuse(self, message: str) -> None:
-        refusal = TrainingDiverged(f"{message}; no weight was changed by this step and the last checkpoint is valid")
-        refusal.shared = True
-        raise refusal
+        raise TrainingDiverged(
+            f"{message}; no weight was changed by this step and the last checkpoint is valid", shared=True
+        )
 
     # ---- validation
 
@@ -185,9 +185,7 @@ class Trainer:
         rows = {index: row for part in parts for index, row in part.items()}
         sums, counts = torch.stack([rows[index] for index in sorted(rows)]).sum(dim=0)  # [T], [T]
         if counts.sum() == 0:
-            refusal = DataError("data.validation: no target has a value that counts in the whole split")
-            refusal.shared = True
-            raise refusal
+            raise DataError("data.validation: no target has a value that counts in the whole split", shared=True)
         by_target = (sums / counts).tolist()  # nan where a target has no value
         loss = (sums.sum() / counts.sum()).item()
         return loss, dict(zip(self.data.validation.target_names, by_target, strict=True))
@@ -321,9 +319,9 @@ class Trainer:
         self.output.writer.validation(progress.step, loss, by_target)
         log.info("validation after step %d: loss %.5f", progress.step, loss)
         if not math.isfinite(loss):
-            refusal = TrainingDiverged(f"validation after step {progress.step}: the loss is not finite ({loss})")
-            refusal.shared = True
-            raise refusal
+            raise TrainingDiverged(
+                f"validation after step {progress.step}: the loss is not finite ({loss})", shared=True
+            )
         progress.validation_loss, progress.validated_step = loss, progress.step
         is_best = progress.best_validation_loss is None or loss < progress.best_validation_loss
         if is_best:
@@ -337,9 +335,7 @@ class Trainer:
         step = self.state.progress.step
         self.output.saver.require_saved(step, f"stopped by {names[0]}")
         self.output.writer.end(step, f"stopped by {names[0]}")
-        refusal = StopRequested(f"stopped by {names[0]} after step {step}; its checkpoint is committed")
-        refusal.shared = True
-        raise refusal
+        raise StopRequested(f"stopped by {names[0]} after step {step}; its checkpoint is committed", shared=True)
 
     def _to_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.context.device, non_blocking=True) for name, tensor in batch.items()}

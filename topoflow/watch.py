@@ -42,9 +42,7 @@ class RankFailure:
 
     def refusal(self) -> Refusal:
         """Return the error that each rank raises."""
-        refusal = getattr(errors, self.kind)(self.message)
-        refusal.shared = self.shared
-        return refusal
+        return getattr(errors, self.kind)(self.message, shared=self.shared)
 
     def exit_status(self, is_own: bool) -> int:
         """Return the status of a process that the watch ends. is_own: the failure is that process's own."""

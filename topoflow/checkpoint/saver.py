@@ -233,9 +233,7 @@ class CheckpointSaver:
                 log.error("%s; training continues (checkpoint.on_error=continue)", message)
             return
         kind_of_refusal = RanksDisagree if kind == "defect" else RunDirectoryError
-        refusal = kind_of_refusal(prefix + message if kind == "disk" else message)
-        refusal.shared = True
-        raise refusal from error
+        raise kind_of_refusal(prefix + message if kind == "disk" else message, shared=True) from error
 
     def _note_write(self) -> None:
         """Wait for the write in flight, if any, and record its result."""
