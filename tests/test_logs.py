@@ -172,7 +172,7 @@ def test_lines_that_are_missing_before_the_resumed_step_are_named(tmp_path, capl
     write_run(tmp_path, 1, 5, None, 0.0)
     whole = MetricsWriter(tmp_path, 5, log_every_steps=1)
     whole.close()
-    assert (whole.missing_steps, [m for m in caplog.messages if "missing" in m]) == ([], [])
+    assert (whole.missing_steps, [m for m in caplog.messages if "are missing:" in m]) == ([], [])
     writer = MetricsWriter(tmp_path, 14, log_every_steps=3)  # lines 6, 9 and 12 were lost with the power
     assert writer.missing_steps == [6, 9, 12]
     assert caplog.messages[-1] == f"{tmp_path}/metrics.jsonl: lines of these steps are missing: 6, 9, 12"

@@ -55,6 +55,10 @@ def _lost(rank: int, host: str, observer: str) -> RankFailure:
     return RankFailure(f"rank {rank} on {host}: lost while {observer}: {why}", (rank,))
 
 
+def _name_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
 def _silence_seconds(limit: float) -> float:
     """Return after how long without an answer a process counts as stopped or cut off."""
     return max(1.0, min(limit / 4, 10.0))
@@ -254,7 +258,8 @@ class WatchServer:
             self._send_all({"failure": asdict(failure)})
 
     def _send_all(self, message: dict[str, Any]) -> None:
-        for peer in sorted(self._peers, key=lambda peer: peer.rank == 0):  # rank 0 last: it may end this process
+        own = _name_process()
+        for peer in sorted(self._peers, key=lambda peer: peer.process == own):  # last, because it may end this process
             self._send(peer, message)
 
     def _send(self, peer: Peer, message: dict[str, Any]) -> None:
@@ -386,8 +391,8 @@ class Watch(Activity):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # a loader's worker is a fork of this process: it must not keep the connection open when this has died
         os.register_at_fork(after_in_child=connection.close)
-        process = f"process {os.getpid()} on {self.host}"
-        greeting = {"rank": self.rank, "host": self.host, "process": process, "device": device, "identity": identity}
+        greeting = {"rank": self.rank, "host": self.host, "device": device, "identity": identity}
+        greeting["process"] = _name_process()
         self._address, self._connection = address, connection
         server = f"{address}:{connection.getpeername()[1]}"
         self._send(greeting, f"{token} ")

@@ -33,8 +33,8 @@ def test_the_faults_of_each_node_are_found(cluster):
     assert found["run directory"] == {("n2", "FAIL")}
     assert found["addresses"] == {("n3", "FAIL")}
     assert found["limits"] == {("n3", "FAIL")}
-    # the cluster's GPUs are no GPUs
-    assert found["devices"] == {(node, "WARNING") for node in ("n1", "n2", "n3")}
+    # the cluster's GPUs are not real: training would refuse to run on CPU in their place
+    assert found["devices"] == {(node, "FAIL") for node in ("n1", "n2", "n3")}
     assert found["software"] == found["clocks"] == found["data"] == set()
     figures = {item["node"]: item["figures"] for item in report["nodes"]}
     assert figures["n2"]["interface"] == "eth0"
