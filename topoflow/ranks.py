@@ -402,6 +402,14 @@ def _meet(
             )
         except (dist.DistStoreError, dist.DistNetworkError) as error:
             raise RanksDisagree(f"no process group: {str(error).splitlines()[0]}") from None
+        except RuntimeError as error:
+            if "Unable to find address for" not in str(error):
+                raise
+            here = ", ".join(name for _, name in socket.if_nameindex())
+            raise ConfigError(
+                f"environment: GLOO_SOCKET_IFNAME={str(error).rpartition(': ')[2]}: no such network interface on "
+                f"{socket.gethostname()}: expected one of {here}"
+            ) from None
     return server
 
 

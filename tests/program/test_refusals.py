@@ -278,3 +278,11 @@ def test_an_accepted_normalization_is_the_one_that_is_used(program):
     changed = (f"data.normalization={{{constants}}}", "checkpoint.allow_changed=[data.normalization]")
     assert program.train("train.max_steps=2", *changed).returncode == 0
     assert program.state(step=2)["data"]["normalization"]["pm25"] == [1.0, 100.0]
+
+
+def test_a_network_interface_that_does_not_exist_is_named(program):
+    process = program.start(processes=2, env={"GLOO_SOCKET_IFNAME": "nowhere0"})
+    printed, _ = process.communicate(timeout=120)
+    assert "GLOO_SOCKET_IFNAME=nowhere0: no such network interface" in printed
+    assert "expected one of " in printed
+    assert "unknown file" not in printed

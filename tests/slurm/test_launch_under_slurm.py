@@ -173,6 +173,8 @@ def test_the_shipped_job_when_warned_goes_back_into_the_queue_and_finishes(clust
 
 
 def test_the_job_for_lumi_trains_with_a_cache_on_each_node(cluster, project):
+    script = project / "launch" / "lumi.sbatch"  # with the interface of this cluster's nodes
+    script.write_text(script.read_text().replace("GLOO_SOCKET_IFNAME=hsn0", "GLOO_SOCKET_IFNAME=eth0"))
     job = send_shipped_job(cluster, project, "train.max_steps=2", "run.device=cpu", script="lumi.sbatch")
     status, said = cluster.wait_for(job), "".join(path.read_text() for path in project.glob("slurm-*.out"))
     caches = sorted(Path("/tmp").glob(f"*-miopen-{job}-0-*"))
