@@ -1,7 +1,6 @@
-"""What can be configured: one frozen dataclass per consumer, one docstring per key.
+"""The configuration: one frozen dataclass per section, one docstring per key, and what a change of each key alters.
 
-The loader (`topoflow.config_io`) checks types; the range checks that need no other section stand in each
-`__post_init__`, those that compare sections stand in `Config.__post_init__`.
+`topoflow.config_io` checks types. Each section checks its own ranges in `__post_init__`; `Config` compares sections.
 """
 
 import dataclasses
@@ -300,7 +299,7 @@ class CheckpointConfig:
     probe_tolerance: float = key(1e-5, alters=NOTHING)
     """Largest relative change of the probe loss on a resume with other software, device model or thread count."""
     validate_on_resume: bool = key(False, alters=NOTHING)
-    """Run the whole validation after a restore, before the first step, and log it beside the checkpoint's."""
+    """Run the whole validation after a restore, before the first step, and log it next to the checkpoint's."""
     on_error: Literal["stop", "continue"] = key("stop", alters=NOTHING)
     """What a failed save does: end the run, or log it and train on until the next one."""
 
@@ -311,12 +310,12 @@ class CheckpointConfig:
         _require(self, "probe_tolerance", self.probe_tolerance >= 0, "a number >= 0")
         _require(self, "resume", self.resume != "", "auto, never or the path of a checkpoint")
         either = self.init_from is None or self.resume in ("auto", "never")
-        _require(self, "init_from", either, "no checkpoint.resume=PATH beside it: a run resumes or fine-tunes")
+        _require(self, "init_from", either, "no checkpoint.resume=PATH with it: a run either resumes or fine-tunes")
 
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """The processes and what they say to each other."""
+    """The processes and their communication."""
 
     backend: Literal["auto", "nccl", "gloo"] = key("auto", alters=NOTHING)
     """auto: nccl (RCCL on AMD) on GPUs, gloo on CPU."""

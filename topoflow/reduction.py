@@ -1,8 +1,8 @@
-"""How the gradients of a step's micro-batches become one sum that every rank holds: by DDP, or along one fixed tree.
+"""Sums the gradients of a step's micro-batches over all ranks: by DDP, or along one fixed tree.
 
 Both reductions have `forward` (the module that training calls), `micro_batch(index)` (a context manager around forward
 and backward of this rank's micro-batch number `index`) and `finish()` (after the last one: completes the sum over
-ranks, and says how .grad is to be scaled to be that sum).
+ranks, and returns the factor by which .grad must be multiplied to be that sum).
 """
 
 import warnings
@@ -21,7 +21,7 @@ _ALIGNMENT = 16
 
 
 class _WithUnusedParameter(nn.Module):
-    """A model, and beside it a parameter that no forward pass uses: DDP then keeps its buckets, and keeps silent."""
+    """A model and a parameter that no forward pass uses, so that DDP keeps its buckets and does not warn."""
 
     def __init__(self, model: nn.Module, device: torch.device):
         super().__init__()

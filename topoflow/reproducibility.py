@@ -38,7 +38,7 @@ def set_tf32(enabled: bool) -> None:
 
 
 def describe_software(device: torch.device) -> dict[str, str | int]:
-    """What the bits of a run depend on beside config, data and seed."""
+    """Return what the bits of a run depend on apart from config, data and seed."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _describe_cpu()
     return {
         "topoflow": topoflow.__version__,

@@ -18,7 +18,7 @@ _ALIGNMENT = 64
 """Bytes: tensors begin where those that torch allocates do."""
 
 
-class FillsBatches(Protocol):
+class BatchSource(Protocol):
     """A data set that writes whole batches of samples. source: what it reads, closed before a fork."""
 
     source: FieldSource
@@ -51,7 +51,7 @@ class BatchMemory:
         return {name: piece[place].view(dtype).view(shape)[:count] for name, dtype, shape, place in self._places}
 
 
-def make_batch(samples: FillsBatches, indices: Sequence[int], pinned: bool = False) -> Batch:
+def make_batch(samples: BatchSource, indices: Sequence[int], pinned: bool = False) -> Batch:
     """The samples `indices`, stacked along a new first dimension, in memory of their own."""
     memory = BatchMemory(samples.layout, len(indices))
     batch = memory.open(memory.allocate(pinned), len(indices))

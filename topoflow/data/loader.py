@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
-from topoflow.data.batch_memory import Batch, BatchMemory, FillsBatches, SharedSlots, make_batch
+from topoflow.data.batch_memory import Batch, BatchMemory, BatchSource, SharedSlots, make_batch
 from topoflow.data.worker_process import WorkerContext, deferred_sigterm, start_worker
 from topoflow.errors import Refusal
 
@@ -25,7 +25,7 @@ class _Batches(torch.utils.data.Dataset):
     what was taken stand until the next is.
     """
 
-    def __init__(self, samples: FillsBatches):
+    def __init__(self, samples: BatchSource):
         self.samples = samples
         self.slots: SharedSlots | None = None
         self._filled = 0
@@ -47,7 +47,7 @@ class BatchLoader(DataLoader):
     A refusal raised in a worker arrives as itself, one line. batch_size: samples in the largest batch.
     """
 
-    def __init__(self, samples: FillsBatches, batches: Iterable[list[int]], batch_size: int, workers: int):
+    def __init__(self, samples: BatchSource, batches: Iterable[list[int]], batch_size: int, workers: int):
         source = _Batches(samples)
         super().__init__(
             source,

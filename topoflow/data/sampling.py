@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from topoflow.data.batch_memory import FillsBatches
+from topoflow.data.batch_memory import BatchSource
 from topoflow.data.dataset import ForecastDataset
 from topoflow.data.loader import BatchLoader
 from topoflow.errors import ConfigError
@@ -154,7 +154,7 @@ def build_train_loader(
 
 
 def build_eval_loader(
-    dataset: FillsBatches, batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 0
+    dataset: BatchSource, batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 0
 ) -> EvaluationLoader:
     """(batch_index, batch) pairs that cover the data set once over all ranks.
 

@@ -71,7 +71,9 @@ class VariableAggregation(nn.Module):
         D, heads = query.shape[-1], self.num_heads
         inputs = inputs.reshape(B * N, V, K)
         w_query, w_key, w_value = self.in_proj_weight.chunk(3)
-        b_query, _, b_value = self.in_proj_bias.chunk(3)  # the key's bias shifts all scores alike: softmax drops it
+        b_query, _, b_value = self.in_proj_bias.chunk(
+            3
+        )  # the key's bias shifts all scores equally, and softmax ignores that
 
         q = F.linear(query.flatten(), w_query, b_query).view(heads, 1, -1) * (D // heads) ** -0.5
         key = torch.bmm(q, w_key.view(heads, -1, D)).squeeze(1)  # [heads, D]
