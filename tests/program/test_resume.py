@@ -271,7 +271,7 @@ def test_an_allowed_change_of_the_epochs_length_takes_the_schedule_of_the_config
     shorter = "data.train=[[2018-10-01, 2018-10-04]]"
     done = program.train(*options, shorter, "checkpoint.allow_changed=[data.train]", "train.max_steps=17")
     assert done.returncode == 0, done.stderr
-    assert "from the config, as checkpoint.allow_changed says" in done.stderr
+    assert "from the config, as checkpoint.allow_changed permits" in done.stderr
 
 
 def test_a_run_that_began_with_an_empty_batch_goes_on(program, without_targets_in_step):
