@@ -18,7 +18,7 @@ fi
 
 shift
 # One of two halves that run at once: it mostly waits for SLURM, and none of its tests measure time.
-half=(tests/slurm tests/data tests/model)
+half=(tests/slurm tests/data tests/model tests/lightning tests/checkpoint tests/test_benchmarks.py)
 log=$(mktemp)
 trap 'rm -f -- "$log"' EXIT
 "$python" -m pytest "${half[@]}" "$@" >"$log" 2>&1 &
