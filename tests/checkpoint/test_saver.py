@@ -7,7 +7,6 @@ import sys
 import threading
 import traceback
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -360,10 +359,3 @@ over.set()
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout.split() == ["1", "1"]
-
-
-def test_the_benchmark_of_checkpoints_runs():
-    command = [sys.executable, "-m", "benchmarks.checkpoint_cost", "--parameters", "100000", "--repeats", "2"]
-    ended = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert ended.stderr == ""
-    assert "verified load" in ended.stdout
