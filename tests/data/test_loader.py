@@ -254,6 +254,40 @@ def test_a_worker_whose_parent_is_killed_while_it_starts_ends(tmp_path, monkeypa
     assert not alive
 
 
+class Stuck(WorkerProbe):
+    """Its reads never return: they wait for a writer of a pipe, as one waits for a file system that is away."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.pipe, self.noted = folder / "pipe", folder / "pid"
+        os.mkfifo(self.pipe)
+
+    def fill(self, indices, batch):
+        self.noted.write_text(str(os.getpid()))
+        self.pipe.read_bytes()
+
+
+@pytest.mark.parametrize("end", [lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: os._exit(5)])
+def test_a_worker_stuck_in_a_read_ends_with_its_rank(tmp_path, end):
+    stuck = Stuck(tmp_path)
+    parent = os.fork()
+    if parent == 0:
+        batches = iter(BatchLoader(stuck, [[0]] * 100, 1, workers=1))
+        while not (stuck.noted.exists() and stuck.noted.read_text()):
+            time.sleep(0.01)
+        assert batches is not None
+        end()
+    os.waitpid(parent, 0)
+    worker = int(stuck.noted.read_text())
+    deadline = time.monotonic() + 10
+    while is_running(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    alive = is_running(worker)
+    if alive:
+        os.kill(worker, signal.SIGKILL)
+    assert not alive
+
+
 def is_running(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
