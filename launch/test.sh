@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Usage: launch/test.sh [--all] [pytest arguments]
+# Usage: launch/test.sh [--all | pytest arguments]
 # Create .venv and run tests. Without arguments: the tests that show whether the installation works.
-# --all: every test, in two processes; those that need SLURM or a GPU are skipped without one.
+# --all: every test; those that need SLURM or a GPU are skipped without one. Both run in two processes.
 for word; do
   case $word in -h | --help) sed -n '2,${/^# /!q;s/^# //p;}' "$0" && exit ;; esac
 done
@@ -11,19 +11,20 @@ set -euo pipefail
 
 make_venv test
 cd "$root"
-if [ "${1-}" != --all ]; then
-  [ $# -gt 0 ] || set -- -m 'not slow and not slurm'
-  exec "$python" -m pytest "$@"
-fi
+case ${1-} in
+  '') selected=(-m 'not slow and not slurm') ;;
+  --all) selected=("${@:2}") ;;
+  *) exec "$python" -m pytest "$@" ;;
+esac
 
-shift
 # One of two halves that run at once: it mostly waits for SLURM, and none of its tests measure time.
 half=(tests/slurm tests/data tests/model tests/lightning tests/checkpoint tests/test_benchmarks.py)
 log=$(mktemp)
-trap 'rm -f -- "$log"' EXIT
-"$python" -m pytest "${half[@]}" "$@" >"$log" 2>&1 &
+trap 'kill $(jobs -p) 2>/dev/null; rm -f -- "$log"' EXIT
+trap 'exit 130' INT
+"$python" -m pytest "${half[@]}" "${selected[@]}" >"$log" 2>&1 &
 second=$! status=0
-"$python" -m pytest "${half[@]/#/--ignore=}" "$@" || status=$?
+"$python" -m pytest "${half[@]/#/--ignore=}" "${selected[@]}" || status=$?
 wait "$second" || status=$?
 cat "$log"
 exit "$status"
