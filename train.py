@@ -36,8 +36,9 @@ from topoflow.errors import Refusal
 from topoflow.evaluation import evaluate_model
 from topoflow.launch import choose_device, read_launch
 from topoflow.logs import setup_logging
-from topoflow.ranks import Context, distributed_context
+from topoflow.ranks import Context
 from topoflow.reduction import build_reduction
+from topoflow.rendezvous import distributed_context
 from topoflow.reproducibility import set_deterministic, set_tf32
 from topoflow.resume import read_start
 from topoflow.run_dir import RunDirectory, StopFlag, report_refusal, run_to_exit

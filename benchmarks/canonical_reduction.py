@@ -24,7 +24,8 @@ from tests.support.rendezvous import host_store, rank_variables
 from topoflow.config import DistributedConfig
 from topoflow.launch import choose_device, read_launch
 from topoflow.model.topoflow import TopoFlow
-from topoflow.ranks import Context, distributed_context
+from topoflow.ranks import Context
+from topoflow.rendezvous import distributed_context
 from topoflow.trainer import Trainer
 
 

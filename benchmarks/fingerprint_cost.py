@@ -24,7 +24,7 @@ from tests.support.rendezvous import host_store, rank_variables
 from topoflow.checkpoint.fingerprint import state_fingerprints
 from topoflow.config import DistributedConfig
 from topoflow.launch import choose_device, read_launch
-from topoflow.ranks import distributed_context
+from topoflow.rendezvous import distributed_context
 
 
 def main() -> None:

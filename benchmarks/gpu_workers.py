@@ -20,8 +20,9 @@ from topoflow.config import DistributedConfig, OptimConfig, RunConfig, TrainConf
 from topoflow.launch import choose_device, read_launch
 from topoflow.loss import loss_sums
 from topoflow.optim import build_optimizer
-from topoflow.ranks import Context, distributed_context
+from topoflow.ranks import Context
 from topoflow.reduction import DdpReduction
+from topoflow.rendezvous import distributed_context
 from topoflow.reproducibility import set_deterministic, set_tf32
 
 DROP_RATE = 0.1

@@ -17,7 +17,7 @@ from topoflow.launch import (
     port_of_step,
     read_launch,
 )
-from topoflow.ranks import distributed_context
+from topoflow.rendezvous import distributed_context
 
 TORCHRUN = {
     "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",

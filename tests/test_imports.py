@@ -29,8 +29,9 @@ LAYERS = [
     ["build", "plots"],
     ["certificate", "baselines"],
     ["train_state", "metrics", "forecast_case"],
-    ["checkpoint", "reduction", "loss"],
+    ["checkpoint", "reduction", "loss", "rendezvous"],
     ["ranks", "data", "model", "optim"],
+    ["watch_server"],
     ["watch", "run_dir", "reproducibility"],
     ["data.variables", "config_io", "logs", "launch", "lease", "activity"],
     ["config", "files"],
@@ -142,7 +143,7 @@ def test_nothing_imports_the_composition_roots():
     assert {importer for importer, imported in import_edges() if imported in {"train", "cli"}} <= {"__main__", "cli"}
 
 
-KNOW_COLLECTIVES = {"topoflow.ranks", "topoflow.watch", "topoflow.reduction"}
+KNOW_COLLECTIVES = {"topoflow.ranks", "topoflow.rendezvous", "topoflow.watch", "topoflow.reduction"}
 
 
 def test_few_modules_know_launchers_and_collectives():

@@ -19,8 +19,8 @@ from topoflow.config import CheckpointConfig, DistributedConfig, OptimConfig
 from topoflow.errors import DataError, MissingPath, RanksDisagree, RunDirectoryError
 from topoflow.launch import Launch
 from topoflow.optim import build_optimizer, build_scheduler
-from topoflow.ranks import distributed_context
 from topoflow.reduction import build_reduction
+from topoflow.rendezvous import distributed_context
 
 WORLD = 3
 

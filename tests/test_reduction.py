@@ -15,8 +15,9 @@ from topoflow.config import DistributedConfig
 from topoflow.config_io import config_from_dict
 from topoflow.errors import ConfigError
 from topoflow.launch import Launch
-from topoflow.ranks import Context, distributed_context
+from topoflow.ranks import Context
 from topoflow.reduction import CanonicalReduction, require_whole_subtrees
+from topoflow.rendezvous import distributed_context
 
 SHAPES = ((3, 5), (1,), (), (2, 17), (16,))
 LENGTH = sum(np.prod(shape, dtype=int) for shape in SHAPES)

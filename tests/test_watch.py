@@ -22,9 +22,9 @@ import torch._dynamo  # here once, and not in every forked process
 from topoflow.config import DistributedConfig
 from topoflow.errors import DataError, StopRequested
 from topoflow.launch import Launch
-from topoflow.ranks import distributed_context
+from topoflow.rendezvous import distributed_context
 from topoflow.run_dir import StopFlag, run_to_exit
-from topoflow.watch import Peer, find_contradiction
+from topoflow.watch_server import Peer, find_contradiction
 
 WORLD = 4
 LIMIT = 2.0
@@ -338,7 +338,7 @@ def test_what_all_refuse_alike_is_said_once_and_ends_nobody_else(ranks):
 def test_strangers_are_not_heard(ranks):
     def body(context, ranks):
         if context.rank == 0:
-            hub = context.watch._connection.getpeername()[:2]
+            hub = context.watch._connection.socket.getpeername()[:2]
             for words in (b"\n", b"wrong {}\n", b"\xff" * 70000):
                 with socket.create_connection(hub) as stranger:
                     stranger.sendall(words)
@@ -445,7 +445,7 @@ def test_a_port_in_use_is_reported_at_once_by_all(ranks, words):
 def test_two_processes_with_one_rank_end_all_and_both_are_named(ranks, numbers):
     endings = ranks.run(numbers=numbers)
     assert [ending.status for ending in endings] == [2] * WORLD, ranks.said_by_all()
-    both = rf"process \d+ on {HOST} and process \d+ on {HOST} both have rank {numbers[1]}"
+    both = rf"process \d+ on {HOST} \(rank \d\) and process \d+ on {HOST} \(rank \d\) both have rank {numbers[1]}"
     assert re.search(rf"topoflow: environment: {both}: expected one process per rank", endings[0].said)
 
 
@@ -454,7 +454,7 @@ def test_two_processes_with_one_rank_end_all_and_both_are_named(ranks, numbers):
     [
         (("cuda A", "cuda B", "cuda C"), None),
         # one device visible to all tasks of a node: each takes it for its own
-        (("cuda A", "cuda B", "cuda A"), "rank 0 (process 10) and rank 2 (process 12) both use device A"),
+        (("cuda A", "cuda B", "cuda A"), "process 10 (rank 0) and process 12 (rank 2) both have device A"),
         (("cuda ", "cuda ", "cuda "), None),  # PyTorch cannot tell
         (("cuda A", "cpu ", "cuda B"), "run.device: cpu for rank 1 (process 11) and cuda for rank 0 (process 10)"),
     ],

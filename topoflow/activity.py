@@ -1,12 +1,12 @@
-"""What a rank is doing: phases, progress, waits for other ranks, and the time that its start took."""
+"""What a rank is doing: its phase, its progress, whether it waits for other ranks, and how long its start took."""
 
 import math
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 
 class StartClock:
@@ -50,6 +50,28 @@ def _process_age_seconds() -> float | None:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
+@dataclass
+class State:
+    """What a rank is doing at one moment, for the comparison with other ranks."""
+
+    phase: str = "set-up"
+    reached: int = 0
+    """Number of collective operations that it has reached."""
+    ticks: int = 0
+    """Progress since the last of them."""
+    waited: float = 0.0
+    """Seconds for which it has waited for other ranks; 0: it is not waiting."""
+    idle: float = 0.0
+    """Seconds without progress."""
+    limit: float = math.inf
+    """Seconds after which waiting, or no progress, is a stall."""
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """How far the rank is."""
+        return self.reached, self.ticks
+
+
 class Activity:
     """What this rank is doing: its phase, its progress, and whether it waits for other ranks.
 
@@ -77,17 +99,13 @@ class Activity:
     def enter(self, stage: str, detail: str = "") -> None:
         """Begin a stage of the run, such as `step 12`."""
         self._stage, self._detail = stage, detail
-        self._begin()
+        if self.clock is not None:
+            self.clock.begin(detail or stage)
+        self.tick()
 
     def mark(self, detail: str) -> None:
         """Begin a part of the stage."""
-        self._detail = detail
-        self._begin()
-
-    def _begin(self) -> None:
-        if self.clock is not None:
-            self.clock.begin(self._detail or self._stage)
-        self.tick()
+        self.enter(self._stage, detail)
 
     def tick(self) -> None:
         """Record progress: other ranks wait for a slow rank as long as it makes some."""
@@ -95,7 +113,7 @@ class Activity:
         self._progressed = time.monotonic()
 
     def heartbeat(self) -> None:
-        """Record that a thread next to the main one works: this rank is alive, though no further for the others."""
+        """Record that another thread than the main one is working: this rank is alive, but no further."""
         self._progressed = time.monotonic()
 
     @contextmanager
@@ -131,14 +149,8 @@ class Activity:
         """Record that this rank was asked to stop."""
         self.stop_asked = self.stop_asked or signal_name
 
-    def state(self) -> dict[str, Any]:
-        """Return what the watch of rank 0 needs to compare ranks."""
+    def state(self) -> State:
+        """Return what this rank is doing now."""
         now, since = time.monotonic(), self._waiting_since
-        return {
-            "phase": self.phase,
-            "reached": self._reached,
-            "ticks": self._ticks,
-            "waited": -1.0 if since is None else now - since,
-            "idle": now - self._progressed,
-            "limit": self._limit if math.isfinite(self._limit) else 1e9,
-        }
+        waited = 0.0 if since is None else now - since
+        return State(self.phase, self._reached, self._ticks, waited, now - self._progressed, self._limit)

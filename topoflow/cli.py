@@ -148,7 +148,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from topoflow.config import DistributedConfig
     from topoflow.launch import choose_device, read_launch
     from topoflow.logs import setup_logging
-    from topoflow.ranks import distributed_context
+    from topoflow.rendezvous import distributed_context
     from topoflow.run_dir import StopFlag, run_to_exit
     from topoflow.tools.evaluate import score_checkpoint
 
@@ -207,7 +207,7 @@ def _add_import_lightning(commands) -> None:
 def _import_lightning(options: argparse.Namespace) -> int:
     from topoflow.config_io import load_config
     from topoflow.launch import choose_device, read_launch
-    from topoflow.ranks import distributed_context
+    from topoflow.rendezvous import distributed_context
     from topoflow.reproducibility import set_deterministic
     from topoflow.tools.lightning.run import import_run
 

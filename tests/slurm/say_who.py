@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from topoflow.config import DistributedConfig
 from topoflow.errors import Refusal
 from topoflow.launch import choose_device, read_launch
-from topoflow.ranks import distributed_context
+from topoflow.rendezvous import distributed_context
 from topoflow.run_dir import report_refusal
 
 

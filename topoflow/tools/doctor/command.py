@@ -17,7 +17,8 @@ from topoflow.config_io import load_config
 from topoflow.errors import ConfigError, RanksDisagree, Refusal
 from topoflow.launch import Launch, choose_device, hosts_of_ranks, read_launch
 from topoflow.logs import close_logging, setup_logging
-from topoflow.ranks import Context, distributed_context
+from topoflow.ranks import Context
+from topoflow.rendezvous import distributed_context
 from topoflow.reproducibility import set_deterministic
 from topoflow.tools.doctor import judge
 from topoflow.tools.doctor.probe import Answer, ClockServer, Greeting, Probe, find_route, forget_missing_interfaces
