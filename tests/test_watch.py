@@ -295,7 +295,7 @@ def test_a_thread_that_works_beside_a_waiting_rank_puts_no_blame_on_others(ranks
 def test_one_rank_that_is_asked_to_stop_tells_all_others_before_they_meet(ranks):
     def body(context, ranks):
         if context.rank == 2:
-            context.watch.ask_to_stop("SIGUSR1")
+            context.watch.stop_asked = "SIGUSR1"
         deadline = time.monotonic() + 30
         while context.watch.stop_asked is None and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -445,7 +445,9 @@ def test_a_port_in_use_is_reported_at_once_by_all(ranks, words):
 def test_two_processes_with_one_rank_end_all_and_both_are_named(ranks, numbers):
     endings = ranks.run(numbers=numbers)
     assert [ending.status for ending in endings] == [2] * WORLD, ranks.said_by_all()
-    both = rf"process \d+ on {HOST} \(rank \d\) and process \d+ on {HOST} \(rank \d\) both have rank {numbers[1]}"
+    number = numbers[1]
+    one = rf"rank {number} on {HOST} \(process \d+\)"
+    both = f"{one} and {one} both have rank {number}"
     assert re.search(rf"topoflow: environment: {both}: expected one process per rank", endings[0].said)
 
 
@@ -454,16 +456,16 @@ def test_two_processes_with_one_rank_end_all_and_both_are_named(ranks, numbers):
     [
         (("cuda A", "cuda B", "cuda C"), None),
         # one device visible to all tasks of a node: each takes it for its own
-        (("cuda A", "cuda B", "cuda A"), "process 10 (rank 0) and process 12 (rank 2) both have device A"),
+        (("cuda A", "cuda B", "cuda A"), "rank 0 on n1 (process 10) and rank 2 on n1 (process 12) both have device A"),
         (("cuda ", "cuda ", "cuda "), None),  # PyTorch cannot tell
-        (("cuda A", "cpu ", "cuda B"), "run.device: cpu for rank 1 (process 11) and cuda for rank 0 (process 10)"),
+        (("cuda A", "cpu ", "cuda B"), "run.device: cpu for rank 1 on n1 and cuda for rank 0 on n1"),
     ],
 )
 def test_a_device_of_two_ranks_and_devices_of_two_kinds_are_found(devices, words):
     peers = []
     for rank, device in enumerate(devices):
         kind, _, identity = device.partition(" ")
-        peers.append(Peer(None, rank, process=f"process {10 + rank}", device=kind, identity=identity))
+        peers.append(Peer(None, rank, host="n1", pid=10 + rank, device=kind, identity=identity))
     found = find_contradiction(peers)
     assert words in found if words else not found
 

@@ -65,6 +65,8 @@ class State:
     """Seconds without progress."""
     limit: float = math.inf
     """Seconds after which waiting, or no progress, is a stall."""
+    stop_asked: str | None = None
+    """The signal that asked some rank to stop, if this one knows."""
 
     @property
     def place(self) -> tuple[int, int]:
@@ -84,7 +86,7 @@ class Activity:
         self.clock: StartClock | None = None
         """Records the phases until the first step is done, if there is one."""
         self.stop_asked: str | None = None
-        """The signal that asked some rank to stop, as soon as this one knows."""
+        """The signal that asked some rank to stop, as soon as this one knows; the watch tells the others."""
         self._setup_seconds, self._step_seconds, self._limit = setup_seconds, step_seconds, setup_seconds
         self._stage, self._detail = "set-up", ""
         self._reached = self._ticks = 0
@@ -145,12 +147,9 @@ class Activity:
             self._waiting_since = None
             self.tick()
 
-    def ask_to_stop(self, signal_name: str) -> None:
-        """Record that this rank was asked to stop."""
-        self.stop_asked = self.stop_asked or signal_name
-
     def state(self) -> State:
         """Return what this rank is doing now."""
         now, since = time.monotonic(), self._waiting_since
         waited = 0.0 if since is None else now - since
-        return State(self.phase, self._reached, self._ticks, waited, now - self._progressed, self._limit)
+        idle = now - self._progressed
+        return State(self.phase, self._reached, self._ticks, waited, idle, self._limit, self.stop_asked)

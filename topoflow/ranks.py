@@ -3,7 +3,6 @@
 import hashlib
 import pickle
 import socket
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -46,25 +45,26 @@ class Context:
         self.rank, self.world_size, self.is_main = launch.rank, launch.world_size, launch.is_main
         self.watch = watch or Activity()
         self._store, self._questions = store, 0
+        # To gather, each rank collects from the _span ranks that begin with itself, up a binary tree, and rank 0
+        # broadcasts all: log2 n messages in a row, where gloo's own gather passes a ring of n.
+        self._span = self.rank & -self.rank or self.world_size
+        bits = [1 << n for n in range(self.world_size.bit_length())]
+        self._children = [self.rank + bit for bit in bits if bit < self._span and self.rank + bit < self.world_size]
 
     def gather_objects(self, item: Any) -> list[Any]:
         """Return the `item` of every process, in the order of ranks, on every process (pickled, over the host)."""
         if self.world_size == 1:
             return [item]
-        # up a binary tree and down by broadcast: log2 n messages in a row, where gloo's own gather passes a ring of n
-        items, bit = [item], 1
+        items, cpu = [item], torch.device("cpu")
         box: list[Any] = [None]
         with self.watch.waiting():
-            while bit < self.world_size:
-                if self.rank & bit:
-                    dist.send_object_list([items], self.rank - bit, device=torch.device("cpu"))
-                    break
-                if self.rank + bit < self.world_size:
-                    dist.recv_object_list(box, self.rank + bit, device=torch.device("cpu"))
-                    items += box[0]
-                bit *= 2
+            for child in self._children:
+                dist.recv_object_list(box, child, device=cpu)
+                items += box[0]
+            if self.rank > 0:
+                dist.send_object_list([items], self.rank - self._span, device=cpu)
             box = [items]
-            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+            dist.broadcast_object_list(box, src=0, device=cpu)
         return box[0]
 
     def broadcast_object(self, item: Any) -> Any:
@@ -91,12 +91,7 @@ class Context:
                 items = [pickle.loads(_get_when_set(store, f"item {rank}")) for rank in range(self.world_size)]
             store.set("answer", pickle.dumps(answer(items)))  # pyright: ignore[reportArgumentType]  (takes bytes too)
         with self.watch.waiting():
-            answered = pickle.loads(_get_when_set(store, "answer"))
-            received = store.add("received", 1)
-            while self.is_main and received < self.world_size:  # rank 0 holds the store, and may leave after this
-                time.sleep(0.02)
-                received = store.add("received", 0)
-        return answered
+            return pickle.loads(_get_when_set(store, "answer"))
 
     def broadcast_tensor(self, tensor: torch.Tensor) -> None:
         """Overwrite `tensor` with rank 0's, in place."""
@@ -131,16 +126,12 @@ class Context:
         if self.world_size == 1:
             return rows
         table = torch.empty((self.world_size, *rows.shape), dtype=rows.dtype)
-        bit = 1
+        table[self.rank] = rows
         with self.watch.waiting():
-            table[self.rank] = rows
-            while bit < self.world_size:  # as in gather_objects; a slice that ends past the last rank ends there
-                if self.rank & bit:
-                    dist.send(table[self.rank : self.rank + bit], self.rank - bit)
-                    break
-                if self.rank + bit < self.world_size:
-                    dist.recv(table[self.rank + bit : self.rank + 2 * bit], self.rank + bit)
-                bit *= 2
+            for child in self._children:
+                dist.recv(table[child : 2 * child - self.rank], child)  # the last may be shorter
+            if self.rank > 0:
+                dist.send(table[self.rank : self.rank + self._span], self.rank - self._span)
             dist.broadcast(table, src=0)
         return table.flatten(0, 1)
 
@@ -182,8 +173,8 @@ class Context:
     def stop_requested(self) -> str | None:
         """Return the signal by which this rank was asked to stop, or another as far as is known; tell the others."""
         if self.stop.signal_name is not None:
-            self.watch.ask_to_stop(self.stop.signal_name)
-        return self.stop.signal_name or self.watch.stop_asked
+            self.watch.stop_asked = self.stop.signal_name
+        return self.watch.stop_asked
 
     def raise_if_stop_requested(self, phase: str) -> None:
         """End here if a signal arrived on any rank: `phase` has nothing that this would lose. Call on all ranks.

@@ -34,23 +34,14 @@ class _SetupWait:
         self._seconds, self._deadline, self._launcher = seconds, time.monotonic() + seconds, os.getppid()
 
     def check(self) -> None:
-        """Raise if this process is to end.
-
-        Raises:
-            StopRequested: a signal arrived.
-            RanksDisagree: the process that started this one has ended.
-        """
+        """Raise if a signal arrived, or the process that started this one has ended."""
         if (name := self._stop.signal_name) is not None:
             raise StopRequested(f"stopped by {name} during set-up, before all ranks had met")
         if os.getppid() != self._launcher:
             raise RanksDisagree(f"set-up: {self._who}: its launcher (process {self._launcher}) has ended")
 
     def pause(self, problem: str) -> None:
-        """Check, and sleep briefly.
-
-        Raises:
-            RanksDisagree: the limit is over; the message gives `problem`.
-        """
+        """Sleep briefly; after the limit, raise RanksDisagree with `problem`."""
         self.check()
         if time.monotonic() > self._deadline:
             raise RanksDisagree(f"set-up: {self._who}: {problem} within {self._seconds:g} s")
@@ -67,11 +58,7 @@ def _reach(address: str, port: int, wait: _SetupWait) -> socket.socket:
 
 
 def _listen(port: int, world_size: int) -> socket.socket:
-    """Listen on a port of all interfaces, 0 for any that is free, and allow this process enough open files.
-
-    Raises:
-        ConfigError: the port cannot be used.
-    """
+    """Listen on a port of all interfaces, 0 for any that is free, and allow this process enough open files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= soft < (number := 2 * world_size + 512):  # two sockets a rank, of the watch and of the store
         most = number if hard == resource.RLIM_INFINITY else min(number, hard)
@@ -81,11 +68,9 @@ def _listen(port: int, world_size: int) -> socket.socket:
     try:
         return socket.create_server(("", port), family=family, backlog=world_size + 8, dualstack_ipv6=dual)
     except OSError as error:
-        why = os.strerror(error.errno or 0)
-        raise ConfigError(
-            f"environment: rank 0 cannot listen on port {port} of {socket.gethostname()} ({why}): "
-            "expected MASTER_PORT to be a free port"
-        ) from None
+        where = f"port {port} of {socket.gethostname()} ({os.strerror(error.errno or 0)})"
+        expected = "expected MASTER_PORT to be a free port"
+        raise ConfigError(f"environment: rank 0 cannot listen on {where}: {expected}") from None
 
 
 @contextmanager
@@ -160,7 +145,7 @@ def _meet(
     if listener is not None:
         address = "localhost"
         store = TCPStore(address, 0, is_master=True, timeout=limit, wait_for_workers=False)
-        server = WatchServer(listener, launch.world_size, token, store.port, config.timeout_seconds, watch)
+        server = WatchServer(listener, token, store.port, watch, config.timeout_seconds)
     watch.connect(_reach(address, port, wait), port, token, device.type, device_identity(device))
     with watch.waiting():
         while watch.store_port is None and watch.failure is None:
@@ -191,10 +176,9 @@ def _find_server(launch: Launch, limit: timedelta, wait: _SetupWait) -> tuple[so
     Under torchrun, whose agent has the port of the launch, rank 0 publishes them in the agent's store. Else the server
     listens on the port of the launch.
     """
+    listener = _listen(0 if launch.has_agent_store else launch.port, launch.world_size) if launch.is_main else None
     if not launch.has_agent_store:
-        listener = _listen(launch.port, launch.world_size) if launch.is_main else None
         return listener, launch.port, f"job-{launch.job}.{launch.restart}"
-    listener = _listen(0, launch.world_size) if launch.is_main else None
     _reach(launch.address, launch.port, wait).close()  # the store itself would wait without heeding signals
     agent = TCPStore(launch.address, launch.port, timeout=limit, wait_for_workers=False)
     store = PrefixStore(f"topoflow/{launch.attempt}", agent)
@@ -224,12 +208,7 @@ def _choose_backend(config: DistributedConfig, device: torch.device) -> str:
 
 @contextmanager
 def _translated_errors() -> Iterator[None]:
-    """Turn torch's errors of a process group that cannot be formed into refusals.
-
-    Raises:
-        RanksDisagree: the store or the network failed.
-        ConfigError: GLOO_SOCKET_IFNAME names no network interface.
-    """
+    """Turn torch's errors of a process group that cannot be formed into refusals."""
     try:
         yield
     except (dist.DistStoreError, dist.DistNetworkError) as error:

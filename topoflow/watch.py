@@ -28,24 +28,20 @@ from topoflow.errors import RanksDisagree, Refusal
 from topoflow.launch import Launch
 
 LOOK_SECONDS = 0.2
+"""How often a thread of the watch looks at what it knows."""
 ANSWER_SECONDS = 3.0
 """How long a rank that sees a network error waits to be told which rank failed."""
 _LONGEST_LINE = 2**20
 
 
 def beat_seconds(world_size: int) -> float:
-    """Return how often rank 0 asks for states: one answer costs it about 20 us, and all less than 1 % of a core."""
-    return max(0.4, world_size / 400)
+    """Return how often rank 0 asks for states: an answer costs it about 20 us, and all less than 1 % of a core."""
+    return max(LOOK_SECONDS, world_size / 400)
 
 
 def silence_seconds(limit: float, world_size: int) -> float:
     """Return after how long without an answer a process counts as stopped or cut off."""
     return max(1.0, 2 * beat_seconds(world_size), min(limit / 4, 10.0))
-
-
-def name_process() -> str:
-    """Return `process 4242 on n1`."""
-    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 class Connection:
@@ -135,7 +131,7 @@ class Watch(Activity):
         """What ends all ranks, as soon as this one knows."""
         self.store_port: int | None = None
         """Port of the store of rank 0, known when all ranks have connected."""
-        self._launch, self._on_forced_exit = launch, on_forced_exit
+        self.launch, self._on_forced_exit = launch, on_forced_exit
         self._host = socket.gethostname()
         self._name = f"rank {launch.rank} on {self._host}"
         self._connection: Connection | None = None
@@ -147,15 +143,15 @@ class Watch(Activity):
         """Introduce this rank to the server, and answer it from now on. device, identity: see `Peer`."""
         connection.settimeout(LOOK_SECONDS)
         self._connection = Connection(connection)
-        peer = {"rank": self._launch.rank, "host": self._host, "process": name_process()}
-        self._connection.send({"token": token, **peer, "device": device, "identity": identity})
+        peer = {
+            "rank": self.launch.rank,
+            "host": self._host,
+            "pid": os.getpid(),
+            "device": device,
+            "identity": identity,
+        }
+        self._connection.send({"token": token, **peer})
         threading.Thread(target=self._listen, args=(self._connection, port), name="watch", daemon=True).start()
-
-    def ask_to_stop(self, signal_name: str) -> None:
-        """Tell all ranks, before they meet this one, that it was asked to stop."""
-        if self.stop_asked is None:
-            self.stop_asked = signal_name
-            self._report(stop=signal_name)
 
     def raise_if_failed(self) -> None:
         """Raise the failure that ends all ranks, if there is one.
@@ -190,10 +186,10 @@ class Watch(Activity):
             self._ended.wait(ANSWER_SECONDS)
         if self.failure is None:
             self._has_failed = True
-            own = RankFailure.of_error(self._launch.rank, f"{self._name}, {self.phase}", error)
+            own = RankFailure.of_error(self.launch.rank, f"{self._name}, {self.phase}", error)
             self._write_error_file(own)
             self._report(failure=asdict(own))
-            if self._launch.is_main and not isinstance(error, Refusal):  # of any other rank, rank 0 reports it
+            if self.launch.is_main and not isinstance(error, Refusal):  # of any other rank, rank 0 reports it
                 _write_stderr(own.message)
             self._ended.wait(1.0)  # the server is a thread of rank 0: give it time to tell the others
         return None if self._has_failed else self.failure
@@ -204,7 +200,7 @@ class Watch(Activity):
 
     def _listen(self, connection: Connection, port: int) -> None:
         """Answer the server until all end, and end alone because of rank 0 where it cannot report that itself."""
-        address, has_met = self._launch.address, False
+        address, has_met = self.launch.address, False
         heard = now = time.monotonic()
         while self.failure is None:
             news = connection.receive()
@@ -218,10 +214,11 @@ class Watch(Activity):
                 expected = "expected MASTER_PORT to be a free port"
                 self._conclude_alone(RankFailure(f"set-up: {self._name}: {problem}: {expected}"))
             elif news or now - before > 1:  # so late because this process was stopped itself
-                heard, has_met = now, has_met or bool(news)
-                for item in news:
-                    self._learn(item)
-            elif self._is_overdue() and now - heard > silence_seconds(self._limit, self._launch.world_size):
+                heard = now
+                if news:
+                    has_met = True
+                    self._learn(news[-1])
+            elif self._is_overdue() and now - heard > silence_seconds(self._limit, self.launch.world_size):
                 late = f"rank 0 on {address} (does not answer)"
                 message = f"{self.phase}: {late} did not arrive within {self._limit:g} s"
                 self._conclude_alone(RankFailure(message, (0,), is_stall=True))
@@ -229,7 +226,7 @@ class Watch(Activity):
     def _learn(self, news: dict[str, Any]) -> None:
         """Act on what the server knows, and answer."""
         self.store_port = news.get("store_port")
-        self.stop_asked = news.get("stop", self.stop_asked)
+        self.stop_asked = self.stop_asked or news.get("stop_asked")
         if "failure" in news:
             self._conclude(RankFailure(**news["failure"]))
         elif news.get("all_done"):
@@ -244,7 +241,7 @@ class Watch(Activity):
     def _conclude_alone(self, failure: RankFailure) -> None:
         """End because of rank 0, which cannot report it: a few others do. It is told, in case that it wakes up."""
         self._report(failure=asdict(failure))
-        is_reporter = self._launch.rank == 1 or self._launch.local_rank == 0
+        is_reporter = self.launch.rank == 1 or self.launch.local_rank == 0
         self._conclude(replace(failure, shared=not is_reporter))
 
     def _conclude(self, failure: RankFailure) -> None:
@@ -266,26 +263,26 @@ class Watch(Activity):
         os._exit(status)
 
     def _report_forced_exit(self, failure: RankFailure, status: int) -> None:
-        if not self._has_failed and (self._launch.is_main or not failure.shared):
+        if not self._has_failed and (self.launch.is_main or not failure.shared):
             _write_stderr(failure.message)
-        if self._launch.is_main and self._on_forced_exit is not None:
+        if self.launch.is_main and self._on_forced_exit is not None:
             self._on_forced_exit(status, failure.message)
-        if failure.is_stall and self._launch.rank in failure.ranks:
-            _write_stderr(f"rank {self._launch.rank} is ended; its threads were in:", with_stacks=True)
+        if failure.is_stall and self.launch.rank in failure.ranks:
+            _write_stderr(f"rank {self.launch.rank} is ended; its threads were in:", with_stacks=True)
         if failure.is_stall and torch.cuda.is_initialized():
-            path = Path(tempfile.gettempdir()) / f"topoflow-flight-recorder-{self._launch.rank}"
+            path = Path(tempfile.gettempdir()) / f"topoflow-flight-recorder-{self.launch.rank}"
             c10d = torch._C._distributed_c10d  # pyright: ignore[reportAttributeAccessIssue]  (not in torch's stubs)
             path.write_bytes(c10d._dump_nccl_trace())
 
     def _write_error_file(self, failure: RankFailure) -> None:
         """Tell torchrun, whose report names the failure with the earliest time as the root cause."""
-        if self._launch.error_file is None:
+        if self.launch.error_file is None:
             return
         # torchrun dates a rank that left no file (killed) by the moment at which it notices, so others come later
-        moment = int(time.time()) + (0 if self._launch.rank in failure.ranks else 60)
+        moment = int(time.time()) + (0 if self.launch.rank in failure.ranks else 60)
         record = {"message": failure.message, "extraInfo": {"timestamp": str(moment)}}
         with suppress(OSError):
-            Path(self._launch.error_file).write_text(json.dumps({"message": record}), encoding="utf-8")
+            Path(self.launch.error_file).write_text(json.dumps({"message": record}), encoding="utf-8")
 
 
 def _write_stderr(message: str, with_stacks: bool = False) -> None:

@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from topoflow.activity import Activity, State
+from topoflow.activity import State
 from topoflow.errors import ConfigError
 from topoflow.text import number_ranges, shorten
-from topoflow.watch import LOOK_SECONDS, Connection, RankFailure, beat_seconds, name_process, silence_seconds
+from topoflow.watch import LOOK_SECONDS, Connection, RankFailure, Watch, beat_seconds, silence_seconds
 
 
 @dataclass
@@ -23,8 +23,7 @@ class Peer:
     rank: int = -1
     """-1: it has not introduced itself."""
     host: str = ""
-    process: str = ""
-    """`process 4242 on n1`."""
+    pid: int = 0
     device: str = ""
     """The kind: cpu or cuda."""
     identity: str = ""
@@ -48,29 +47,21 @@ class WatchServer:
         listener: a listening socket.
         token: what each process sends first; others are sent away.
         store_port: sent to all ranks as soon as all are connected and do not contradict each other.
+        watch: of rank 0.
         end_seconds: how long a rank may take from the end of the run to that of its process.
-        activity: of rank 0.
     """
 
-    def __init__(
-        self,
-        listener: socket.socket,
-        world_size: int,
-        token: str,
-        store_port: int,
-        end_seconds: float,
-        activity: Activity,
-    ):
+    def __init__(self, listener: socket.socket, token: str, store_port: int, watch: Watch, end_seconds: float):
         self.others_are_gone = threading.Event()
-        self._listener, self._world_size, self._token, self._store_port = listener, world_size, token, store_port
-        self._end_seconds, self._activity = end_seconds, activity
+        self._listener, self._token, self._store_port = listener, token, store_port
+        self._watch, self._world_size, self._end_seconds = watch, watch.launch.world_size, end_seconds
         listener.setblocking(False)
         os.register_at_fork(after_in_child=listener.close)
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ, None)
         self._peers: list[Peer] = []
         self._news: dict[str, Any] = {}
-        """What all ranks are to know: store_port, stop, failure, all_done."""
+        """What all ranks are to know: store_port, stop_asked, failure, all_done."""
         self._ended: float | None = None
         threading.Thread(target=self._serve, name="watch server", daemon=True).start()
 
@@ -124,7 +115,7 @@ class WatchServer:
             peer.connection.socket.close()
             peer.is_gone = True
             if peer.rank >= 0 and self._ended is None:
-                self._declare(RankFailure.of_lost_rank(peer.rank, peer.host, f"rank 0 was in {self._activity.phase}"))
+                self._declare(RankFailure.of_lost_rank(peer.rank, peer.host, f"rank 0 was in {self._watch.phase}"))
 
     def _admit(self, peer: Peer, greeting: dict[str, Any]) -> None:
         for name, value in greeting.items():
@@ -139,8 +130,8 @@ class WatchServer:
 
     def _handle(self, peer: Peer, report: dict[str, Any]) -> None:
         peer.state, peer.asked_since = State(**report["state"]), None
-        if "stop" in report and "stop" not in self._news:
-            self._announce(stop=report["stop"])
+        if peer.state.stop_asked is not None and "stop_asked" not in self._news:
+            self._announce(stop_asked=peer.state.stop_asked)
         if "failure" in report:
             self._declare(RankFailure(**report["failure"]))
         if "done" in report:
@@ -157,8 +148,8 @@ class WatchServer:
     def _announce(self, **news: Any) -> None:
         """Send all ranks what is new, and what was before."""
         self._news |= news
-        own = name_process()
-        for peer in sorted(self._peers, key=lambda peer: peer.process == own):  # last, because it may end this process
+        # rank 0 last, because it may end this process
+        for peer in sorted(self._peers, key=lambda peer: peer.rank, reverse=True):
             peer.connection.send(self._news)
 
     def _ask_all(self, now: float) -> None:
@@ -221,10 +212,10 @@ def find_contradiction(peers: Iterable[Peer]) -> str:
         for noun, value in (("rank", peer.rank), ("device", peer.identity)):
             other = first.setdefault((noun, value), peer)
             if other is not peer and value != "":
-                both = f"{other.process} (rank {other.rank}) and {peer.process} (rank {peer.rank})"
+                both = f"{other} (process {other.pid}) and {peer} (process {peer.pid})"
                 return f"environment: {both} both have {noun} {value}: expected one process per {noun}"
         first_of_kind.setdefault(peer.device, peer)
     if len(first_of_kind) > 1:
-        found = [f"{kind} for rank {peer.rank} ({peer.process})" for kind, peer in sorted(first_of_kind.items())]
+        found = [f"{kind} for {peer}" for kind, peer in sorted(first_of_kind.items())]
         return f"run.device: {' and '.join(found)}: expected the same kind on all ranks"
     return ""
