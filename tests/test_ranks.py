@@ -1,4 +1,4 @@
-"""What ranks say to each other, with three real processes."""
+"""What ranks send each other, with three real processes."""
 
 import os
 import resource
@@ -147,8 +147,8 @@ class FailingDirectory:
         return [7]
 
 
-def a_save_that_failed_on_rank_0_ends_every_rank_alike_or_none(context):
-    def settle(error, on_error):
+def a_save_that_failed_on_rank_0_ends_all_ranks_or_none(context):
+    def save_on_rank_0(error, on_error):
         def capture():
             assert context.is_main, "another rank captured its state"
             return {"model": {}, "optimizer": {"state": {}}, "certificate": {}}
@@ -158,20 +158,20 @@ def a_save_that_failed_on_rank_0_ends_every_rank_alike_or_none(context):
         saver.save(1, is_best=False)
         while context.is_main and not saver.poll():
             pass
-        said = context.gather_rows(torch.tensor([saver.poll()]))  # as in a step: one flag, no further collective
-        assert said.tolist() == [True, False, False]
+        flags = context.gather_rows(torch.tensor([saver.poll()]))  # as in a step: one flag, no further collective
+        assert flags.tolist() == [True, False, False]
         try:
             saver.handle_failed_save()
         finally:
             saver.close()
 
-    settle(OSError(28, "No space left on device"), "continue")
+    save_on_rank_0(OSError(28, "No space left on device"), "continue")
     for error, words in ((OSError(28, "No space"), "not written: No space"), (RunDirectoryError("lost"), "^lost")):
         with pytest.raises(RunDirectoryError, match=words) as refusal:
-            settle(error, "stop")
+            save_on_rank_0(error, "stop")
         assert refusal.value.shared
     with pytest.raises(RuntimeError if context.is_main else RanksDisagree, match=r"rank 0: .*KeyError") as defect:
-        settle(KeyError("a defect"), "continue")
+        save_on_rank_0(KeyError("a defect"), "continue")
     assert isinstance(defect.value.__cause__, KeyError) == context.is_main
 
 
@@ -194,7 +194,7 @@ def gradients_are_averaged(context):
         a_state_arrives_whole_in_pieces,
         host_memory_of_the_others_stays_flat,
         a_failed_read_on_rank_0_ends_every_rank_with_the_same_message,
-        a_save_that_failed_on_rank_0_ends_every_rank_alike_or_none,
+        a_save_that_failed_on_rank_0_ends_all_ranks_or_none,
         gradients_are_averaged,
     ],
     ids=lambda body: body.__name__,

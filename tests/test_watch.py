@@ -1,6 +1,6 @@
-"""The watch between ranks, with four real processes: whatever becomes of one, the others end, and name it.
+"""The watch between ranks, with four real processes: if one fails or stalls, the others end and name it.
 
-The processes are forked, so that importing torch is paid for once; each writes what it says to a file of its own.
+The processes are forked, so that importing torch is paid for once; each writes its stderr to a file of its own.
 """
 
 import math
@@ -30,27 +30,29 @@ WORLD = 4
 LIMIT = 2.0
 """distributed.timeout_seconds."""
 BUSY = 5.0
-"""What a machine that others use as well may take on top, in seconds."""
+"""Seconds added to each time limit for a loaded machine."""
 
 
 @dataclass
 class Ending:
-    """How a rank ended: exit status (negative: a signal), seconds since the fault, and what it said on stderr."""
+    """How a rank ended: exit status (negative: a signal), seconds since the fault, and its stderr."""
 
     status: int
     seconds: float
-    said: str
+    stderr: str
 
 
 class Ranks:
-    """Runs `body(context)` in forked processes."""
+    """Run `body(context, ranks)` in forked processes."""
 
     def __init__(self, folder: Path, store_port: int):
         self.folder, self.store_port = folder, store_port
         self.endings: list[Ending] = []
 
     def run(self, body=None, setup_seconds=60.0, stop_rank=None, wake_after=None, absent=(), **options):
-        """All ranks to their end. The rank `stop_rank`, which stops itself, is woken after so many seconds, or killed.
+        """Run all ranks and return how each ended.
+
+        stop_rank: it stops itself, and is continued `wake_after` seconds after the fault, or killed at the end.
 
         Options: see `_live`.
         """
@@ -80,8 +82,8 @@ class Ranks:
         pid = os.fork()
         if pid:
             return pid
-        with (self.folder / f"rank{number}").open("w") as said:
-            os.dup2(said.fileno(), 2)
+        with (self.folder / f"rank{number}").open("w") as stderr:
+            os.dup2(stderr.fileno(), 2)
         sys.stderr = os.fdopen(2, "w", buffering=1)
         status = 99
         try:
@@ -94,7 +96,7 @@ class Ranks:
             os._exit(status)
 
     def _live(self, number, body, setup_seconds, before=None, after=None, numbers=range(WORLD), port=None):
-        """What a process does. before, after: called with its rank and this. port: where rank 0 listens itself."""
+        """Be one rank. before, after: called with the rank and `self`. port: where rank 0 listens itself."""
         rank = numbers[number]
         launch = Launch(
             launcher="a test", reason="a test", rank=rank, world_size=WORLD, local_rank=number, local_world_size=WORLD,
@@ -116,15 +118,15 @@ class Ranks:
         return status
 
     def since(self):
-        """When the fault was."""
+        """Return the time of the fault."""
         return float(self.clock.read_text())
 
     def fault(self):
-        """The clock starts."""
+        """Record the time of the fault."""
         self.clock.write_text(repr(time.time()))
 
-    def said_by_all(self):
-        return "".join(ending.said for ending in self.endings)
+    def all_stderr(self):
+        return "".join(ending.stderr for ending in self.endings)
 
 
 @pytest.fixture
@@ -133,7 +135,7 @@ def ranks(tmp_path, store_port):
 
 
 def train(context, until):
-    """What a run does: steps with a collective each, for ever unless `until(step)` ends it."""
+    """Run steps with one collective each, until `until(step)` returns "stop"."""
     context.watch.end_setup()
     for step in range(1, 100000):
         context.watch.enter(f"step {step}", "loading data")
@@ -194,9 +196,9 @@ def test_the_first_rank_that_fails_is_named_and_all_end(ranks, culprit, fault, o
     endings = ranks.run(body)
     assert [ending.status for ending in endings] == [own_status if r == culprit else others for r in range(WORLD)]
     assert max(ending.seconds for ending in endings) < 5 + BUSY
-    speaker = 1 if (culprit, fault) == (0, is_killed) else 0
-    assert f"topoflow: {'rank 1: ' * speaker}{words}" in endings[speaker].said
-    assert not any(ending.said for rank, ending in enumerate(endings) if rank not in (speaker, culprit))
+    reporter = 1 if (culprit, fault) == (0, is_killed) else 0
+    assert f"topoflow: {'rank 1: ' * reporter}{words}" in endings[reporter].stderr
+    assert not any(ending.stderr for rank, ending in enumerate(endings) if rank not in (reporter, culprit))
 
 
 def never_returns(context, ranks):
@@ -229,20 +231,20 @@ def test_ranks_that_do_not_arrive_are_named_within_the_limit(ranks, culprit, fau
     assert {ending.status for rank, ending in enumerate(endings) if rank != stopped} == {5}
     slowest = max(ending.seconds for ending in endings)
     assert LIMIT - 0.5 < slowest < LIMIT + 2 + BUSY
-    said = ranks.said_by_all()
-    assert f"rank {culprit} on" in said
-    assert f"did not arrive within {LIMIT:g} s" in said
-    assert "step 5 (" in said
-    assert culprit == 0 or not ("rank 1 on" in said or "rank 3 on" in said)
+    stderr = ranks.all_stderr()
+    assert f"rank {culprit} on" in stderr
+    assert f"did not arrive within {LIMIT:g} s" in stderr
+    assert "step 5 (" in stderr
+    assert culprit == 0 or not ("rank 1 on" in stderr or "rank 3 on" in stderr)
 
 
-def test_ranks_that_never_come_are_named(ranks):
+def test_ranks_that_never_arrive_are_named(ranks):
     ranks.clock = ranks.folder / "fault"
     ranks.fault()
     endings = ranks.run(lambda context, ranks: None, setup_seconds=LIMIT, absent=(1, 3))
     assert [ending.status for ending in endings] == [5, 0, 5, 0]
     assert max(ending.seconds for ending in endings) < LIMIT + 2 + BUSY
-    assert f"topoflow: set-up: rank(s) 1, 3 of 4 did not arrive within {LIMIT:g} s\n" in endings[0].said
+    assert f"topoflow: set-up: rank(s) 1, 3 of 4 did not arrive within {LIMIT:g} s\n" in endings[0].stderr
 
 
 def test_a_rank_that_never_ends_its_set_up_is_given_that_times_limit(ranks):
@@ -255,10 +257,10 @@ def test_a_rank_that_never_ends_its_set_up_is_given_that_times_limit(ranks):
     endings = ranks.run(body, setup_seconds=2 * LIMIT)
     assert {ending.status for ending in endings} == {5}
     assert 2 * LIMIT - 0.5 < max(ending.seconds for ending in endings) < 2 * LIMIT + 2 + BUSY
-    assert "set-up (data): rank 3 on" in endings[0].said
+    assert "set-up (data): rank 3 on" in endings[0].stderr
 
 
-def test_a_rank_that_is_slow_and_goes_on_is_waited_for(ranks):
+def test_a_slow_rank_that_makes_progress_is_waited_for(ranks):
     def body(context, ranks):
         def slow(step):
             if (context.rank, step) == (2, 3):
@@ -270,10 +272,10 @@ def test_a_rank_that_is_slow_and_goes_on_is_waited_for(ranks):
         train(context, slow)
 
     assert [ending.status for ending in ranks.run(body)] == [0] * WORLD
-    assert not ranks.said_by_all()
+    assert not ranks.all_stderr()
 
 
-def test_a_thread_that_works_beside_a_waiting_rank_puts_no_blame_on_others(ranks):
+def test_a_rank_that_waits_and_sends_heartbeats_does_not_blame_other_waiting_ranks(ranks):
     """As rank 0 does while it writes a checkpoint and waits for a rank that stalls."""
 
     def body(context, ranks):
@@ -288,8 +290,8 @@ def test_a_thread_that_works_beside_a_waiting_rank_puts_no_blame_on_others(ranks
 
     endings = ranks.run(body)
     assert {ending.status for ending in endings} == {5}
-    assert "rank 3 on" in endings[0].said
-    assert not re.search(r"rank [12] on", endings[0].said)
+    assert "rank 3 on" in endings[0].stderr
+    assert not re.search(r"rank [12] on", endings[0].stderr)
 
 
 def test_one_rank_that_is_asked_to_stop_tells_all_others_before_they_meet(ranks):
@@ -302,7 +304,7 @@ def test_one_rank_that_is_asked_to_stop_tells_all_others_before_they_meet(ranks)
         assert context.watch.stop_asked == "SIGUSR1"
         context.gather_rows(torch.ones(1))
 
-    assert [ending.status for ending in ranks.run(body)] == [0] * WORLD, ranks.said_by_all()
+    assert [ending.status for ending in ranks.run(body)] == [0] * WORLD, ranks.all_stderr()
 
 
 def test_a_main_thread_that_hangs_in_python_ends_too(ranks):
@@ -323,7 +325,7 @@ def test_a_main_thread_that_hangs_in_python_ends_too(ranks):
     assert max(ending.seconds for ending in endings) < 5 + BUSY
 
 
-def test_what_all_refuse_alike_is_said_once_and_ends_nobody_else(ranks):
+def test_a_refusal_of_all_ranks_is_reported_once(ranks):
     def body(context, ranks):
         refusal = StopRequested("stopped by a test")
         refusal.shared = True
@@ -332,22 +334,22 @@ def test_what_all_refuse_alike_is_said_once_and_ends_nobody_else(ranks):
 
     endings = ranks.run(body)
     assert [ending.status for ending in endings] == [75] * WORLD
-    assert ranks.said_by_all() == "topoflow: stopped by a test\n"
+    assert ranks.all_stderr() == "topoflow: stopped by a test\n"
 
 
-def test_strangers_are_not_heard(ranks):
+def test_connections_of_other_programs_are_closed(ranks):
     def body(context, ranks):
         if context.rank == 0:
-            hub = context.watch._connection.socket.getpeername()[:2]
-            for words in (b"\n", b"wrong {}\n", b"\xff" * 70000):
-                with socket.create_connection(hub) as stranger:
+            server = context.watch._connection.socket.getpeername()[:2]
+            for words in (b"\n", b"wrong\n", b'{"token": "wrong", "rank": 1}\n', b"\xff" * 70000):
+                with socket.create_connection(server) as stranger:
                     stranger.sendall(words)
                     stranger.settimeout(5)
                     if words.endswith(b"\n"):
-                        assert not stranger.recv(1)  # sent away
+                        assert not stranger.recv(1)  # closed by the server
         context.gather_rows(torch.ones(1))
 
-    assert [ending.status for ending in ranks.run(body)] == [0] * WORLD, ranks.said_by_all()
+    assert [ending.status for ending in ranks.run(body)] == [0] * WORLD, ranks.all_stderr()
 
 
 # ---- before all ranks have met
@@ -357,7 +359,7 @@ def soon(seconds, do, *arguments):
     threading.Timer(seconds, do, arguments).start()
 
 
-def test_a_rank_that_is_lost_while_others_are_still_to_come_is_named(ranks):
+def test_a_rank_that_is_lost_before_all_have_arrived_is_named(ranks):
     def before(rank, ranks):
         if rank == 2:
             soon(1.5, is_killed, None, ranks)
@@ -367,7 +369,7 @@ def test_a_rank_that_is_lost_while_others_are_still_to_come_is_named(ranks):
     endings = ranks.run(before=before, stop_rank=3)
     assert [ending.status for ending in endings] == [5, 5, -signal.SIGKILL, -signal.SIGKILL]
     assert max(ending.seconds for ending in endings) < 5 + BUSY
-    assert f"rank 2 on {HOST}: lost while rank 0 was in set-up" in endings[0].said
+    assert f"rank 2 on {HOST}: lost while rank 0 was in set-up" in endings[0].stderr
 
 
 @pytest.mark.parametrize("missing", [0, 3])
@@ -375,13 +377,13 @@ def test_a_signal_ends_ranks_that_wait_for_others(ranks, missing):
     def before(rank, ranks):
         if rank == missing:
             os.kill(os.getpid(), signal.SIGSTOP)
-        if rank == 1 or missing == 0:  # who has met rank 0 tells all
+        if rank == 1 or missing == 0:  # a rank that is connected to rank 0 tells all
             soon(1.5, lambda: (ranks.fault(), os.kill(os.getpid(), signal.SIGTERM)))
 
     endings = ranks.run(before=before, stop_rank=missing)
-    assert {ending.status for rank, ending in enumerate(endings) if rank != missing} == {75}, ranks.said_by_all()
+    assert {ending.status for rank, ending in enumerate(endings) if rank != missing} == {75}, ranks.all_stderr()
     assert max(ending.seconds for ending in endings) < 5 + BUSY
-    assert "stopped by SIGTERM during set-up" in endings[1].said
+    assert "stopped by SIGTERM during set-up" in endings[1].stderr
 
 
 def test_the_end_of_the_launcher_ends_ranks_that_wait_for_others(ranks):
@@ -397,21 +399,21 @@ def test_the_end_of_the_launcher_ends_ranks_that_wait_for_others(ranks):
     assert f"set-up: rank 1 on {HOST}: its launcher (process {launcher}) has ended" in log.read_text()
 
 
-def test_rank_0_that_never_comes_is_missed_within_the_limit_and_with_one_line(ranks, held_port):
+def test_a_rank_0_that_never_arrives_is_reported_within_the_limit_in_one_line(ranks, held_port):
     ranks.clock = ranks.folder / "fault"
     ranks.fault()
     endings = ranks.run(setup_seconds=LIMIT, absent=(0,), port=held_port)
     assert [ending.status for ending in endings] == [0, 5, 5, 5]
     assert max(ending.seconds for ending in endings) < LIMIT + 2 + BUSY
     where = f"no connection to rank 0 at 127.0.0.1:{held_port}"
-    assert endings[1].said.startswith(f"topoflow: rank 1: set-up: rank 1 on {HOST}: {where}")
-    assert endings[1].said.endswith(f"within {LIMIT:g} s\n")
-    assert endings[1].said.count("\n") == 1
+    assert endings[1].stderr.startswith(f"topoflow: rank 1: set-up: rank 1 on {HOST}: {where}")
+    assert endings[1].stderr.endswith(f"within {LIMIT:g} s\n")
+    assert endings[1].stderr.count("\n") == 1
 
 
 def test_ranks_meet_at_a_port_without_a_launchers_store(ranks, held_port):
     endings = ranks.run(lambda context, ranks: context.gather_rows(torch.ones(1)), port=held_port)
-    assert [ending.status for ending in endings] == [0] * WORLD, ranks.said_by_all()
+    assert [ending.status for ending in endings] == [0] * WORLD, ranks.all_stderr()
 
 
 @pytest.mark.parametrize("words", [b"SSH-2.0-OpenSSH_9.2\r\n", b""])
@@ -437,18 +439,18 @@ def test_a_port_in_use_is_reported_at_once_by_all(ranks, words):
         os.waitpid(pid, 0)
     assert [ending.status for ending in endings] == [2, 5, 5, 5]
     assert max(ending.seconds for ending in endings) < 2 + BUSY
-    assert f"rank 0 cannot listen on port {port} of {HOST} (Address already in use)" in endings[0].said
-    assert f"the program that listens at 127.0.0.1:{port} is not rank 0 of this run" in endings[1].said
+    assert f"rank 0 cannot listen on port {port} of {HOST} (Address already in use)" in endings[0].stderr
+    assert f"the program that listens at 127.0.0.1:{port} is not rank 0 of this run" in endings[1].stderr
 
 
 @pytest.mark.parametrize("numbers", [(0, 2, 2, 3), (0, 0, 2, 3)])
 def test_two_processes_with_one_rank_end_all_and_both_are_named(ranks, numbers):
     endings = ranks.run(numbers=numbers)
-    assert [ending.status for ending in endings] == [2] * WORLD, ranks.said_by_all()
+    assert [ending.status for ending in endings] == [2] * WORLD, ranks.all_stderr()
     number = numbers[1]
     one = rf"rank {number} on {HOST} \(process \d+\)"
     both = f"{one} and {one} both have rank {number}"
-    assert re.search(rf"topoflow: environment: {both}: expected one process per rank", endings[0].said)
+    assert re.search(rf"topoflow: environment: {both}: expected one process per rank", endings[0].stderr)
 
 
 @pytest.mark.parametrize(
@@ -488,7 +490,7 @@ def test_a_process_that_does_not_exit_after_the_run_is_named_and_ended(ranks, cu
     assert [ending.status for ending in endings] == statuses
     assert LIMIT - 0.5 < max(ending.seconds for ending in endings) < LIMIT + 2 + BUSY
     words = f"topoflow: end of the run: the process of rank {culprit} on {HOST} did not exit within {LIMIT:g} s\n"
-    assert words in endings[0].said
+    assert words in endings[0].stderr
 
 
 def test_rank_0_that_hangs_while_it_writes_what_the_others_have_scored_is_named(ranks):
@@ -502,7 +504,7 @@ def test_rank_0_that_hangs_while_it_writes_what_the_others_have_scored_is_named(
     assert [ending.status for ending in endings] == [5] * WORLD
     assert max(ending.seconds for ending in endings) < LIMIT + 2 + BUSY
     words = f"rank 0 on {HOST} (alive, in evaluation) did not arrive within {LIMIT:g} s"
-    assert f"topoflow: end of the run: {words}\n" in endings[0].said
+    assert f"topoflow: end of the run: {words}\n" in endings[0].stderr
 
 
 def test_a_rank_that_hangs_when_it_leaves_the_process_group_is_named(ranks):
@@ -515,16 +517,16 @@ def test_a_rank_that_hangs_when_it_leaves_the_process_group_is_named(ranks):
     assert [ending.status for ending in endings] == [5] * WORLD
     assert max(ending.seconds for ending in endings) < LIMIT + 2 + BUSY
     words = f"rank 2 on {HOST} (alive, in end of the run (leaving the process group)) did not arrive within {LIMIT:g} s"
-    assert f"topoflow: end of the run: {words}\n" in endings[0].said
-    assert "threads were in:" in endings[2].said
-    assert "in sleeps" in endings[2].said
+    assert f"topoflow: end of the run: {words}\n" in endings[0].stderr
+    assert "threads were in:" in endings[2].stderr
+    assert "in sleeps" in endings[2].stderr
 
 
-def test_rank_0_that_stalled_and_woke_accuses_itself(ranks):
+def test_a_rank_0_that_stalled_and_resumed_reports_itself(ranks):
     def body(context, ranks):
         train(context, lambda step: is_stopped(context, ranks) if (context.rank, step) == (0, 5) else None)
 
     endings = ranks.run(body, stop_rank=0, wake_after=LIMIT + 3)
     assert [ending.status for ending in endings] == [5] * WORLD
-    assert "rank 0 on 127.0.0.1 (does not answer) did not arrive" in endings[0].said
-    assert not re.search(r"rank [123] on", ranks.said_by_all())
+    assert "rank 0 on 127.0.0.1 (does not answer) did not arrive" in endings[0].stderr
+    assert not re.search(r"rank [123] on", ranks.all_stderr())
