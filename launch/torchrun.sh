@@ -33,7 +33,7 @@ esac
 
 # time for ranks to commit a checkpoint after a signal; torchrun's default is 30 s, after which it kills them
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
-# The program sets this itself (see set_torch_defaults in topoflow/launch.py), but torchrun would set another value first.
+# The program sets this itself (see set_torch_defaults in topoflow/environment.py), but torchrun would set another value first.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-2}
 # set -m: torchrun gets its own process group, so that Ctrl-C reaches it once, through the trap
 set -m

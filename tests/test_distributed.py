@@ -6,18 +6,11 @@ import pytest
 import torch
 
 from topoflow.config import DistributedConfig
+from topoflow.environment import VISIBLE_DEVICES
 from topoflow.errors import ConfigError, DataError
-from topoflow.launch import (
-    VISIBLE_DEVICES,
-    Launch,
-    choose_device,
-    device_identity,
-    expand_node_list,
-    expand_tasks_per_node,
-    port_of_step,
-    read_launch,
-)
+from topoflow.launch import Launch, choose_device, device_identity, read_launch
 from topoflow.rendezvous import distributed_context
+from topoflow.slurm import expand_node_list, expand_tasks_per_node, port_of_step
 
 TORCHRUN = {
     "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
@@ -188,6 +181,7 @@ def test_ports_of_steps_that_may_run_at_once_differ(first_job):
         # torchrun's own
         (TORCHRUN | {"RANK": "8"}, ["RANK=8", "WORLD_SIZE=8"]),
         (TORCHRUN | {"LOCAL_RANK": "2"}, ["LOCAL_RANK=2", "LOCAL_WORLD_SIZE=2"]),
+        (without(TORCHRUN, "LOCAL_WORLD_SIZE") | {"LOCAL_RANK": "8"}, ["LOCAL_RANK=8", "WORLD_SIZE=8"]),
         (TORCHRUN | {"LOCAL_WORLD_SIZE": "9"}, ["LOCAL_WORLD_SIZE=9", "WORLD_SIZE=8"]),
         # exported in the batch shell, and inherited by every task
         (STEP | {"RANK": "0"}, ["RANK=0", "SLURM_PROCID=6"]),

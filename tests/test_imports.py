@@ -34,8 +34,8 @@ LAYERS = [
     ["watch_server"],
     ["watch", "run_dir", "reproducibility"],
     ["data.variables", "config_io", "logs", "launch", "lease", "activity"],
-    ["config", "files"],
-    ["terminal"],
+    ["config", "files", "slurm"],
+    ["terminal", "environment"],
     ["errors", "text"],
 ]
 TRAINER_FRAMEWORKS = {"lightning", "pytorch_lightning", "lightning_fabric", "accelerate", "transformers", "ignite"}
@@ -144,6 +144,7 @@ def test_nothing_imports_the_composition_roots():
 
 
 KNOW_COLLECTIVES = {"topoflow.ranks", "topoflow.rendezvous", "topoflow.watch", "topoflow.reduction"}
+KNOW_LAUNCHERS = {"topoflow.launch", "topoflow.slurm"}
 
 
 def test_few_modules_know_launchers_and_collectives():
@@ -157,23 +158,20 @@ def test_few_modules_know_launchers_and_collectives():
                 offenders.append(f"{module}:{node.lineno} uses {dotted(node)}")
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 words = node.value.split("=")[0]
-                if module != "topoflow.launch" and (words in LAUNCHER_VARIABLES or words.startswith("SLURM_")):
+                if module not in KNOW_LAUNCHERS and (words in LAUNCHER_VARIABLES or words.startswith("SLURM_")):
                     offenders.append(f"{module}:{node.lineno} names {words}")
     assert not offenders
 
 
-def test_only_two_parts_touch_the_environment():
-    """launch reads the launcher's variables; reproducibility sets the one that cuBLAS looks for."""
+def test_few_modules_touch_the_environment():
+    """launch and environment read and set launchers' and torch's variables; reproducibility sets that of cuBLAS."""
     touching = {
         module
         for module, path in FILES.items()
         for node in ast.walk(parse(path))
         if dotted(node) in {"os.environ", "os.getenv", "os.putenv", "os.environb"}
     }
-    assert touching <= {
-        "topoflow.launch",
-        "topoflow.reproducibility",
-    }
+    assert touching == {"topoflow.launch", "topoflow.environment", "topoflow.reproducibility"}
 
 
 def third_party_packages() -> set[str]:

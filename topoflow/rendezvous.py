@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]  (documented)
 
 from topoflow.config import DistributedConfig
+from topoflow.environment import set_torch_defaults
 from topoflow.errors import ConfigError, RanksDisagree, Refusal, StopRequested
-from topoflow.launch import Launch, device_identity, set_torch_defaults
+from topoflow.launch import Launch, device_identity
 from topoflow.ranks import Context
 from topoflow.run_dir import StopFlag
 from topoflow.watch import Watch

@@ -15,7 +15,7 @@ import torch
 from topoflow.config import Config, DataConfig, ModelConfig, TrainConfig
 from topoflow.config_io import load_config
 from topoflow.errors import ConfigError, RanksDisagree, Refusal
-from topoflow.launch import Launch, choose_device, hosts_of_ranks, read_launch
+from topoflow.launch import Launch, choose_device, read_launch
 from topoflow.logs import close_logging, setup_logging
 from topoflow.ranks import Context
 from topoflow.rendezvous import distributed_context
@@ -125,7 +125,7 @@ def _meet_and_examine(launch: Launch, config: Config, probe: Probe, report: Repo
 
 def find_missing(launch: Launch, message: str) -> dict[str, list[int]]:
     """Return {host: ranks} of the ranks that a message names as `rank(s) 0-3, 7 of 8`, if SLURM tells the hosts."""
-    hosts, named = hosts_of_ranks(launch), re.search(r"rank\(s\) ([0-9, -]+?) of", message)
+    hosts, named = launch.hosts, re.search(r"rank\(s\) ([0-9, -]+?) of", message)
     missing: dict[str, list[int]] = {}
     for first, last in re.findall(r"(\d+)(?:-(\d+))?", named[1]) if named and hosts else ():
         for rank in range(int(first), int(last or first) + 1):

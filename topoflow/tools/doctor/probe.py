@@ -34,17 +34,9 @@ from topoflow.build import program_facts
 from topoflow.config import Config
 from topoflow.data.assembly import open_forecast_data
 from topoflow.data.normalization import Normalization
+from topoflow.environment import CACHES, INTERFACES, VISIBLE_DEVICES, forget_interface, select_variables
 from topoflow.errors import Refusal
-from topoflow.launch import (
-    CACHES,
-    INTERFACES,
-    VISIBLE_DEVICES,
-    Launch,
-    assigned_devices,
-    device_identity,
-    forget_interface,
-    set_variables,
-)
+from topoflow.launch import Launch, assigned_devices, device_identity
 
 PREFIX = ".topoflow-doctor-"
 SHARED_MEMORY = Path("/dev/shm")
@@ -325,7 +317,7 @@ def describe_device(device: torch.device) -> dict[str, Any]:
         "kind": device.type,
         "name": "cpu",
         "identity": None,
-        "visible": set_variables(VISIBLE_DEVICES),
+        "visible": select_variables(VISIBLE_DEVICES),
         "assigned": assigned_devices(),
         "built_for": built_for if torch.version.hip or torch.version.cuda else "built for CPU",
     }
@@ -373,7 +365,9 @@ def forget_missing_interfaces() -> dict[str, str]:
     """Take the variables that name no interface here from this process, so that it can meet the others; return them."""
     existing = list(local_addresses())
     forgotten = {
-        name: value for name, value in set_variables(INTERFACES).items() if missing_interfaces(name, value, existing)[1]
+        name: value
+        for name, value in select_variables(INTERFACES).items()
+        if missing_interfaces(name, value, existing)[1]
     }
     for name in forgotten:
         forget_interface(name)
@@ -401,7 +395,7 @@ def describe_address(launch: Launch, forgotten: Mapping[str, str]) -> dict[str, 
     interface = next((name for name, known in addresses.items() if known == mine), f"an interface with {mine}")
     if ipaddress.ip_address(address) == ipaddress.ip_address(mine):
         interface = None
-    variables = {**set_variables(INTERFACES), **forgotten}
+    variables = {**select_variables(INTERFACES), **forgotten}
     missing = {f"{name}={value}": missing_interfaces(name, value, list(addresses)) for name, value in variables.items()}
     return {
         "address": address,
@@ -457,7 +451,7 @@ def cache_folders() -> dict[str, Path]:
     folders = {"HOME": Path.home(), "TMPDIR": Path(tempfile.gettempdir())}
     if torch.version.hip:
         folders |= {name: Path.home() / default for name, default in _MIOPEN_DEFAULTS.items()}
-    return folders | {name: Path(value) for name, value in set_variables(CACHES).items()}
+    return folders | {name: Path(value) for name, value in select_variables(CACHES).items()}
 
 
 def find_shared_caches(others: list[Greeting]) -> list[str]:
