@@ -14,11 +14,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from topoflow.errors import RunDirectoryError
-from topoflow.logs import MetricsWriter, Progress, close_logging, cut_metrics, format_summary, setup_logging
+from topoflow.logs import MetricsWriter, Progress, close_logging, cut_metrics, setup_logging
 
 
 @pytest.fixture(autouse=True)
@@ -453,26 +452,3 @@ def read_terminal(file: int) -> bytes:
         return os.read(file, 65536)
     except OSError:  # Linux says EIO when the other side of a pseudo-terminal is closed
         return b""
-
-
-def test_summary_adds_up():
-    groups = [
-        {"name": "vit_blocks", "params": [torch.zeros(10, 20), torch.zeros(34)], "lr": 1e-5},
-        {"name": "head", "params": [torch.zeros(1000)], "lr": 5e-5},
-    ]
-    text = format_summary(
-        device="cpu, fp32", param_groups=groups, splits={"train": "1,008 samples", "validation": "96 samples"},
-        global_batch_size=32, micro_batch_size=4, world_size=2, accumulation=4, steps_per_epoch=31, total_steps=3100,
-        first_step=62,
-    )  # fmt: skip
-    rows = [line.split() for line in text.splitlines()]
-    assert ["vit_blocks", "2", "234", "1e-05"] in rows
-    assert ["head", "1", "1,000", "5e-05"] in rows
-    assert ["all", "3", "1,234"] in rows
-    for fact in (
-        "cpu, fp32",
-        "1,008 samples",
-        "32 = 4 x 2 processes x 4 accumulated",
-        "3,100 steps, 31 an epoch, 62 done",
-    ):
-        assert fact in text

@@ -19,12 +19,12 @@ from topoflow.data.assembly import SPLITS, DataIndex, ForecastData, index_foreca
 from topoflow.data.normalization import Normalization
 from topoflow.data.sampling import BatchPlan
 from topoflow.errors import ConfigError, Refusal
-from topoflow.logs import format_summary
 from topoflow.model.topoflow import TopoFlow, build_model
 from topoflow.optim import build_optimizer, build_scheduler
 from topoflow.ranks import Context
 from topoflow.reduction import require_whole_subtrees
 from topoflow.reproducibility import describe_software, hash_sources
+from topoflow.text import format_table
 from topoflow.train_state import TrainData, TrainProgress, TrainState, total_steps
 
 
@@ -213,16 +213,18 @@ def describe_run(config: Config, data: ForecastData, state: TrainState, plan: Ba
     lines = data.summary()
     if plan.dropped:
         lines.append(f"{plan.dropped} samples at the end of each epoch's order do not fill a global batch: not used")
-    summary = format_summary(
-        device=f"{context.device}, {config.train.precision}, {torch.get_num_threads()} thread(s) per process",
-        param_groups=state.optimizer.param_groups,
-        splits={},
-        global_batch_size=plan.global_batch_size,
-        micro_batch_size=plan.micro_batch_size,
-        world_size=plan.world_size,
-        accumulation=plan.accumulation,
-        steps_per_epoch=plan.steps_per_epoch,
-        total_steps=total_steps(config.train, plan),
-        first_step=state.progress.step,
-    )
-    return [*lines, *summary.splitlines()]
+    groups = [(g["name"], g["params"], f"{g['lr']:.3g}") for g in state.optimizer.param_groups]
+    groups.append(("all", [parameter for _, parameters, _ in groups for parameter in parameters], ""))
+    rows = [
+        (name, f"{len(parameters):,}", f"{sum(parameter.numel() for parameter in parameters):,}", rate)
+        for name, parameters, rate in groups
+    ]
+    lines += format_table(("group", "tensors", "parameters", "rate"), rows)
+    steps, threads = total_steps(config.train, plan), torch.get_num_threads()
+    micro_batches = f"{plan.micro_batch_size} x {plan.world_size} processes x {plan.accumulation} accumulated"
+    return [
+        *lines,
+        f"device          {context.device}, {config.train.precision}, {threads} thread(s) per process",
+        f"batch           {plan.global_batch_size} = {micro_batches}",
+        f"length          {steps:,} steps, {plan.steps_per_epoch:,} an epoch, {state.progress.step:,} done",
+    ]

@@ -7,75 +7,56 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from topoflow.errors import RunDirectoryError
 from topoflow.files import Guard, flush, flush_folder, write_atomically
 from topoflow.terminal import write_stderr
-from topoflow.text import format_table, number_ranges
+from topoflow.text import number_ranges
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 _progress_logger = logging.getLogger(f"{__name__}.progress")
-_HANDLER_NAMES = ("topoflow-terminal", "topoflow-file")
 
 
-class _TerminalStream:
-    """The present sys.stderr, above a progress bar if one is shown; lines are dropped once nobody reads it."""
+class _Terminal(logging.Handler):
+    """Prints on the present sys.stderr, above a progress bar if one is shown: the message, after a warning's level."""
 
-    def write(self, text: str) -> None:
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name == _progress_logger.name and sys.stderr.isatty():
+            return  # the bar shows it
+        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         with tqdm.external_write_mode(file=sys.stderr):
-            write_stderr(text)
-
-    def flush(self) -> None:
-        pass
+            write_stderr(f"{level}{self.format(record)}\n")
 
 
-class _LogFile(logging.StreamHandler):
+class _LogFile(logging.Handler):
     """Appends each line to a file at once; drops it if the run directory was taken over or its disk fails.
 
     The terminal still shows the line, and the next write of metrics.jsonl reports the failure.
     """
 
     def __init__(self, path: Path, guard: Guard):
-        file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
-        super().__init__(io.TextIOWrapper(file, encoding="utf-8", write_through=True))
-        self._guard = guard
+        super().__init__()
+        self._file, self._guard = open(path, "ab", buffering=0), guard  # noqa: SIM115 (closed by close)
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
-            with self._guard():
-                super().emit(record)
-        except (RunDirectoryError, OSError):
-            return
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handleError(record)
+        line = f"{self.format(record)}\n".encode(errors="backslashreplace")
+        with suppress(RunDirectoryError, OSError), self._guard():
+            self._file.write(line)
 
     def close(self) -> None:
-        self.stream.close()
+        self._file.close()
         super().close()
-
-
-class _TerminalFormatter(logging.Formatter):
-    """Formats the message alone, after the level if it is a warning or an error."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        return level + super().format(record)
-
-
-def _is_not_shown_by_bar(record: logging.LogRecord) -> bool:
-    return record.name != _progress_logger.name or not sys.stderr.isatty()
 
 
 def setup_logging(run_dir: Path | None, is_main: bool, guard: Guard = nullcontext) -> None:
@@ -90,27 +71,21 @@ def setup_logging(run_dir: Path | None, is_main: bool, guard: Guard = nullcontex
     close_logging()
     package = logging.getLogger("topoflow")
     package.setLevel(logging.INFO if is_main else logging.ERROR)
-    terminal = logging.StreamHandler(_TerminalStream())
-    terminal.setFormatter(_TerminalFormatter())
-    terminal.addFilter(_is_not_shown_by_bar)
-    handlers: list[logging.Handler] = [terminal]
+    handlers: list[logging.Handler] = [_Terminal()]
     if is_main and run_dir is not None:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            file = _LogFile(run_dir / "train.log", guard)
+            handlers.append(_LogFile(run_dir / "train.log", guard))
         except OSError as error:
             raise RunDirectoryError(f"{run_dir / 'train.log'}: cannot be written: {error.strerror}") from None
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        handlers.append(file)
-    for handler, name in zip(handlers, _HANDLER_NAMES, strict=False):
-        handler.name = name
+    for handler in handlers:
         package.addHandler(handler)
 
 
 def close_logging() -> None:
     """Remove the handlers of `setup_logging`."""
     package = logging.getLogger("topoflow")
-    for handler in [handler for handler in package.handlers if handler.name in _HANDLER_NAMES]:
+    for handler in [handler for handler in package.handlers if isinstance(handler, _Terminal | _LogFile)]:
         package.removeHandler(handler)
         handler.close()
 
@@ -153,14 +128,18 @@ class MetricsWriter:
         self.missing_steps: list[int] = []
         if run_dir is None:
             return
+        from torch.utils import tensorboard  # takes 0.15 s, and only rank 0 needs it
+
         self._guard, self._path, self._curves_path = guard, run_dir / "metrics.jsonl", run_dir / "tensorboard"
         resumed = -1 if resume_step is None else resume_step
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             cut, last = cut_metrics(self._path, resumed, guard, validation_owed)
             self._lines = self._path.open("ab", buffering=0)
+            self._curves = tensorboard.SummaryWriter(str(self._curves_path), purge_step=resumed + 1)
         except OSError as error:
-            self._refuse(self._path, error)
+            path = error.filename or self._path
+            raise RunDirectoryError(f"{path}: cannot be written: {error.strerror or error}") from None
         if cut:
             logger.info(
                 "%s: %d lines after step %d moved to %s", self._path, cut, max(resumed, 0), _abandoned(self._path).name
@@ -170,10 +149,6 @@ class MetricsWriter:
             self.missing_steps = [step for step in due if step % log_every_steps == 0 or step == 1]
         if self.missing_steps:
             logger.warning("%s: lines of these steps are missing: %s", self._path, number_ranges(self.missing_steps))
-        try:
-            self._curves = _open_curves(self._curves_path, resumed + 1)
-        except OSError as error:
-            self._refuse(self._curves_path, error)
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -247,7 +222,7 @@ class MetricsWriter:
             action()
         except OSError as error:
             if not self._is_failing:
-                logger.error("%s: cannot be written: %s; retried with each line", self._path, _reason(error))
+                logger.error("%s: cannot be written: %s; retried with each line", self._path, error.strerror or error)
             self._is_failing = True
         else:
             self._is_failing = False
@@ -264,22 +239,8 @@ class MetricsWriter:
         try:
             action(self._curves)
         except OSError as error:
-            logger.error("%s: cannot be written: %s; the curves end here", self._curves_path, _reason(error))
+            logger.error("%s: cannot be written: %s; the curves end here", self._curves_path, error.strerror or error)
             self._curves = None  # TensorBoard reads nothing behind a torn record
-
-    def _refuse(self, path: Path, error: OSError) -> NoReturn:
-        raise RunDirectoryError(f"{path}: cannot be written: {_reason(error)}") from None
-
-
-def _open_curves(folder: Path, first_step: int) -> "SummaryWriter":
-    # imported here because it takes 0.15 s, and only rank 0 needs it
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=first_step)
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)
 
 
 def _loss(loss: float) -> dict[str, Any]:
@@ -363,37 +324,3 @@ class Progress:
     def close(self) -> None:
         """Close the bar, leaving it visible."""
         self._bar.close()
-
-
-def format_summary(
-    *,
-    device: str,
-    param_groups: Sequence[Mapping[str, Any]],
-    splits: Mapping[str, str],
-    global_batch_size: int,
-    micro_batch_size: int,
-    world_size: int,
-    accumulation: int,
-    steps_per_epoch: int,
-    total_steps: int,
-    first_step: int,
-) -> str:
-    """Describe what is about to be trained, in lines of text.
-
-    Args: device, with its precision and threads; param_groups as the optimizer has them
-    (`name`, `params`, `lr`); splits {name: its content, such as "1008 samples from 252 start times"}; first_step, the
-    steps that are done already.
-    """
-    groups = [
-        (g["name"], len(g["params"]), sum(p.numel() for p in g["params"]), f"{g['lr']:.3g}") for g in param_groups
-    ]
-    groups.append(("all", sum(group[1] for group in groups), sum(group[2] for group in groups), ""))
-    rows = [(name, f"{tensors:,}", f"{numbers:,}", rate) for name, tensors, numbers, rate in groups]
-    lines = format_table(("group", "tensors", "parameters", "rate"), rows)
-    facts = {
-        "device": device,
-        **splits,
-        "batch": f"{global_batch_size} = {micro_batch_size} x {world_size} processes x {accumulation} accumulated",
-        "length": f"{total_steps:,} steps, {steps_per_epoch:,} an epoch, {first_step:,} done",
-    }
-    return "\n".join(lines + [f"{name:<16}{fact}" for name, fact in facts.items()])

@@ -1,6 +1,7 @@
 """What a step does, against a loop that is torch's own, and what the options of a run do."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -53,6 +54,10 @@ def test_the_step_is_that_of_a_plain_loop(program, processes):
     done = program.train(*PLAIN, "train.max_steps=3", processes=processes)
     assert done.returncode == 0, done.stderr
     assert [event["loss"] for event in program.events()] == pytest.approx(losses, rel=1e-5)
+    log = (program.folder / "run" / "train.log").read_text()
+    assert re.search(rf" all +{len(weights)} +{sum(weight.numel() for weight in weights.values()):,}\n", log)
+    assert f"16 = 4 x {processes} processes x {4 // processes} accumulated" in log
+    assert "3 steps, 16 an epoch, 0 done" in log
     saved = program.state(step=3)["model"]
     for name, weight in weights.items():
         # the keys' bias has no gradient but rounding, which Adam makes a step of
