@@ -15,7 +15,8 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,11 @@ import yaml
 from topoflow import config as schema
 from topoflow.config import Alters, Config
 from topoflow.errors import ConfigError, MissingPath, Refusal
+from topoflow.terminal import print_error
+
+_SECTIONS: dict[str, Any] = {section.name: section.type for section in dataclasses.fields(Config)}
+_KEYS = {f"{name}.{key.name}": key for name, kind in _SECTIONS.items() for key in dataclasses.fields(kind)}
+"""Each `section.key` as a field of its dataclass."""
 
 
 def describe(kind: Any) -> str:
@@ -60,8 +66,10 @@ def coerce(kind: Any, value: Any, key: str) -> Any:
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
-        return _coerce_union(kind, arguments, value, key)
-    if origin is Literal:
+        for option in arguments:
+            with suppress(ConfigError):
+                return coerce(option, value, key)
+    elif origin is Literal:
         if any(value == option and type(value) is type(option) for option in arguments):
             return value
     elif origin is tuple and isinstance(value, list | tuple):
@@ -77,15 +85,6 @@ def coerce(kind: Any, value: Any, key: str) -> Any:
         return int(value)
     elif kind in (bool, str, type(None)) and type(value) is kind:
         return value
-    raise ConfigError(f"{key}: {value!r} is not usable: expected {describe(kind)}")
-
-
-def _coerce_union(kind: Any, options: tuple[Any, ...], value: Any, key: str) -> Any:
-    for option in options:
-        try:
-            return coerce(option, value, key)
-        except ConfigError:
-            continue
     raise ConfigError(f"{key}: {value!r} is not usable: expected {describe(kind)}")
 
 
@@ -169,14 +168,9 @@ def _where(key: str, tree: Any, given: dict[str, str], path: str) -> str:
 def config_from_dict(tree: Any) -> Config:
     """Build the config from nested dicts {section: {key: value}}; see `load_config` for what is refused."""
     _require_sections(tree)
-    built = {}
-    for name, section in tree.items():
-        _require_known(str(name), "", list(_sections()))
-        built[name] = _build_section(name, {} if section is None else section)
-    for name, kind in _sections().items():
-        if name not in built:
-            built[name] = _build_section(name, {}) if _required_keys(kind) else kind()
-    return Config(**built)
+    for name in tree:
+        _require_known(str(name), "", _SECTIONS)
+    return Config(**{name: _build_section(name, {} if tree.get(name) is None else tree[name]) for name in _SECTIONS})
 
 
 def config_to_dict(config: Config) -> dict[str, dict[str, Any]]:
@@ -224,102 +218,76 @@ def combined_effect(changes: Iterable[Change]) -> Alters:
 
 def alters_of(key: str) -> Alters:
     """Return what a change of `section.key` alters; of an unknown key, the mathematics."""
-    section, _, name = key.partition(".")
-    for field in dataclasses.fields(_sections()[section]) if section in _sections() else ():
-        if field.name == name:
-            return field.metadata["alters"]
-    return Alters.MATHEMATICS
+    return _KEYS[key].metadata["alters"] if key in _KEYS else Alters.MATHEMATICS
 
 
 def _require_sections(tree: Any) -> None:
     if not isinstance(tree, dict):
-        raise ConfigError(f"config: {tree!r} is not usable: expected sections {', '.join(_sections())}")
+        raise ConfigError(f"config: {tree!r} is not usable: expected sections {', '.join(_SECTIONS)}")
 
 
-def _sections() -> dict[str, type]:
-    return typing.get_type_hints(Config)
-
-
-def _required_keys(kind: type) -> list[str]:
-    missing = dataclasses.MISSING
-    return [f.name for f in dataclasses.fields(kind) if f.default is missing and f.default_factory is missing]
-
-
-def _require_known(name: str, prefix: str, known: list[str]) -> None:
+def _require_known(name: str, prefix: str, known: Collection[str]) -> None:
     if name in known:
         return
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if not near and prefix:
-        everything = {f.name: s for s, kind in _sections().items() for f in dataclasses.fields(kind)}
-        elsewhere = difflib.get_close_matches(name, list(everything), n=1, cutoff=0.8)
-        near, prefix_near = elsewhere, f"{everything[elsewhere[0]]}." if elsewhere else ""
-    else:
-        prefix_near = prefix
+    near = [f"{prefix}{match}" for match in difflib.get_close_matches(name, known, n=1, cutoff=0.5)]
+    if prefix and not near:  # the key of another section
+        keys = {key.partition(".")[2]: key for key in _KEYS}
+        near = [keys[match] for match in difflib.get_close_matches(name, keys, n=1, cutoff=0.8)]
     what = "key" if prefix else "section"
-    hint = f"did you mean {prefix_near}{near[0]}?" if near else f"expected one of {', '.join(known)}"
+    hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
     raise ConfigError(f"{prefix}{name}: unknown {what}: {hint}")
 
 
 def _build_section(name: str, values: Any) -> Any:
-    kind = _sections()[name]
+    fields = {field.name: field for field in dataclasses.fields(_SECTIONS[name])}
     if not isinstance(values, dict):
-        raise ConfigError(f"{name}: {values!r} is not usable: expected keys {', '.join(_hints(kind))}")
+        raise ConfigError(f"{name}: {values!r} is not usable: expected keys {', '.join(fields)}")
     for key in values:
-        _require_known(str(key), f"{name}.", list(_hints(kind)))
-    for key in _required_keys(kind):
-        if key not in values:
+        _require_known(str(key), f"{name}.", fields)
+    for key, field in fields.items():
+        if key not in values and _default_of(field) is dataclasses.MISSING:
             raise ConfigError(f"{name}.{key}: missing: expected a value (see --help)")
-    hints = _hints(kind)
-    return kind(**{key: coerce(hints[key], value, f"{name}.{key}") for key, value in values.items()})
-
-
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
+    return _SECTIONS[name](**{key: coerce(fields[key].type, value, f"{name}.{key}") for key, value in values.items()})
 
 
 def _apply_override(tree: dict, override: str, given: dict[str, str]) -> None:
     """Set `section.key=value` (or `section.key.name=value` in a key that holds names) in the tree."""
     path, equals, text = override.partition("=")
-    parts = path.strip().split(".")
-    given[path.strip()] = repr(override)
-    if not equals or len(parts) < 2:
+    path = path.strip()
+    given[path] = repr(override)
+    if not equals or "." not in path:
         raise ConfigError(f"{path}: not an override: expected section.key=value")
-    section, key, *rest = parts
-    _require_known(section, "", list(_sections()))
-    kind = _sections()[section]
-    _require_known(key, f"{section}.", list(_hints(kind)))
+    section, key, *names = path.split(".")
+    _require_known(section, "", _SECTIONS)
+    _require_known(key, f"{section}.", [field.name for field in dataclasses.fields(_SECTIONS[section])])
+    field = _KEYS[f"{section}.{key}"]
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise ConfigError(f"{path}: {text!r} is not a value: check its brackets and quotes") from None
-    if takes_text(_hints(kind)[key]) and isinstance(value, bool | int | float):
+    if takes_text(field.type) and isinstance(value, bool | int | float):
         value = text.strip()
-    if not isinstance(tree.get(section), dict):
-        if tree.get(section) is not None:
-            raise ConfigError(f"{section}: {tree[section]!r} is not usable: expected keys {', '.join(_hints(kind))}")
+    if tree.get(section) is None:
         tree[section] = {}
-    if not rest:
-        tree[section][key] = value
-        return
-    names = tree[section].get(key, _default_of(kind, key))
-    if not isinstance(names, dict) or len(rest) > 1:
-        raise ConfigError(f"{path}: unknown key: {section}.{key} holds no names")
-    tree[section][key] = {**copy.deepcopy(names), rest[0]: value}
+    if not isinstance(tree[section], dict):
+        return  # refused where the section is built
+    if names:
+        whole = tree[section].get(key, _default_of(field))
+        if not isinstance(whole, dict) or len(names) > 1:
+            raise ConfigError(f"{path}: unknown key: {section}.{key} holds no names")
+        value = {**whole, names[0]: value}
+    tree[section][key] = value
 
 
-def _default_of(kind: type, key: str) -> Any:
-    field = next(f for f in dataclasses.fields(kind) if f.name == key)
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+def _default_of(field: dataclasses.Field) -> Any:
+    """Return the default of a key; MISSING where it is required."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _defaults() -> dict[str, Any]:
     """Return {section.key: default} for all keys that have a default."""
-    return {
-        f"{name}.{key}": _plain(_default_of(kind, key))
-        for name, kind in _sections().items()
-        for key in _hints(kind)
-        if key not in _required_keys(kind)
-    }
+    defaults = {key: _default_of(field) for key, field in _KEYS.items()}
+    return {key: _plain(default) for key, default in defaults.items() if default is not dataclasses.MISSING}
 
 
 def _plain(value: Any) -> Any:
@@ -345,58 +313,43 @@ def field_docstrings() -> dict[str, dict[str, str]]:
     return docstrings
 
 
-def config_help(width: int = 112) -> str:
+def config_help() -> str:
     """Return a text with every section and key of the config: type, default, what a change alters, docstring."""
     lines = ["config keys, in CONFIG or as section.key=value, and what a change of each alters on resume:"]
     docstrings = field_docstrings()
-    for section, kind in typing.get_type_hints(schema.Config).items():
+    for section, kind in _SECTIONS.items():
         lines += ["", f"{section}: {inspect.getdoc(kind)}"]
-        hints = typing.get_type_hints(kind)
         for field in dataclasses.fields(kind):
+            default = _default_of(field)
+            shown = "required" if default is dataclasses.MISSING else f"default {_as_written(default)}"
             alters = "|".join(str(effect.name).lower() for effect in field.metadata["alters"]) or "nothing"
-            kind_and_default = f"{describe(hints[field.name])}; {_default(field)}"
-            lines.append(f"  {section}.{field.name}  ({kind_and_default}; alters {alters})")
+            lines.append(f"  {section}.{field.name}  ({describe(field.type)}; {shown}; alters {alters})")
             docstring = docstrings[kind.__name__][field.name]
-            lines += textwrap.wrap(docstring, width, initial_indent="      ", subsequent_indent="      ")
+            lines += textwrap.wrap(docstring, 112, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
 
 
-def _default(field: dataclasses.Field) -> str:
-    if field.default is not dataclasses.MISSING:
-        return f"default {_as_written(field.default)}"
-    if field.default_factory is not dataclasses.MISSING:
-        return f"default {_as_written(field.default_factory())}"
-    return "required"
-
-
-def _as_written(value: object) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_as_written(item) for item in value) + "]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{name}: {_as_written(item)}" for name, item in value.items()) + "}"
-    return str(value)
+def _as_written(value: Any) -> str:
+    """Return a value as YAML in one line."""
+    options: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "width": math.inf}
+    return yaml.dump([_plain(value)], Dumper=_Dumper, **options).strip().removeprefix("[").removesuffix("]")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m topoflow.config_io", description="Print one resolved value of a config."
-    )
+    """Print one resolved value of a config, for launch scripts; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m topoflow.config_io", description="Print one value of a config.")
     parser.add_argument("--print", required=True, dest="key", metavar="SECTION.KEY", help="the key to print")
     parser.add_argument("config", help="a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args(arguments)
     try:
-        tree = config_to_dict(load_config(options.config, options.overrides))
-        section, _, key = options.key.partition(".")
-        if key not in tree.get(section, {}):
+        values = _flatten(config_to_dict(load_config(options.config, options.overrides)))
+        if options.key not in values:
             raise ConfigError(f"{options.key}: unknown key: expected section.key, such as run.dir")
-        value = tree[section][key]
     except Refusal as refusal:
-        print(f"topoflow: {refusal}", file=sys.stderr)
+        print_error(str(refusal))
         return refusal.exit_status
-    print(value)
+    print(values[options.key])
     return 0
 
 
