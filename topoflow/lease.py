@@ -151,7 +151,7 @@ class Lease:
         while True:
             found, warning = self.check(wait)
             mine = self._next_holder(found, token)
-            if self._replace(found, mine, durable=True):
+            if self._replace(found, mine):
                 for temporary in self._run_dir.glob(f"{FILE_NAME}-*"):
                     temporary.unlink(missing_ok=True)
                 if self._read() == mine.to_bytes():
@@ -192,7 +192,7 @@ class Lease:
         if found is None:
             raise FileNotFoundError(errno.ENOENT, f"{FILE_NAME} is gone", str(self._path))
         holder = parse_holder(found)
-        if holder is None or (holder.generation, holder.token) != (self._mine.generation, self._mine.token):
+        if holder is None or holder.token != self._mine.token:
             who = f"taken over by {holder}, generation {holder.generation}" if holder else f"its {FILE_NAME} is damaged"
             raise RunDirectoryError(
                 f"run.dir {self._run_dir}: {who}; this process held generation {self._mine.generation}: "
@@ -278,17 +278,13 @@ class Lease:
         found = self._read()
         holder = parse_holder(found)
         if holder is not None and self._mine is not None and holder.token == self._mine.token:
-            self._replace(found, dataclasses.replace(holder, **changes), durable=False)
+            self._replace(found, dataclasses.replace(holder, **changes))
 
-    def _replace(self, expected: bytes | None, holder: Holder, durable: bool) -> bool:
+    def _replace(self, expected: bytes | None, holder: Holder) -> bool:
         """Replace the content `expected` by `holder`; return False if the file has another content by now."""
         temporary = self._path.with_name(f"{FILE_NAME}-{holder.token}")
         try:
-            with open(temporary, "wb") as file:
-                file.write(holder.to_bytes())
-                file.flush()
-                if durable:
-                    os.fsync(file.fileno())
+            temporary.write_bytes(holder.to_bytes())  # not flushed: what a power failure damages is taken over
             if self._read() != expected:
                 return False
             os.replace(temporary, self._path)
