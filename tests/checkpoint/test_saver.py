@@ -1,6 +1,7 @@
 """Saving while training goes on: what is written, when the loop waits, and what becomes of a failure."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -270,7 +271,7 @@ def test_the_copy_uses_its_memory_again_and_has_storages_of_its_own():
     buffer = HostBuffer(pinned=False)
     tree = {
         "a": {"w": torch.randn(5, 7), "half": torch.randn(3).bfloat16(), "step": torch.tensor(4.0)},
-        "list": [{"name": "x", "betas": [0.9, 0.99]}, torch.arange(4)],
+        "list": [{"name": "x", "betas": [0.9, 0.99]}],
         "strided": torch.arange(12.0).reshape(3, 4).t(),
         "empty": torch.zeros(0, 3),
         "flag": torch.tensor([True, False]),
@@ -281,9 +282,7 @@ def test_the_copy_uses_its_memory_again_and_has_storages_of_its_own():
         assert torch.equal(ours, theirs)
         assert ours.dtype == theirs.dtype
         assert ours.untyped_storage().nbytes() == theirs.nbytes
-    assert first["list"][0] == tree["list"][0]
-    assert first["list"][0] is not tree["list"][0]
-    assert torch.equal(first["list"][1], tree["list"][1])
+    assert first["list"] == tree["list"]
     assert torch.equal(first["strided"], tree["strided"])
     assert first["empty"].shape == (0, 3)
     assert torch.equal(first["flag"], tree["flag"])
@@ -293,16 +292,21 @@ def test_the_copy_uses_its_memory_again_and_has_storages_of_its_own():
     assert torch.equal(second["a"]["w"], tree["a"]["w"])
 
 
-@pytest.mark.skipif(not hasattr(os, "fork") or os.uname().sysname != "Linux", reason="Linux keeps pages from forks")
-def test_a_forked_loader_worker_does_not_share_the_copy():
-    """Else each page is duplicated when the next copy overwrites it: 1.4 s in place of 0.05 s for 600 MB."""
-    copy = HostBuffer(pinned=False).copy({"w": torch.ones(10_000)})
+def test_a_copy_duplicates_no_page_because_a_loader_worker_was_forked():
+    """Else the next copy takes 1.4 s in place of 0.05 s for 600 MB."""
+    tree = {"w": torch.ones(4 * 2**20, dtype=torch.uint8)}
+    buffer = HostBuffer(pinned=False)
+    buffer.copy(tree)
     process = os.fork()
     if process == 0:
-        # empty, but there: else it may map others to their place, and unmap those when it frees the copy
-        os._exit(0 if copy["w"].numpy().tobytes() == bytes(40_000) else 1)
-    assert os.waitpid(process, 0)[1] == 0
-    assert copy["w"].eq(1).all()
+        signal.pause()
+    try:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        buffer.copy(tree)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 4 * 2**20 / resource.getpagesize() / 4
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
 
 
 @contextmanager

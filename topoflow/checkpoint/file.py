@@ -54,6 +54,13 @@ def named_tensors(tree: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor
             yield from named_tensors(value, f"{path}/{key}" if path else str(key))
 
 
+def map_tensors(tree: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Return nested dicts of tensors and plain values with `function` applied to each tensor."""
+    if isinstance(tree, torch.Tensor):
+        return function(tree)
+    return {key: map_tensors(value, function) for key, value in tree.items()} if isinstance(tree, dict) else tree
+
+
 def write_checkpoint(
     folder: Path, state: dict[str, Any], guard: Guard = nullcontext, on_progress: Callable[[], None] = lambda: None
 ) -> None:

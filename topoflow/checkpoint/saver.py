@@ -2,10 +2,8 @@
 
 import logging
 import mmap
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +11,15 @@ import numpy as np
 import torch
 
 from topoflow.checkpoint.directory import CheckpointDirectory
+from topoflow.checkpoint.file import map_tensors, named_tensors
 from topoflow.checkpoint.fingerprint import seal
 from topoflow.config import CheckpointConfig
 from topoflow.errors import DataError, RanksDisagree, ResumeRefused, RunDirectoryError
 from topoflow.ranks import Context
 
+log = logging.getLogger(__name__)
+
 _ALIGNMENT = 64
-_MADV_WIPEONFORK = 18
-"""<linux/mman.h>, since Linux 4.14; not in Python's mmap."""
 
 
 class HostBuffer:
@@ -43,17 +42,22 @@ class HostBuffer:
         """
         if len(self._memory) < nbytes:
             self._memory = memoryview(b"")  # before the larger one is taken
-            self._memory = _allocate_pinned(nbytes) if self._pinned else _allocate_pageable(nbytes)
+            if self._pinned:
+                self._memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy().data
+            else:
+                # Shared: after a fork of loader workers, the next copy would duplicate each page of private memory.
+                self._memory = memoryview(mmap.mmap(-1, nbytes))
+                np.frombuffer(self._memory, np.uint8)[:] = 0  # not by torch: see `topoflow.checkpoint.fingerprint`
 
     def copy(self, tree: Any) -> Any:
-        """Return the tree (nested dicts and lists of tensors and plain values) with each tensor copied to the host.
+        """Return the tree (nested dicts of tensors and plain values) with each tensor copied to the host.
 
         Each copy has its own storage, so that torch.save writes nothing else.
 
         Raises:
             OSError: not enough memory.
         """
-        self.reserve(sum(_room(tensor) for tensor in _tensors(tree)))
+        self.reserve(sum(_room(tensor) for _, tensor in named_tensors(tree)))
         position, devices = 0, set()
 
         def take(tensor: torch.Tensor) -> torch.Tensor:
@@ -66,53 +70,15 @@ class HostBuffer:
             return copy.view(tensor.shape).copy_(tensor.detach(), non_blocking=True)
 
         with torch.no_grad():
-            copied = _map_tensors(tree, take)
+            copied = map_tensors(tree, take)
         for device in devices:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
         return copied
 
 
-def _allocate_pageable(nbytes: int) -> memoryview:
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if sys.platform == "linux":
-        # Forked loader workers would share these pages, and the next copy would first duplicate each page. They get
-        # empty pages instead. Under MADV_DONTFORK they would have a hole in their address space, and freeing this
-        # object in a worker would unmap whatever it had mapped there.
-        with suppress(OSError):  # a kernel without it
-            memory.madvise(_MADV_WIPEONFORK)
-    np.frombuffer(memory, np.uint8)[:] = 0  # by NumPy, not torch: see `topoflow.checkpoint.fingerprint`
-    return memoryview(memory)
-
-
-def _allocate_pinned(nbytes: int) -> memoryview:
-    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy().data
-
-
 def _room(tensor: torch.Tensor) -> int:
     return -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-
-
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, dict | list | tuple):
-        for item in tree.values() if isinstance(tree, dict) else tree:
-            yield from _tensors(item)
-
-
-def _map_tensors(tree: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Return a copy of the tree with `function` applied to each tensor."""
-    if isinstance(tree, torch.Tensor):
-        return function(tree)
-    if isinstance(tree, dict):
-        return {key: _map_tensors(value, function) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(_map_tensors(item, function) for item in tree)
-    return tree
-
-
-log = logging.getLogger(__name__)
 
 
 class CheckpointSaver:

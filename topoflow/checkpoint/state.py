@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from topoflow.checkpoint.file import read_checkpoint
+from topoflow.checkpoint.file import map_tensors, read_checkpoint
 from topoflow.checkpoint.fingerprint import MOMENTS
 from topoflow.errors import ResumeRefused
 from topoflow.ranks import Context
@@ -254,8 +254,12 @@ def share_outline(context: Context, state: dict[str, Any] | None) -> dict[str, A
     In the outline every tensor is on the meta device: it has shape and dtype and takes no memory. The other ranks pass
     None.
     """
-    outline = context.broadcast_object(_outline(state))
+    outline = context.broadcast_object(map_tensors(state, _without_contents))
     return outline if state is None else state
+
+
+def _without_contents(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def read_everywhere(context: Context, find: Callable[[], Path], parts: Sequence[str]) -> tuple[Path, dict[str, Any]]:
@@ -309,10 +313,3 @@ def _broadcast_piece(context: Context, parts: list[Pair], dtype: torch.dtype) ->
         copy_pairs(list(zip([source for source, _ in parts], piece.split(sizes), strict=True)))
     context.broadcast_tensor(piece)
     copy_pairs(list(zip(piece.split(sizes), [destination for _, destination in parts], strict=True)))
-
-
-def _outline(tree: Any) -> Any:
-    """Return the tree with every tensor replaced by one without storage."""
-    if isinstance(tree, torch.Tensor):
-        return torch.empty(tree.shape, dtype=tree.dtype, device="meta")
-    return {key: _outline(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
