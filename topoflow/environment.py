@@ -1,7 +1,7 @@
 """The environment of this process: strict reading of launchers' variables, and defaults for torch's own."""
 
 import os
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from topoflow.errors import ConfigError
 
@@ -40,18 +40,18 @@ def require_consistent(environ: Mapping[str, str], condition: bool, one: str, ot
         raise ConfigError(f"environment: {one}={environ[one]} with {other}={environ[other]}: expected {expected}")
 
 
-def select_variables(names: Iterable[str], environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return those of `names` that are set, with their values."""
-    return {name: environ[name] for name in names if name in environ}
+def select_variables(names: Iterable[str]) -> dict[str, str]:
+    """Return those of `names` that are set in this process, with their values."""
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
-def forget_interface(name: str, environ: MutableMapping[str, str] = os.environ) -> None:
+def forget_interface(name: str) -> None:
     """Remove a variable of INTERFACES from this process: with one that names no interface it could join no group."""
     assert name in INTERFACES, name
-    environ.pop(name, None)
+    os.environ.pop(name, None)
 
 
-def set_torch_defaults(environ: MutableMapping[str, str] = os.environ) -> None:
+def set_torch_defaults() -> None:
     """Set torch's variables for process groups, where the user has not."""
     for name, value in {
         # gloo connects two processes when they first speak (torch 2.8 and later). At once, each connects with each: n
@@ -64,4 +64,4 @@ def set_torch_defaults(environ: MutableMapping[str, str] = os.environ) -> None:
         "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "3600",
         "TORCH_FR_BUFFER_SIZE": "2000",  # records the last collectives, for the dump at a stall
     }.items():
-        environ.setdefault(name, value)
+        os.environ.setdefault(name, value)

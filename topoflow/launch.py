@@ -205,11 +205,11 @@ def _port(environ: Mapping[str, str]) -> int:
 # ---- the device
 
 
-def assigned_devices(environ: Mapping[str, str] = os.environ) -> str | None:
+def assigned_devices() -> str | None:
     """Return the variable by which a launcher or a user gives GPUs to this process, as NAME=VALUE, if there is one."""
-    for name in (*VISIBLE_DEVICES, "SLURM_STEP_GPUS", "SLURM_JOB_GPUS"):
-        if environ.get(name, "") not in ("", "-1", "NoDevFiles"):
-            return f"{name}={environ[name]}"
+    for name, value in select_variables((*VISIBLE_DEVICES, "SLURM_STEP_GPUS", "SLURM_JOB_GPUS")).items():
+        if value not in ("", "-1", "NoDevFiles"):
+            return f"{name}={value}"
     return None
 
 

@@ -19,8 +19,6 @@ from topoflow.errors import TrainingDiverged
 from topoflow.files import write_atomically
 from topoflow.text import format_table
 
-BASELINES = ("persistence", "climatology", "damped_persistence")
-
 COLUMNS = (
     "scored",  # number of times the sample was added: 1
     "not_finite",  # NaN or infinite forecasts where an observation counts
@@ -86,7 +84,7 @@ class ScoreSums:
             samples: sample indices, int64 [B].
             forecast, observed: [B, T, H, W] float64, in the units of `observed_mean`.
             valid: [B, T, H, W] bool, which observations count.
-            baselines: forecasts by the names in BASELINES, [B, T, H, W] float64 each, NaN where missing.
+            baselines: {persistence, climatology, damped_persistence}: [B, T, H, W] float64 each, NaN where missing.
             filled: [B, T, H, W] bool, where the climatology is not the cell's own.
         """
         shift = self.observed_mean[:, samples % len(self.lead_times_hours)].T[:, :, None, None]
