@@ -18,10 +18,10 @@ fail() {
 }
 
 # make_venv [EXTRA]: create .venv with the package, its dependencies and those of EXTRA (a list from setup.cfg such as
-# test,lint), at the versions of constraints.txt. Does nothing if they are installed. Calls at the same time take turns.
+# test,lint), at the versions of constraints.txt. Does nothing if they are installed. Concurrent calls take turns.
 make_venv() {
   local extra=${1:-} wanted
-  # the installed state is compared by its full recipe, with the folder, because a moved .venv does not work
+  # everything that determines the installation; the folder is part of it, because a moved .venv does not work
   wanted=$(printf '%s\n' "$root" && cat "$root/setup.cfg" "$root/pyproject.toml" "$root/launch/constraints.txt")
   if ! venv_has "$extra" "$wanted"; then
     (
@@ -40,7 +40,7 @@ install_into_venv() {
   local extra=$1 wanted=$2 base venv=$root/.venv
   base=$(find_python) || exit
   if [ "$(head -n 1 "$venv/made-in" 2>/dev/null)" != "$root" ] || ! "$venv/bin/python" -c '' 2>/dev/null; then
-    echo "topoflow: making $venv with $base" >&2
+    echo "topoflow: creating $venv with $base" >&2
     "$base" -m venv --clear "$venv" || fail "$venv: '$base -m venv' failed"
     echo "$root" >"$venv/made-in"
   fi
@@ -64,12 +64,12 @@ find_python() {
   fail "$(python3 --version 2>/dev/null || echo 'no python3') found: expected Python 3.11 or newer (or set PYTHON)"
 }
 
-# run_dir_of CONFIG [section.key=value ...]: print run.dir; an unusable config gives one line and status 2.
+# run_dir_of CONFIG [section.key=value ...]: print run.dir; for an unusable config, print one line and return 2.
 run_dir_of() {
   PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "$python" -m topoflow.config_io --print run.dir "$@"
 }
 
-# require_free RUN_DIR: give one line and status 2 if another job holds the run directory; changes nothing.
+# require_free RUN_DIR: print one line and return 2 if another job holds the run directory; changes nothing.
 require_free() {
   PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} \
     "$python" -m topoflow.run_dir "$1" "${SLURM_JOB_ID-}" "${SLURM_RESTART_COUNT-}"
@@ -78,11 +78,11 @@ require_free() {
 # status_of RUN_DIR STATUS: print the program's own exit status, given the launcher's. torchrun returns 1 for every
 # failure. srun returns the highest status, which is that of a task it killed because another had ended.
 status_of() {
-  local run_dir=$1 status=$2 told=0
+  local run_dir=$1 status=$2 reported=0
   if [ "$status" -ne 0 ] && [ -f "$run_dir/exit.json" ]; then
-    told=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["status"])' "$run_dir/exit.json")
+    reported=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["status"])' "$run_dir/exit.json")
   fi
-  [ "$told" -eq 0 ] || status=$told
+  [ "$reported" -eq 0 ] || status=$reported
   echo "$status"
 }
 
@@ -105,21 +105,21 @@ pass_on() {
 # run_job RUN_DIR SRUN...: run the tasks of a batch job, and exit. If they end with 75 (stopped on request after a
 # checkpoint was committed), requeue the job, which then resumes.
 run_job() {
-  local run_dir=$1 status=0 step told
+  local run_dir=$1 status=0 step own_status
   shift
   rm -f -- "${run_dir:-.}/exit.json"
-  # since SLURM 22.05 srun does not take this from the job
+  # since SLURM 22.05 srun does not inherit this from the job
   SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} "$@" &
   step=$!
   # SLURM sends signals to the tasks, and with --signal=B:... to this shell. When the job is cancelled or requeued, this
-  # shell gets TERM. On TERM srun would kill its tasks at once, so they get USR1.
+  # shell gets TERM. srun would kill its tasks at once on TERM, so it is sent USR1, which it forwards to them.
   # shellcheck disable=SC2064
   trap "pass_on USR1 $step" USR1 TERM
   wait_for "$step" || status=$?
-  told=$(status_of "$run_dir" "$status")
-  status=${told:-$status} # empty if SLURM has begun to kill this job
+  own_status=$(status_of "$run_dir" "$status")
+  status=${own_status:-$status} # empty if SLURM has begun to kill this job
   if [ "$status" -eq 75 ] && [ "${SLURM_RESTART_COUNT:-0}" -ge 3 ] && [ ! -e "$run_dir/checkpoints/last" ]; then
-    echo "topoflow: stopped $((SLURM_RESTART_COUNT + 1)) times before a first checkpoint: expected a longer --time" >&2
+    echo "topoflow: not requeued: no checkpoint after $((SLURM_RESTART_COUNT + 1)) starts: expected a longer --time" >&2
   elif [ "$status" -eq 75 ]; then
     requeue
   fi
@@ -136,9 +136,9 @@ requeue() {
     state=$(squeue --noheader --jobs="$job" --format=%T 2>/dev/null) || state=
     case $state in
       RUNNING) scontrol requeue "$job" && return ;;
-      ?*) echo "topoflow: job $job is $state: left to SLURM, not requeued" >&2 && return ;;
+      ?*) echo "topoflow: job $job is $state: not requeued, SLURM decides" >&2 && return ;;
     esac
     sleep 20 # no answer from the controller
   done
-  echo "topoflow: job $job could not be put back into the queue: expected it to be sent again" >&2
+  echo "topoflow: job $job could not be requeued: submit it again with sbatch to resume" >&2
 }

@@ -12,7 +12,7 @@ set -euo pipefail
 
 # one thread, as under torchrun, because bits on CPU depend on the number of threads; run.threads overrides it
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# hold back stop signals until the program has started and unblocks them
-later=(env "--block-signal=INT,TERM,USR1")
-"${later[@]}" true 2>/dev/null || later=() # before coreutils 8.31
-exec "${later[@]}" "$python" "$root/train.py" "$@"
+# block stop signals until the program has started and unblocks them
+blocked=(env "--block-signal=INT,TERM,USR1")
+"${blocked[@]}" true 2>/dev/null || blocked=() # before coreutils 8.31
+exec "${blocked[@]}" "$python" "$root/train.py" "$@"

@@ -17,7 +17,7 @@ case ${1-} in
   *) exec "$python" -m pytest "$@" ;;
 esac
 
-# One of two halves that run at once: it mostly waits for SLURM, and none of its tests measure time.
+# The first of two halves that run concurrently: it mostly waits for SLURM, and none of its tests measures time.
 half=(tests/slurm tests/data tests/model tests/lightning tests/checkpoint tests/test_benchmarks.py)
 log=$(mktemp)
 trap 'kill $(jobs -p) 2>/dev/null; rm -f -- "$log"' EXIT

@@ -17,7 +17,7 @@ while [[ ${1:-} = -* ]]; do
 done
 [ $# -gt 0 ] || fail "no config: expected launch/torchrun.sh [options of torchrun] CONFIG [section.key=value ...]"
 
-# refuse an unusable config with one line, before anything is launched
+# refuse an unusable config with one line, before launching anything
 run_dir=$(run_dir_of "$@")
 require_free "$run_dir" || exit
 rm -f -- "${run_dir:-.}/exit.json"
@@ -42,7 +42,7 @@ OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} \
 torchrun=$!
 set +m
 trap 'pass_on INT "$torchrun"' INT
-# torchrun would not forward USR1 (SLURM's warning) to the processes, and would end on it
+# torchrun would not forward USR1 (SLURM's warning) to the processes, and would itself be killed by it
 trap 'pass_on TERM "$torchrun"' TERM HUP USR1
 status=0
 wait_for "$torchrun" || status=$?
