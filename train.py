@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train TopoFlow: `python train.py CONFIG [section.key=value ...]`, or the same under torchrun or srun.
 
-This file is the table of contents: it builds every part in order and hands each to the next.
+This file is the table of contents: it builds every part in order and passes each to the next.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
             require_same_program(context, config)
             train(config, context, directory)
 
-    with StopFlag().listening() as stop:  # until the end: no signal may end a process that is about to exit with 75
+    with StopFlag().listening() as stop:  # until the end: no signal may kill a process that is about to exit with 75
         return run_to_exit(run, launch, directory)
 
 
@@ -87,7 +87,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, epilog=config_help(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="what differs from the file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a value of the file")
     return parser.parse_args(arguments)
 
 
@@ -141,7 +141,7 @@ def evaluate_best(
     context.watch.enter("evaluation")
     with context.together("run directory"):
         if context.is_main:
-            directory.require_held()  # not to score a run that another job has taken over
+            directory.require_held()  # another job may have taken the run over
     checkpoints = CheckpointDirectory(directory.checkpoints)
     path, saved = read_everywhere(context, checkpoints.choose_for_scoring, parts=("model",))
     with context.together("restoring the weights"):

@@ -1,4 +1,4 @@
-"""The certificate of a checkpoint: what a resumed run must find again before its first optimizer step."""
+"""The certificate of a checkpoint: what a resumed run must reproduce before its first optimizer step."""
 
 import hashlib
 import itertools
@@ -26,17 +26,17 @@ NEXT_BATCHES = 2
 """Global batches ahead whose samples are certified."""
 
 LISTED_SAMPLES = 64
-"""Samples certified by name; the others by their hash."""
+"""Next samples that are listed by name; the others are covered by a hash."""
 
 READ_SAMPLES = 8
-"""Next samples whose contents are read and hashed: they are needed soon in any case."""
+"""Next samples whose contents are read and hashed; training needs them soon anyway."""
 
 TOLERANCE_WITH_NEW_NAMES = 0.05
-"""Largest relative change of the probe loss where checkpoint.allow_new let parameters start fresh."""
+"""Largest relative change of the probe loss if checkpoint.allow_new let parameters start fresh."""
 
 ALTERS_CONTENTS = ORDER | SAMPLES | CHANNELS
 ALTERS_PROBE = ALTERS_CONTENTS | NETWORK | ARITHMETIC
-"""A permitted change of these changes the probe loss, which is then not judged."""
+"""Effects of a permitted change that alter the probe loss, so that it cannot be compared."""
 
 
 @dataclass(frozen=True)
@@ -56,16 +56,20 @@ class Proof:
 
     def lines(self, world_size: int) -> list[str]:
         """Return lines for the log."""
-        samples = "next samples not compared" if self.samples is None else f"next {self.samples} samples"
-        bits = "the same bits" if self.probe_same_bits else f"{self.probe_loss_saved:.6f} in the checkpoint"
+        tensors = f"{self.tensors} tensors"
+        matched = tensors if self.samples is None else f"{tensors} and next {self.samples} samples"
+        skipped = "; next samples not compared" if self.samples is None else ""
+        saved = "identical to the checkpoint's"
+        if not self.probe_same_bits:
+            saved = f"{self.probe_loss_saved:.6f} in the checkpoint"
         return [
-            f"proof on {world_size} rank(s): {self.tensors} tensors and {samples} as certified",
-            f"probe loss {self.probe_loss:.6f}, {bits} ({self.judged_by})",
+            f"proof on {world_size} rank(s): {matched} match the certificate{skipped}",
+            f"probe loss {self.probe_loss:.6f}, {saved} ({self.judged_by})",
         ]
 
 
 class Certifier:
-    """Certifies the present state of a run, and compares a restored state with a certificate."""
+    """Certifies the current state of a run, and compares a restored state with a certificate."""
 
     def __init__(self, state: TrainState, data: TrainData, config: TrainConfig):
         self.state, self.data, self.config = state, data, config
@@ -74,7 +78,7 @@ class Certifier:
     def certify(self) -> dict[str, Any]:
         """Return rates, position, samples of the next batches and probe loss, as plain values.
 
-        `topoflow.checkpoint.fingerprint.seal` adds what comes from the tensors, when they have been copied.
+        `topoflow.checkpoint.fingerprint.seal` adds the fingerprints of the tensors, once they have been copied.
         """
         loss, probed = self.probe()
         identities = self.next_samples()
@@ -98,8 +102,8 @@ class Certifier:
         Args:
             report: what was restored, and what may start fresh.
             changed: config keys that differ from the checkpoint's because checkpoint.allow_changed lists them.
-            tolerance: largest relative change of the probe loss with other software, sources of the network, device
-                model or thread count.
+            tolerance: largest relative change of the probe loss if software, sources of the network, device model or
+                thread count differ.
 
         Raises:
             ResumeRefused: naming the first tensor, moment, rate, position or sample that differs, or the probe loss,
@@ -128,7 +132,7 @@ class Certifier:
     def probe(self) -> tuple[float, list[str]]:
         """Return the mean loss over the probe batch in eval mode and its samples; nan and [] if no sample counts.
 
-        The batch is read through the data set as in training, at each call, and nothing of it is kept.
+        The batch is read through the data set as in training, anew in each call.
         """
         dataset = self.data.train
         if self._probe_indices is None:
@@ -172,7 +176,7 @@ class Certifier:
         return {group["name"]: float(group["lr"]).hex() for group in self.state.optimizer.param_groups}
 
     def _conditions(self) -> dict[str, Any]:
-        """Return what the bits of the probe depend on apart from the state and the data."""
+        """Return what the bits of the probe loss depend on, apart from the state and the data."""
         device = self.data.elevation_m.device
         return {
             **describe_software(device),
@@ -195,7 +199,7 @@ class Certifier:
         updates = self.state.progress.updates
         if updates > 0 and not any(now.values()):
             raise ResumeRefused(
-                f"{_NOT_PROVED}: the weights have had {updates} updates and the optimizer's moments none: "
+                f"{_NOT_PROVED}: the weights have had {updates} updates but the optimizer's moments none: "
                 "expected a checkpoint with its moments, or checkpoint.init_from to take its weights only"
             )
 
@@ -225,18 +229,18 @@ class Certifier:
             f"{name} {before.get(name)} -> {now}" for name, now in self._conditions().items() if now != before.get(name)
         ]
         difference = abs(loss - saved["loss"]) / max(abs(saved["loss"]), 1e-30)
-        # keys that add names are judged by the tolerance for new names
+        # changes that add names are held to the tolerance for new names
         alters = combined_effect(change for change in changed if not (new and change.alters & NAMES))
         if alters & ALTERS_PROBE:
-            passed, judged = True, "not judged: the config or the data were changed on purpose"
+            passed, judged = True, "not compared: the config or the data were changed on purpose"
         elif new:
             passed = difference <= TOLERANCE_WITH_NEW_NAMES
-            judged = f"relative difference {difference:.2g}, allowed {TOLERANCE_WITH_NEW_NAMES:g}: there are new names"
+            judged = f"relative difference {difference:.2g}, allowed {TOLERANCE_WITH_NEW_NAMES:g} because of new names"
         elif others:
             passed = same_bits or difference <= tolerance
-            judged = f"relative difference {difference:.2g}, allowed {tolerance:g}: {', '.join(others)}"
+            judged = f"relative difference {difference:.2g}, allowed {tolerance:g} because of {', '.join(others)}"
         else:
-            passed, judged = same_bits, "bit for bit"
+            passed, judged = same_bits, "compared bit for bit"
         if not passed:
             raise ResumeRefused(f"{_NOT_PROVED}: probe loss {_both(loss, saved['loss'])} ({judged})")
         return Proof(len(certificate["tensors"]), samples, loss, saved["loss"], same_bits, judged)

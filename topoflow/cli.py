@@ -1,4 +1,4 @@
-"""The commands apart from training: `python -m topoflow COMMAND ...`, installed as `topoflow`.
+"""All commands except training: `python -m topoflow COMMAND ...`, installed as `topoflow`.
 
 Each command imports what it needs when it runs, so that those without torch start quickly.
 """
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_inspect(commands)
     _add_import_lightning(commands)
     _add_doctor(commands)
-    # argparse takes overrides before the first option only; those after it end up in `rest`
+    # argparse accepts overrides only before the first option; those after it end up in `rest`
     options, rest = parser.parse_known_args(arguments)
     if rest and ("overrides" not in options or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -42,11 +42,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _add_demo_data(commands) -> None:
-    parser = commands.add_parser("demo-data", help="simulate a small world, in the format of real data")
+    parser = commands.add_parser("demo-data", help="simulate a small world and write it in the format of real data")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to create, with data_YYYY.zarr")
-    parser.add_argument("--days", type=int, default=180, metavar="N", help="length (default %(default)s)")
+    parser.add_argument("--days", type=int, default=180, metavar="N", help="days (default %(default)s)")
     parser.add_argument("--grid", type=_grid_size, default=(24, 32), metavar="HxW", help="cells (default 24x32)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of terrain, towns, weather (default 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of terrain, towns and weather (default 0)"
+    )
     parser.set_defaults(run=_demo_data)
 
 
@@ -87,7 +89,7 @@ def _add_pack(commands) -> None:
     parser.add_argument("data", nargs="?", metavar="IN", help="a data set, as for data.path")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("-o", "--output", metavar="OUT", type=Path, help="folder to create, or to append years to")
-    target.add_argument("--verify", metavar="OUT", type=Path, help="read packed data again and name what is damaged")
+    target.add_argument("--verify", metavar="OUT", type=Path, help="compare packed data with its hashes")
     parser.add_argument("--variables", metavar="A,B,...", help="default: all variables of IN")
     parser.add_argument("--grid", type=_grid_size, metavar="HxW", help="rows and columns (default: those of IN)")
     parser.add_argument(
@@ -136,7 +138,7 @@ def _add_with_config_help(commands, name: str, help: str) -> argparse.ArgumentPa
 
 def _add_evaluate(commands) -> None:
     parser = _add_with_config_help(commands, "evaluate", "score a checkpoint and compare it with the baselines")
-    parser.add_argument("source", metavar="CHECKPOINT-OR-RUN", type=Path, help="of a run: its best, else its last")
+    parser.add_argument("source", metavar="CHECKPOINT-OR-RUN", type=Path, help="of a run: the best, else the last")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the checkpoint's config")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="default: test")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
@@ -169,10 +171,10 @@ def _add_inspect(commands) -> None:
     parser = commands.add_parser(
         "inspect",
         help="report what a checkpoint or a run holds, or compare two checkpoints",
-        epilog="Exit status: 0 also if two differ; 2 if a path is missing; 3 if anything is damaged.",
+        epilog="Exit status: 0 even if the two differ; 2 if a path is missing; 3 if anything is damaged.",
     )
     parser.add_argument("path", metavar="PATH", type=Path, help="a checkpoint, its state.pt, or a run directory")
-    parser.add_argument("other", nargs="?", metavar="B", type=Path, help="compare PATH with this; a run means its last")
+    parser.add_argument("other", nargs="?", metavar="B", type=Path, help="compare PATH with this; of a run: the last")
     parser.add_argument("--json", action="store_true", help="print JSON (null for a number that is not finite)")
     parser.set_defaults(run=_inspect)
 
@@ -192,14 +194,16 @@ def _add_import_lightning(commands) -> None:
     parser = _add_with_config_help(
         commands, "import-lightning", "turn a checkpoint of the Lightning programs into a run that can be resumed"
     )
-    parser.add_argument("source", metavar="IN.ckpt", type=Path, help="of the published program or its predecessor")
+    parser.add_argument(
+        "source", metavar="IN.ckpt", type=Path, help="checkpoint of the published program or its predecessor"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to CONFIG")
-    parser.add_argument("--config", required=True, metavar="CONFIG", help="of the run to resume, with its data")
+    parser.add_argument("--config", required=True, metavar="CONFIG", help="for the run to resume, with its data")
     parser.add_argument("-o", "--output", required=True, metavar="RUN", help="run directory to create")
     parser.add_argument(
         "--weights",
         choices=("trained", "averaged"),
-        help="which to import from a file that Lightning's WeightAveraging wrote, since it holds both",
+        help="which weights to import from a file of Lightning's WeightAveraging, which holds both",
     )
     parser.set_defaults(run=_import_lightning)
 
@@ -214,7 +218,7 @@ def _import_lightning(options: argparse.Namespace) -> int:
     config = load_config(options.config, [*options.overrides, f"run.dir={options.output}"])
     launch = read_launch()
     if launch.world_size > 1:
-        raise ConfigError(f"import-lightning: {launch.world_size} processes: expected one")
+        raise ConfigError(f"import-lightning: started as {launch.world_size} processes: expected one")
     _log_to_terminal()
     set_deterministic(config.run, config.train.compile)
     with distributed_context(launch, config.distributed, choose_device(config.run.device, launch)) as context:
@@ -239,7 +243,7 @@ def _add_doctor(commands) -> None:
 
 _DOCTOR_STATUSES = """\
 exit status:
-  0   every check is ok, or has warnings
+  0   every check passed, perhaps with warnings
   1   at least one check failed
   2   the launcher's variables or the config cannot be used (also: bad usage)
   5   the processes did not meet within a minute, or one was lost later

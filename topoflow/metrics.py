@@ -90,7 +90,7 @@ class ScoreSums:
         shift = self.observed_mean[:, samples % len(self.lead_times_hours)].T[:, :, None, None]
         finite = np.isfinite(forecast)
         counts = valid & finite
-        # np.where before the arithmetic, as NaN x 0 is NaN; values that do not count become the mean, with error 0
+        # np.where before the arithmetic, as NaN x 0 is NaN; other values become the mean, with error 0
         o = np.where(counts, observed, shift)
         f = np.where(counts, forecast, shift)
         o_deviation, f_deviation, error = o - shift, f - shift, f - o

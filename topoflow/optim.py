@@ -13,7 +13,7 @@ _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 
 def group_of(name: str) -> str:
-    """Return the parameter group of a parameter of this name; `others` holds what no other group claims."""
+    """Return the parameter group of a parameter of this name: `others` if it is in no other group."""
     for group, prefix in _GROUP_PREFIXES.items():
         if name.startswith(prefix):
             return group
@@ -74,7 +74,7 @@ def learning_rate_at(
 
         eta_min + (initial_lr - eta_min) * (1 + cos(pi t)) / 2        (SGDR, arXiv 1608.03983, eq. 5, no restart)
 
-    as in torch's CosineAnnealingLR, but staying at eta_min afterwards instead of rising again. A group that
+    as in torch's CosineAnnealingLR, but it stays at eta_min afterwards instead of rising again. A group that
     starts below eta_min rises to it, except that a rate of 0 stays 0: a multiplier of 0 freezes its group.
     Warm-up: optimizer step k of the first warmup_steps takes k / warmup_steps of its rate.
     """
@@ -105,7 +105,7 @@ def build_scheduler(
     assert total_steps >= 1, total_steps
 
     def factor_of(initial_lr: float):
-        # LambdaLR multiplies initial_lr by what this returns; a rate of 0 stays 0, whatever the factor
+        # LambdaLR multiplies initial_lr by this factor; a rate of 0 stays 0 for any factor
         divisor = initial_lr or 1.0
         return lambda step: learning_rate_at(step, initial_lr, config, steps_per_epoch, total_steps) / divisor
 

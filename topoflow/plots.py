@@ -1,6 +1,6 @@
 """Plots of an evaluation as PNG files, drawn without a display.
 
-The colours of Okabe and Ito (2008) and ColorBrewer's YlOrBr and RdBu can be told apart by colour-blind readers.
+Colour-blind readers can distinguish the colours used: those of Okabe and Ito (2008), and ColorBrewer's YlOrBr and RdBu.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""What a run starts from: initial weights, the weights of another run, or a checkpoint of its own."""
+"""Ways to start a run: from initial weights, from the weights of another run, or by resuming from a checkpoint."""
 
 import dataclasses
 import json
@@ -31,22 +31,22 @@ REPORT = "resume.json"
 
 
 class NewRun:
-    """Starts from initial weights at step 0. Its methods are what train.py asks of any start, in this order."""
+    """Starts from initial weights at step 0. train.py calls these methods on any kind of start, in this order."""
 
     def complete_config(self, config: Config, data: ForecastData, plan: BatchPlan) -> Config:
-        """Return the config with the keys filled that the user left open, after checking that the run may use it.
+        """Return the config with the keys filled in that the user left open, after checking that the run can use it.
 
         Raises:
-            ConfigError, ResumeRefused: the config or the data do not fit what the run starts from.
+            ConfigError, ResumeRefused: the config or the data do not match what the run starts from.
         """
         return resolve(config, data, plan)
 
     def saved_normalization(self, config: Config) -> Normalization | None:
-        """Return the constants that the weights were trained with, if they stay."""
+        """Return the constants that the weights were trained with; None if they must be computed."""
         return None
 
     def restore(self, state: TrainState, context: Context) -> None:
-        """Put what the run starts from into `state`, by name, on every rank.
+        """Load what the run starts from into `state`, by name, on every rank.
 
         Raises:
             ResumeRefused: something could not be restored; the message names it.
@@ -60,7 +60,7 @@ class NewRun:
         """
 
     def open_metrics(self, run_dir: RunDirectory, checkpoints: CheckpointDirectory, context: Context) -> MetricsWriter:
-        """Prepare the run directory for the steps to come, once all is proved; return the writer of its metrics."""
+        """Prepare the run directory for the next steps, after the proof; return the writer of its metrics."""
         return MetricsWriter(run_dir.path if context.is_main else None, None, run_dir.writing)
 
     def begin(self, trainer: Trainer, checkpoints: CheckpointDirectory, context: Context) -> None:
@@ -71,25 +71,25 @@ class FineTune(NewRun):
     """Starts from the weights of a checkpoint, at step 0.
 
     Args:
-        saved: `model`, `config` and `data` of the checkpoint; tensors are whole on rank 0, without contents elsewhere.
+        saved: `model`, `config` and `data` of the checkpoint; only on rank 0 do tensors have contents.
     """
 
     def __init__(self, path: Path, saved: dict[str, Any], config: CheckpointConfig):
         self.path, self.saved, self.config = path, saved, config
 
     def complete_config(self, config: Config, data: ForecastData, plan: BatchPlan) -> Config:
-        """As for a new run; inputs and targets must be those that the weights know by position."""
+        """Complete it as for a new run, after checking that the channels are those of the checkpoint."""
         for change in changed_keys(self.saved["config"], config):
             is_channel = change.alters & CHANNELS and change.key != "data.normalization"
             if is_channel and not matches(change.key, self.config.allow_changed):
                 raise ConfigError(
-                    f"{change}: expected as in {self.path}: its weights know these channels by their order "
-                    "(checkpoint.allow_changed may list what may differ)"
+                    f"{change}: expected the same channels in the same order as in {self.path}, whose weights depend "
+                    "on them, or checkpoint.allow_changed to list what may differ"
                 )
         return resolve(config, data, plan)
 
     def restore(self, state: TrainState, context: Context) -> None:
-        """Put the weights into the model on every rank."""
+        """Load the weights into the model on every rank."""
         context.watch.enter("fine-tune")
         with context.together("restoring the checkpoint"):
             restore = plan_weights(state.model, self.saved["model"], self.config.allow_new)
@@ -104,7 +104,7 @@ class Resume(NewRun):
     """Resumes a run: everything is restored by name and proved before the first step.
 
     Args:
-        saved: the content of the checkpoint; tensors are whole on rank 0, without contents elsewhere.
+        saved: the content of the checkpoint; only on rank 0 do tensors have contents.
     """
 
     def __init__(self, path: Path, saved: dict[str, Any], config: CheckpointConfig):
@@ -116,7 +116,7 @@ class Resume(NewRun):
         self.proof: Proof | None = None
 
     def complete_config(self, config: Config, data: ForecastData, plan: BatchPlan) -> Config:
-        """Fill open keys as the first start of the run did; all that alters the run must be as in the checkpoint."""
+        """Fill open keys as at the start of the run, after checking that no key differs that would alter the run."""
         config = resolve(self._fill_from_checkpoint(config), data, plan)
         self.changed = self._check_changes([*changed_keys(self.saved["config"], config), *self._data_changes(data)])
         self._check_position(plan)
@@ -157,7 +157,7 @@ class Resume(NewRun):
         return listed
 
     def _check_position(self, plan: BatchPlan) -> None:
-        """With other data or another batch size, if allowed, the position may be inside a batch or past the end."""
+        """Refuse a position inside a batch or past the epoch, which other data or another batch size can cause."""
         samples = self.progress.samples_in_epoch
         if samples % plan.global_batch_size or samples >= plan.steps_per_epoch * plan.global_batch_size:
             raise ResumeRefused(
@@ -167,13 +167,13 @@ class Resume(NewRun):
             )
 
     def saved_normalization(self, config: Config) -> Normalization | None:
-        """Return the checkpoint's constants, unless channels or data.normalization changed: other data keep them."""
+        """Return the checkpoint's constants, even for other data; None if channels or data.normalization changed."""
         if combined_effect(changed_keys(self.saved["config"], config)) & CHANNELS:
             return None
         return Normalization.from_dict(self.saved["data"]["normalization"])
 
     def restore(self, state: TrainState, context: Context) -> None:
-        """Put weights, moments, rates, scheduler and progress back on every rank."""
+        """Restore weights, moments, rates, scheduler and progress on every rank."""
         context.watch.enter("resume")
         with context.together("restoring the checkpoint"):
             restore = plan_state(
@@ -187,14 +187,14 @@ class Resume(NewRun):
         deliver(context, restore.pairs)
         restore.finish()
         state.progress = self.progress
-        del self.saved["model"], self.saved["optimizer"]  # they are in the model and the optimizer now
+        del self.saved["model"], self.saved["optimizer"]  # the model and the optimizer hold them now
         self.report = restore.report
         log.info("resume from %s (everything)", self.path)
         for line in self.report.lines():
             log.info("  %s", line)
 
     def prove(self, certifier: Certifier, context: Context) -> None:
-        """Compare every tensor, rate, coming sample and the probe loss of every rank with the certificate."""
+        """Compare every tensor and rate, the next samples and the probe loss of every rank with the certificate."""
         with context.together("proof of the resume"):
             if "certificate" not in self.saved:
                 raise ResumeRefused(
@@ -207,11 +207,13 @@ class Resume(NewRun):
             log.info("  %s", line)
 
     def open_metrics(self, run_dir: RunDirectory, checkpoints: CheckpointDirectory, context: Context) -> MetricsWriter:
-        """Archive later checkpoints, cut later metrics, write resume.json and the event, and judge `best`."""
+        """Archive later checkpoints, move later metrics aside, write resume.json and log the resume."""
         if context.is_main:
-            # before anything else is written: no later checkpoint can be taken by mistake
+            # first, so that no later checkpoint can be taken by mistake
             for folder in checkpoints.archive_after(self.progress.step):
-                log.warning("archived as %s: this run resumes from step %d", folder.name, self.progress.step)
+                log.warning(
+                    "archived checkpoint as %s, because this run resumes from step %d", folder.name, self.progress.step
+                )
         path = run_dir.path if context.is_main else None
         logged_every = self.saved["config"]["train"]["log_every_steps"]
         progress = self.progress
@@ -236,19 +238,21 @@ class Resume(NewRun):
         )
 
     def begin(self, trainer: Trainer, checkpoints: CheckpointDirectory, context: Context) -> None:
-        """Check `best`, save where another run's checkpoint was resumed, and validate if the config asks for it."""
+        """Check `best`, save if another run's checkpoint was resumed, and validate if the config asks for it."""
         keep_or_forget_best(self.progress, checkpoints, self.config, context)
         if not checkpoints.is_parent_of(self.path):
-            trainer.output.saver.save(self.progress.step, is_best=False)  # the run no longer needs the other's folder
+            trainer.output.saver.save(
+                self.progress.step, is_best=False
+            )  # then the other run's folder is no longer needed
         if self.config.validate_on_resume:
             trainer.validate_restored()
 
 
 def read_start(config: CheckpointConfig, checkpoints: CheckpointDirectory, context: Context) -> NewRun:
-    """Find and read what checkpoint.resume and checkpoint.init_from ask for; rank 0 alone opens files.
+    """Find and read what checkpoint.resume and checkpoint.init_from ask for; only rank 0 opens files.
 
     Raises:
-        RunDirectoryError: resume=never, or another run's checkpoint, in a directory that holds checkpoints.
+        RunDirectoryError: resume is `never` or names another run, but the run directory holds checkpoints.
         ResumeRefused: a checkpoint is damaged.
         MissingPath: a path does not exist.
     """
@@ -273,15 +277,15 @@ def _find_start(
             "expected another run.dir, or resume=auto"
         )
     checkpoints.require_not_lost()
-    asked_before = _was_asked_before(config.resume, checkpoints)
-    if config.resume == "auto" or asked_before:
-        last = checkpoints.folder(checkpoints.steps()[-1]) if asked_before and checkpoints.steps() else None
+    requested_before = _was_requested_before(config.resume, checkpoints)
+    if config.resume == "auto" or requested_before:
+        last = checkpoints.folder(checkpoints.steps()[-1]) if requested_before and checkpoints.steps() else None
         newest = checkpoints.newest_whole(strict=last is not None and _is_same(last, config.resume))
         if newest is not None:
-            if asked_before and not _is_same(newest[0], config.resume):
+            if requested_before and not _is_same(newest[0], config.resume):
                 log.warning(
-                    "checkpoint.resume: this run started from %s before and resumes from %s (to go back to the former "
-                    "once more, remove %s)", config.resume, newest[0].name, checkpoints.path.parent / REPORT,
+                    "checkpoint.resume: this run has already started from %s, so it resumes from its own %s (remove %s "
+                    "to start from the former again)", config.resume, newest[0].name, checkpoints.path.parent / REPORT,
                 )  # fmt: skip
             return Resume, *newest
     if config.resume not in ("auto", "never"):
@@ -296,20 +300,20 @@ def _find_start(
 
 def _read_named(path: Path, checkpoints: CheckpointDirectory) -> tuple[Path, dict[str, Any]]:
     """Read the checkpoint that checkpoint.resume names: a folder, or the newest of a run directory."""
-    if os.path.isfile(path):  # False as well where permission is missing
+    if os.path.isfile(path):  # also False if permission is denied
         path = find_checkpoint(path, run_dir=checkpoints.path.parent)
     folder = CheckpointDirectory(path / "checkpoints" if os.path.isdir(path / "checkpoints") else path)
     found = folder.folder(folder.steps()[-1]) if folder.steps() else find_checkpoint(path)
     if checkpoints.steps() and found.parent.resolve() != checkpoints.path.resolve():
         raise RunDirectoryError(
-            f"checkpoint.resume: {path} is of another run, and {checkpoints.path} holds checkpoints: "
-            "expected resume=auto to resume from those, or an empty run.dir"
+            f"checkpoint.resume: {path} belongs to another run, but {checkpoints.path} holds checkpoints: "
+            "expected resume=auto to resume from these, or an empty run.dir"
         )
     newest = folder.newest_whole(strict=True) if folder.steps() else None
     return newest or (found, read_checkpoint(found))
 
 
-def _was_asked_before(path: str, checkpoints: CheckpointDirectory) -> bool:
+def _was_requested_before(path: str, checkpoints: CheckpointDirectory) -> bool:
     """Return whether this run has resumed from `path` before: a requeued job then resumes where it stopped."""
     report = checkpoints.path.parent / REPORT
     if path in ("auto", "never") or not report.is_file():
@@ -317,7 +321,7 @@ def _was_asked_before(path: str, checkpoints: CheckpointDirectory) -> bool:
     try:
         return json.loads(report.read_bytes())["asked"] == path
     except (ValueError, KeyError, TypeError):
-        log.warning("%s: unreadable: %s is taken as if it were asked for the first time", report, path)
+        log.warning("%s: unreadable; resuming from checkpoint.resume=%s as if for the first time", report, path)
         return False
 
 
@@ -328,7 +332,7 @@ def _is_same(folder: Path, named: str) -> bool:
 def keep_or_forget_best(
     progress: TrainProgress, checkpoints: CheckpointDirectory, config: CheckpointConfig, context: Context
 ) -> None:
-    """Let `best` name the checkpoint that the restored progress calls best; without it, forget its loss."""
+    """Point `best` at the best checkpoint of the restored progress; if it is unusable, forget its loss."""
     here, problem = None, "not found in this run"
     with context.together("the best checkpoint"):
         if context.is_main:

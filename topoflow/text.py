@@ -5,14 +5,14 @@ from collections.abc import Iterable, Sequence
 
 
 def shorten(names: Iterable[object], most: int = 8) -> str:
-    """`a, b, c and 4 more`: the first `most` of the names."""
+    """Return the first `most` names, as in `a, b, c and 4 more`."""
     names = [str(name) for name in names]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 def number_ranges(numbers: Iterable[int]) -> str:
-    """`0-3, 7`: numbers in increasing order, with runs of consecutive ones shortened."""
+    """Return numbers in increasing order, with consecutive ones as ranges, as in `0-3, 7`."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:
@@ -23,7 +23,7 @@ def number_ranges(numbers: Iterable[int]) -> str:
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a table, each column as wide as its widest cell; the first is aligned left, the others right."""
+    """Return the lines of a table, each column as wide as its widest cell; the first is left-aligned, others right."""
     lines = [list(header), *(list(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return [
@@ -36,5 +36,5 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[s
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a name is one of `patterns`, or matches one as a glob (case-sensitive)."""
+    """Return whether a name is one of `patterns`, or matches one as a glob (case-sensitive)."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

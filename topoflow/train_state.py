@@ -1,4 +1,4 @@
-"""What training changes, what it reads, and the proof that all ranks hold the same."""
+"""The state of training, the data that it reads, and the check that all ranks hold the same."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ class TrainProgress:
 
     step: int = 0
     updates: int = 0
-    """Steps that changed weights: all but those whose batch held no target at all."""
+    """Steps that changed weights: all except those whose batch had no valid target."""
     epoch: int = 0
     samples_in_epoch: int = 0
     validation_loss: float | None = None
@@ -33,7 +33,7 @@ class TrainProgress:
 
 @dataclass
 class TrainState:
-    """What training changes, and the limit of the gradient's norm in an update (None: no clipping)."""
+    """What training changes. grad_clip_norm: limit of the gradient's norm in an update (None: no clipping)."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -44,7 +44,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class TrainData:
-    """What training reads. elevation_m [H, W]: terrain height on the device, metres."""
+    """What training reads. elevation_m [H, W]: terrain height in metres, on the device."""
 
     train: ForecastDataset
     validation: ForecastDataset | None
@@ -60,7 +60,7 @@ def total_steps(config: TrainConfig, plan: BatchPlan) -> int:
 
 
 def verify_ranks(context: Context, state: TrainState, data: TrainData, when: str) -> None:
-    """Prove that all ranks hold the same weights, buffers, moments, steps, rates, position and order of samples.
+    """Check that all ranks hold the same weights, buffers, moments, steps, rates, position and order of samples.
 
     Raises:
         RanksDisagree: naming what differs, and the ranks.

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 class StepResult:
     """The result of one optimizer step.
 
-    loss: the mean over the global batch (nan: nothing in it counted), None where it was not asked for.
+    loss: the mean over the global batch, nan if it has no valid value, None if it was not requested.
     """
 
     loss: float | None
@@ -67,14 +67,14 @@ class Trainer:
     # ---- one step
 
     def train_step(self, batches: Sequence[Batch], with_loss: bool = True) -> StepResult:
-        """One optimizer step over this rank's micro-batches.
+        """Run one optimizer step over this rank's micro-batches.
 
-        The host waits for the device, and for the other ranks, in one place, after all of the step but the update was
-        queued; with_loss, in another.
+        The host waits for the device and for the other ranks once, when all of the step but the update has been queued,
+        and once more if `with_loss`.
 
         Raises:
-            TrainingDiverged: a loss or the gradient is not finite on any rank; weights are as before the step.
-            RunDirectoryError: an earlier checkpoint could not be written, see `CheckpointSaver`; likewise.
+            TrainingDiverged: a loss or the gradient is not finite on any rank; the step has not changed any weight.
+            RunDirectoryError: an earlier checkpoint could not be written, see `CheckpointSaver`; the same holds.
         """
         step = self.state.progress.step + 1
         if not self.state.model.training:  # after a validation, or a probe
@@ -103,24 +103,27 @@ class Trainer:
         return StepResult(self._mean_loss(losses) if with_loss else None, grad_norm, rates, stops > 0)
 
     def _step_flags(self, losses: torch.Tensor) -> torch.Tensor:
-        """Return what ranks sum in each step: [valid values, losses not finite, stop requests, failed saves]."""
+        """Return the counts to sum over ranks: [valid values, losses not finite, stop requests, failed saves]."""
         here = self.context.stop.signal_name is not None, self.output.saver.poll()
-        # filled in on the device: a copy from the host would make it wait
+        # filled in on the device: copying them from the host would make it wait
         flags = [losses.new_full((), float(flag)) for flag in here]
         return torch.stack([losses[:, 1].sum(), (~losses[:, 0].isfinite()).any().double(), *flags])
 
     def _mean_loss(self, losses: torch.Tensor) -> float:
-        """Return the mean over all ranks. Each sums the same rows in the same order, so all get the same bits."""
+        """Return the mean over all ranks. Each sums the same rows in the same order, so all get identical results."""
         table = self.context.gather_rows(losses).cpu()
         total, count = table[:, 0].sum().item(), table[:, 1].sum().item()
         return total / count if count else math.nan
 
     def _apply_gradient(self, step: int, gradients: list[torch.Tensor], norm: float, scale: float) -> float:
-        """Scale the gradient by `scale`, to that of the mean, clip it, and step; return its norm before clipping.
+        """Turn the summed gradient into that of the mean, clip it, update; return its norm before clipping.
 
         The gradient of the mean is the gradient of the sum over all valid values, divided by their count; the clip
         coefficient is applied in the same pass. A batch without a valid value leaves weights and moments unchanged.
-        norm: of the gradient before scaling.
+
+        Args:
+            norm: norm of the summed gradient.
+            scale: turns the sum into the mean.
         """
         norm *= scale
         if not math.isfinite(norm):
@@ -145,19 +148,17 @@ class Trainer:
         named = self.state.model.named_parameters()
         bad = [name for name, p in named if p.grad is not None and not torch.isfinite(p.grad).all()]
         where = f"in {shorten(bad)}" if bad else "in its norm, though each element is finite"
-        self._refuse(f"step {step}: the gradient is not finite ({norm}) on all ranks after their sum, {where}")
+        self._refuse(f"step {step}: the gradient summed over all ranks is not finite ({norm}), {where}")
 
     def _refuse(self, message: str) -> None:
-        raise TrainingDiverged(
-            f"{message}; no weight was changed by this step and the last checkpoint is valid", shared=True
-        )
+        raise TrainingDiverged(f"{message}; this step changed no weight and the last checkpoint is valid", shared=True)
 
     # ---- validation
 
     def validate(self) -> tuple[float, dict[str, float]] | None:
         """Return the mean loss over the whole validation split, and that of each target.
 
-        Each sample counts once on any number of ranks. None on all ranks if one of them was asked to stop.
+        Each sample counts once, whatever the number of ranks. Return None on all ranks if a rank was asked to stop.
         """
         assert self.data.validation is not None, "called without a validation split"
         self.context.watch.enter(f"validation after step {self.state.progress.step}")
@@ -185,7 +186,7 @@ class Trainer:
         rows = {index: row for part in parts for index, row in part.items()}
         sums, counts = torch.stack([rows[index] for index in sorted(rows)]).sum(dim=0)  # [T], [T]
         if counts.sum() == 0:
-            raise DataError("data.validation: no target has a value that counts in the whole split", shared=True)
+            raise DataError("data.validation: no target has a valid value in the whole split", shared=True)
         by_target = (sums / counts).tolist()  # nan where a target has no value
         loss = (sums.sum() / counts.sum()).item()
         return loss, dict(zip(self.data.validation.target_names, by_target, strict=True))
@@ -243,12 +244,12 @@ class Trainer:
         return waited or self.state.progress.step >= self.total_steps
 
     def _steps_of_epoch(self) -> Iterator[list[Batch]]:
-        """This rank's micro-batches of each step that is left in the epoch."""
+        """Yield this rank's micro-batches of each remaining step of the epoch."""
         progress, plan = self.state.progress, self.data.plan
         first = progress.samples_in_epoch // plan.global_batch_size
         for _ in range(first, plan.steps_per_epoch):
             self.context.watch.enter(f"step {progress.step + 1}", "loading data")
-            if self._micro_batches is None:  # from here on, epoch after epoch
+            if self._micro_batches is None:  # created once; it continues epoch after epoch
                 self._micro_batches = iter(
                     build_train_loader(self.data.train, plan, progress.epoch, first, self.data.workers)
                 )
@@ -278,7 +279,7 @@ class Trainer:
         self._validate_and_save(result.stop)
 
     def _validate_and_save(self, is_stopping: bool) -> None:
-        """Do what is due after a step, whether it was just made or is the last one of the run that is resumed."""
+        """Validate and save if due, after a new step or, on resume, after the last step before the stop."""
         progress = self.state.progress
         is_best = False
         if progress.validation_owed and not is_stopping:
@@ -313,7 +314,7 @@ class Trainer:
         return step >= self.total_steps or (epoch_ended if every is None else step % every == 0)
 
     def _compare(self, loss: float, by_target: dict[str, float]) -> bool:
-        """Log a validation, and note whether its loss is the lowest so far."""
+        """Log and record a validation; return whether its loss is the lowest so far."""
         progress = self.state.progress
         progress.validation_owed = False
         self.output.writer.validation(progress.step, loss, by_target)

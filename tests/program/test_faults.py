@@ -235,7 +235,7 @@ def test_ninety_one_parameters_into_a_model_with_terrain(program):
     assert (report["weights"], report["weights_expected"], report["moments"], report["moments_expected"]) == (91,) * 4
     assert sorted(report["new"]) == sorted(TERRAIN)
     assert "weights 91/91, buffers 0/0, moments 91/91" in done.stderr
-    assert "there are new names" in report["proof"]["judged_by"]
+    assert "because of new names" in report["proof"]["judged_by"]
     steps = {name: entry["step"].item() for name, entry in program.state(step=3)["optimizer"]["state"].items()}
     assert steps.pop(TERRAIN[0]) == 1
     assert set(steps.values()) == {3}

@@ -25,7 +25,7 @@ def test_a_run_goes_on_with_the_same_bits_on_either(program, world, packed, asse
     assert done.returncode == 0, done.stderr
     resumed = program.train(f"data.path={last}", "data.in_memory=false", f"data.cache={program.folder / 'other'}")
     assert resumed.returncode == 0, resumed.stderr
-    assert "next 32 samples as certified" in resumed.stderr
+    assert "next 32 samples match the certificate" in resumed.stderr
     # the shorter run validated at its end too, which `progress` has counted
     assert_same_run(1, parts=("model", "optimizer", "scheduler"))
 

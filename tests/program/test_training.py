@@ -88,7 +88,7 @@ def test_a_compiled_run_resumes_with_the_same_bits(program, undisturbed):
     assert program.train(*options, "train.max_steps=2").returncode == 0
     done = program.train(*options, "train.max_steps=3")
     assert done.returncode == 0, done.stderr
-    assert "the same bits (bit for bit)" in done.stderr
+    assert "identical to the checkpoint's (compared bit for bit)" in done.stderr
     assert program.losses() == program.losses("whole")
     ours, theirs = (program.state(run, step=3)["model"] for run in ("run", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
