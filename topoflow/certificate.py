@@ -199,7 +199,7 @@ class Certifier:
         updates = self.state.progress.updates
         if updates > 0 and not any(now.values()):
             raise ResumeRefused(
-                f"{_NOT_PROVED}: the weights have had {updates} updates but the optimizer's moments none: "
+                f"{_NOT_PROVED}: the weights have had {updates} updates but the optimizer's moments have had none: "
                 "expected a checkpoint with its moments, or checkpoint.init_from to take its weights only"
             )
 

@@ -401,7 +401,7 @@ def test_another_place_is_not_appended(store, fields, write_store, tmp_path):
     pack_quietly(store, tmp_path / "out")
     moved = fields.assign_coords(lat=fields.lat - 1, time=fields.time + np.timedelta64(365, "D"))
     write_store(moved, tmp_path / "moved.zarr")
-    with pytest.raises(DataError, match="'lat2d' differs between the data and what is packed"):
+    with pytest.raises(DataError, match="'lat2d' of the data differs from the packed one"):
         pack_quietly(tmp_path / "moved.zarr", tmp_path / "out")
 
 

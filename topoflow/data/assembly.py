@@ -1,4 +1,4 @@
-"""From the data section of the config to data sets: the one place that knows which part needs which."""
+"""Build the data sets that the data section of the config describes."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class DataIndex:
-    """What the files were found to hold, but for the fields: a value that another process can be sent.
+    """Everything found in the files except the fields; it can be sent to another process.
 
     mask: bool [H, W], the cells that count.
     """
@@ -66,8 +66,8 @@ class ForecastData:
     def build_normalization(self, on_progress: Callable[[], None] = lambda: None) -> Normalization:
         """From the constants of data.normalization, or computed over the training split.
 
-        That takes one pass over the data, unless they are packed or the constants lie in the cache. on_progress is
-        called now and then.
+        That takes one pass over the data, unless they are packed or the constants are in the cache. on_progress is
+        called from time to time.
         """
         names = tuple(dict.fromkeys((*self.input_names, *self.target_names)))
         if self.config.normalization != "train":
@@ -87,7 +87,7 @@ class ForecastData:
         )
 
     def summary(self) -> list[str]:
-        """Lines for the log: extent, grid, splits with the starts that gaps in the data cost."""
+        """Return lines for the log: extent, grid, and splits with the starts that were lost to gaps."""
         times, (rows, columns) = self.source.times, self.grid.shape
         order = "north" if self.grid.north_first else "south"
         lines = [
@@ -119,7 +119,7 @@ def open_forecast_data(
 
 
 def index_forecast_data(config: DataConfig, with_wind: bool, with_terrain: bool) -> DataIndex:
-    """Look at all files that the config names and check them.
+    """Open and check all files that the config names.
 
     with_wind, with_terrain: whether the model uses the wind field and the terrain height. Raises ConfigError, DataError
     and MissingPath.
@@ -134,9 +134,9 @@ def index_forecast_data(config: DataConfig, with_wind: bool, with_terrain: bool)
 def open_indexed_data(
     config: DataConfig, with_wind: bool, index: DataIndex, only: Sequence[str] = SPLITS
 ) -> ForecastData:
-    """What the config makes of files that this or another process has looked at.
+    """Return the data of an index that this or another process made.
 
-    only: the splits whose starts are looked for. Raises DataError.
+    only: the splits to find starts for. Raises DataError.
     """
     source = open_indexed(index.source, config.in_memory)
     ranges = {split: getattr(config, split) for split in SPLITS}

@@ -43,7 +43,7 @@ class BatchMemory:
         self.nbytes = end
 
     def allocate(self, pinned: bool = False) -> torch.Tensor:
-        """Room for one batch, uint8 [nbytes]. pinned: page-locked, from which a GPU copies while the host goes on."""
+        """Allocate memory for one batch, uint8 [nbytes]. pinned: page-locked, for asynchronous copies to a GPU."""
         return torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=pinned)
 
     def open(self, piece: torch.Tensor, count: int) -> Batch:
@@ -63,7 +63,7 @@ class SharedSlots:
     """Pieces of memory that this process shares with the workers it forks from now on, some for each worker.
 
     A worker fills its slots in turn. torch's own way, a file in shared memory for each batch whose descriptor is
-    handed over, takes each side two milliseconds, more than to make the batch; and in a container it may not have room.
+    handed over, costs each side two milliseconds, more than making the batch; and a container may limit such files.
     """
 
     def __init__(self, memory: BatchMemory, workers: int, per_worker: int):
@@ -85,6 +85,6 @@ class SharedSlots:
     def copy(self, slot: int, count: int, pinned: bool) -> Batch:
         """Likewise, in memory of its own: the slot may then be filled anew."""
         piece = self._memory.allocate(pinned)
-        # not by torch: threads that it has for this one slow down those of the loop, as in checkpoint.fingerprint
+        # not by torch: its threads for this thread would slow down those of the loop, as in checkpoint.fingerprint
         np.copyto(piece.numpy(), self._pieces[slot])
         return self._memory.open(piece, count)

@@ -1,4 +1,4 @@
-"""Constants of normalization, kept between runs so that no data set is read for them twice."""
+"""A cache of normalization constants, so that no data set is read for them twice."""
 
 import hashlib
 import json
@@ -20,12 +20,12 @@ class NormalizationCache:
     """The entry of one data set, its training hours and variables.
 
     A small file whose name is the hash of what the constants are made of: fingerprint of the data, the hours, the
-    names, and sizes and times of change of the files. An entry that cannot be read or is damaged is as good as none;
-    one that cannot be written is a warning.
+    names, and sizes and times of change of the files. An entry that is unreadable or damaged counts as missing; one
+    that cannot be written is a warning.
 
     Args:
         folder: of the cache; None: ~/.cache/topoflow.
-        source: data that bring the moments of their days along are not cached.
+        source: data that come with the moments of each day are not cached.
         names: of the variables.
         indices: positions of the training hours in source.times.
     """
@@ -43,7 +43,7 @@ class NormalizationCache:
             self._path = root / f"normalization-{digest}.json"
 
     def read(self) -> Normalization | None:
-        """What an earlier run has left, to the bit."""
+        """Return the constants of an earlier run, bit for bit; None without a valid entry."""
         if self._path is None:
             return None
         try:
@@ -56,7 +56,7 @@ class NormalizationCache:
         return found if is_whole else None
 
     def write(self, normalization: Normalization) -> None:
-        """Leave it for later runs."""
+        """Store the constants for later runs."""
         if self._path is None:
             return
         pairs = {name: [mean.hex(), std.hex()] for name, (mean, std) in normalization.to_dict().items()}

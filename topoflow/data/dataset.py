@@ -14,7 +14,7 @@ from topoflow.errors import ConfigError
 
 _HOUR = np.timedelta64(1, "h")
 _PIECE_BYTES = 256 * 2**10
-"""What is normalized at once, so that the second look at it finds it in the processor's cache."""
+"""Amount normalized at once, so that the second pass finds it in the processor's cache."""
 
 _Run = tuple[slice, slice]
 """Consecutive rows of a sample, and the consecutive fields that they are made of."""
@@ -66,7 +66,7 @@ class ForecastDataset(torch.utils.data.Dataset):
         self._target_runs = self._runs(self.target_names, self._lead_names)
         self._wind_fields = [self._start_names.index(name) for name in wind]
         self._template = self._static_channels()
-        # all bits of a number where the mask counts the cell, none elsewhere: so zeros are made fastest
+        # all bits set where the mask includes the cell, none elsewhere: the fastest way to set zeros
         self._mask_bits = None if mask.all() else np.where(mask, np.int32(-1), np.int32(0))
         self._recent: tuple[int, np.ndarray, np.ndarray] | None = None
         self.layout = self._sample_layout()
@@ -108,15 +108,15 @@ class ForecastDataset(torch.utils.data.Dataset):
                 self._fill_inputs(start, x[row], wind[row])
                 made[start] = x[row], wind[row]
             self._fill_targets(start + int(leads[row]), y[row], valid[row])
-        # the batch is the caller's, so what may be wanted again is copied: only where it will be
+        # the batch belongs to the caller, so inputs are copied if the next batch is likely to need them
         count = len(indices)
-        goes_on = count > 1 and list(indices) == list(range(indices[0], indices[0] + count))
+        is_sequential = count > 1 and list(indices) == list(range(indices[0], indices[0] + count))
         unfinished = (indices[-1] + 1) % len(self.lead_times_hours) != 0
         start, _ = self._start_and_lead(indices[-1])
-        self._recent = (start, x[-1].copy(), wind[-1].copy()) if goes_on and unfinished else None
+        self._recent = (start, x[-1].copy(), wind[-1].copy()) if is_sequential and unfinished else None
 
     def sample_identity(self, i: int) -> str:
-        """Which sample that is, whatever the split it is taken from: "2019-01-01T05+12h"."""
+        """Return a name of the sample that does not depend on the split: "2019-01-01T05+12h"."""
         start, lead = self._start_and_lead(i)
         return f"{self.source.times[start]}+{lead}h"
 
@@ -170,16 +170,16 @@ class ForecastDataset(torch.utils.data.Dataset):
         for row in self._static:
             x[row] = self._template[row]
         fields = self.source.hour(self._start_names, start)
-        says_available = self.input_names[-1] == "available"
+        with_availability = self.input_names[-1] == "available"
         absent: np.ndarray | int = 0
         for rows, of_fields in self._input_runs:
             values = x[rows]
             np.subtract(fields[of_fields], self._input_mean[rows], out=values)
             np.divide(values, self._input_std[rows], out=values)
-            if says_available:
+            if with_availability:
                 absent = absent + np.isnan(values).sum(axis=0, dtype=np.float32)
             _zero_nan(values)
-        if says_available:
+        if with_availability:
             x[-1] = 1 - absent / np.float32(self._n_dynamic)
         for row, name in self._clock:
             x[row] = _clock_value(name, self.source.times[start])
@@ -205,7 +205,7 @@ class ForecastDataset(torch.utils.data.Dataset):
 
 
 def _zero_nan(values: np.ndarray) -> None:
-    """In one look, where numpy takes two, and many times as long where there are any."""
+    """Replace NaN by 0 in one pass; numpy takes two, and is many times slower if there are any."""
     torch.nan_to_num_(torch.from_numpy(values), nan=0.0, posinf=np.inf, neginf=-np.inf)
 
 

@@ -1,4 +1,4 @@
-"""Physical fields by name and hour: what everything that reads data sees, whatever files they lie in."""
+"""Physical fields by name and hour: the common interface of all data sets, whatever their files."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -11,7 +11,7 @@ from topoflow.data.moments import Moments
 from topoflow.data.variables import VARIABLES
 
 BLOCK_BYTES = 32 * 2**20
-"""What is read at once where much is read in a row, about."""
+"""Approximate size of one read when much is read in sequence."""
 
 
 class FieldSource(ABC):
@@ -19,7 +19,7 @@ class FieldSource(ABC):
 
     times: datetime64[h] [T], strictly increasing. grid: with the static fields that were asked for. dynamic: names of
     the fields that change in time. fingerprint: hex SHA-256 of what the data are, wherever they lie. In memory or not,
-    the same values come out. `close` before forking: what is open may not be made to be shared.
+    the same values come out. Call `close` before forking: open handles may not be safe to share.
     """
 
     def __init__(self, times: np.ndarray, grid: Grid, dynamic: tuple[str, ...], fingerprint: str):
@@ -46,14 +46,14 @@ class FieldSource(ABC):
 
     @abstractmethod
     def file_states(self, first: int, stop: int) -> list[str]:
-        """What tells a change of any file that holds the hours [first, stop)."""
+        """Return strings that change when any file that holds the hours [first, stop) changes."""
 
     def moments_of_day(self, name: str, piece: np.ndarray) -> Moments | None:
-        """Those of `name` over `piece`, all hours of a day, if the data bring them along."""
+        """Return the moments of `name` over `piece`, all hours of a day, if the data come with them."""
         return None
 
     def guard(self) -> list[str]:
-        """What changes when files of the data are changed, as far as that is cheap to know."""
+        """Return strings that change when the data files change, as far as that is cheap to find out."""
         return []
 
     @property
@@ -63,7 +63,7 @@ class FieldSource(ABC):
 
     @property
     def size_bytes(self) -> int:
-        """What all dynamic fields take as float32."""
+        """Size of all dynamic fields as float32."""
         return 4 * len(self.times) * len(self.dynamic) * self.grid.lat2d.size
 
     def read(self, name: str, indices: np.ndarray | Sequence[int] | slice) -> np.ndarray:
@@ -83,7 +83,7 @@ class FieldSource(ABC):
         return self._read_hour(names, index)
 
     def snapshot(self, names: Sequence[str], index: int) -> np.ndarray:
-        """As `hour`, but the caller's to change."""
+        """Return the same as `hour`, as a copy that the caller may change."""
         fields = self.hour(tuple(names), index)
         return fields if fields.flags.owndata else fields.copy()
 
@@ -112,7 +112,7 @@ class FieldSource(ABC):
     def compute_fingerprint(self) -> str:
         """SHA-256 over names, units, shape, times, coordinates, static fields and three hours of every field.
 
-        Those hours are read by this process, whoever made the index.
+        This process reads these hours itself, even if another one made the index.
         """
         digest = hashlib.sha256()
 
@@ -140,7 +140,7 @@ class FieldSource(ABC):
 def select(
     names: tuple[str, ...], held: tuple[str, ...], known: dict[tuple[str, ...], slice | list[int]]
 ) -> slice | list[int]:
-    """Positions of `names` in `held`: a slice where they stand in a row, so that it selects a view. `known`: a memo."""
+    """Positions of `names` in `held`: a slice if they are consecutive, so that it selects a view. `known`: a cache."""
     if names not in known:
         places = [held.index(name) for name in names]
         in_a_row = bool(places) and places == list(range(places[0], places[0] + len(places)))

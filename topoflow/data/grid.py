@@ -103,7 +103,7 @@ def load_mask(path: str | None, grid: Grid, key: str = "data.mask") -> np.ndarra
     if values.dtype.kind not in "biuf" or not np.all(np.isfinite(values)):
         raise DataError(f"{key}: {path} contains values that are not finite: expected 0 or 1 in each cell")
     if not np.any(values):
-        raise DataError(f"{key}: {path} is empty: expected at least one cell that counts")
+        raise DataError(f"{key}: {path} is empty: expected at least one cell that is not 0")
     return values != 0
 
 

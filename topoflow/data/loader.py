@@ -14,15 +14,15 @@ from topoflow.data.worker_process import WorkerContext, deferred_sigterm, start_
 from topoflow.errors import Refusal
 
 _PREFETCHED = 2
-"""Batches that torch's loader asks of each worker ahead of the one that is taken."""
+"""Batches that torch's loader requests from each worker in advance."""
 
 
 class _Batches(torch.utils.data.Dataset):
     """What torch's loader indexes, by the samples of a batch: in a worker's process, or in this one.
 
-    A worker gives (slot, number of samples), and has begun at most _PREFETCHED batches after the one that was taken
-    last: torch asks its workers in turn, for one batch more with each that it gives. So one slot more than that lets
-    what was taken stand until the next is.
+    A worker returns (slot, number of samples), and is at most _PREFETCHED batches ahead of the one that was taken last:
+    torch requests one more batch from a worker for each that it returns. So with one more slot than that, a batch that
+    was taken stays valid until the next one is taken.
     """
 
     def __init__(self, samples: BatchSource):
@@ -42,9 +42,10 @@ class _Batches(torch.utils.data.Dataset):
 
 
 class BatchLoader(DataLoader):
-    """A DataLoader over given batches whose workers leave signals, handles and the random state alone.
+    """A DataLoader over given batches whose workers do not touch signals, handles or the random state.
 
-    A refusal raised in a worker arrives as itself, one line. batch_size: samples in the largest batch.
+    A refusal raised in a worker is raised again here as the same one-line error. batch_size: samples in the largest
+    batch.
     """
 
     def __init__(self, samples: BatchSource, batches: Iterable[list[int]], batch_size: int, workers: int):
@@ -69,11 +70,11 @@ class BatchLoader(DataLoader):
             return _surface_refusals(super().__iter__())
         self._source.samples.source.close()  # each worker opens its own handles
         slots = self._source.slots = SharedSlots(self._memory, self.num_workers, _PREFETCHED + 1)
-        with deferred_sigterm():  # which would end a worker that has not come to start_worker yet
+        with deferred_sigterm():  # it would end a worker that has not reached start_worker yet
             filled = super().__iter__()
         pinned = _is_for_gpu()
         batches = (slots.copy(slot, count, pinned) for slot, count in filled)
-        # on CPU all cores compute: a thread that takes batches meanwhile only holds up the one that computes
+        # on CPU all cores are computing: a thread that fetches batches would only slow them down
         return _surface_refusals(_fetch_ahead(batches) if pinned else batches)
 
 
@@ -82,12 +83,12 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _is_for_gpu() -> bool:
-    """A run on a GPU has begun with it when it loads its first batch; one on CPU leaves it alone."""
+    """Return whether the run uses a GPU: it does so before it loads its first batch."""
     return torch.cuda.is_initialized()
 
 
 def _fetch_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same, each taken by a thread while the one before is used: a large one takes milliseconds to copy."""
+    """Yield the same batches, each copied by a thread while the previous one is used: copying takes milliseconds."""
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, batches, None)
         try:
@@ -95,7 +96,7 @@ def _fetch_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
                 coming = pool.submit(next, batches, None)
                 yield batch
         finally:
-            del coming  # an exception that it holds holds this frame, and with it the workers
+            del coming  # its exception would keep this frame alive, and with it the workers
 
 
 def _surface_refusals(batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -106,5 +107,5 @@ def _surface_refusals(batches: Iterator[Batch]) -> Iterator[Batch]:
         lines = str(refusal).rstrip().splitlines()
         if len(lines) == 1:
             raise
-        refusal.__traceback__ = None  # its frames hold it, and the workers, until the collector comes by
+        refusal.__traceback__ = None  # its frames would keep the workers alive until a garbage collection
         raise type(refusal)(lines[-1].partition(": ")[2]) from None

@@ -1,7 +1,7 @@
 """Count, mean and spread of values, in pieces that are merged in a fixed order.
 
-A piece is what one variable holds in one day. Packed data bring the moments of each day along, other data are read for
-them: the same pieces, merged in the same order, give the same bits.
+A piece is one day of one variable. Packed data come with the moments of each day; other data are read to compute them.
+The same pieces, merged in the same order, give bit-identical results.
 """
 
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ _DAY = np.timedelta64(24, "h")
 
 @dataclass(frozen=True)
 class Moments:
-    """Of the values that are there, in float64: how many, their mean, the sum of their squared deviations from it."""
+    """Number, mean and sum of squared deviations from the mean of the values that are not missing, in float64."""
 
     count: int = 0
     mean: float = 0.0
     squares: float = 0.0
 
     def merge(self, other: "Moments") -> "Moments":
-        """Those of both sets together (Chan, Golub and LeVeque 1979): no digits are lost where the mean is large."""
+        """Return the moments of both sets together (Chan, Golub and LeVeque 1979): precise for a large mean."""
         if self.count == 0 or other.count == 0:
             return other if self.count == 0 else self
         count, step = self.count + other.count, other.mean - self.mean
@@ -34,7 +34,7 @@ class Moments:
 
 
 def moments_of(values: np.ndarray) -> Moments:
-    """Those of an array of any shape, NaN where there is no value."""
+    """Return the moments of an array of any shape, NaN where a value is missing."""
     present = values[~np.isnan(values)].astype(np.float64)
     if present.size == 0:
         return Moments()

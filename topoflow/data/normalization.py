@@ -40,7 +40,7 @@ class Normalization:
 
     @classmethod
     def from_dict(cls, constants: Mapping[str, Sequence[float]]) -> "Normalization":
-        """What `to_dict` gave, exactly."""
+        """Return the constants from `to_dict`, exactly."""
         mean = {name: float(pair[0]) for name, pair in constants.items()}
         return cls(mean, {name: float(pair[1]) for name, pair in constants.items()})
 
@@ -55,7 +55,7 @@ def compute_normalization(
 
     Dynamic variables over the hours `time_indices` (positions in source.times, the training split); static ones and
     coordinates over the grid. Those that are of order 1 as they are get 0 and 1. The moments of each day are merged in
-    the order of time: packed data bring those of whole days along, the rest is read, once. The bits are the same where
+    the order of time: packed data come with those of whole days, the rest is read, once. The bits are the same where
     the values are, packed or not, in memory or not. on_progress is called now and then. DataError, naming the variable,
     if it is constant or has no value.
     """
@@ -109,7 +109,7 @@ def configured_normalization(constants: dict[str, tuple[float, float]], names: S
     """The constants of data.normalization for the variables `names`; ConfigError for one unknown or not covered."""
     unknown = [name for name in constants if name not in VARIABLES or name in UNNORMALIZED]
     if unknown:
-        raise ConfigError(f"data.normalization: {', '.join(unknown)}: expected names of variables that are normalized")
+        raise ConfigError(f"data.normalization: {', '.join(unknown)}: expected names of normalized variables")
     missing = [name for name in names if name not in constants and name not in UNNORMALIZED]
     if missing:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""A gridded data set in stores of NetCDF or Zarr, and what opens a data set of any kind."""
+"""A gridded data set in NetCDF or Zarr stores, and functions that open a data set of any kind."""
 
 import itertools
 import logging
@@ -89,7 +89,7 @@ def open_source(path: str, variables: Sequence[str], in_memory: bool | None = No
 
 
 def open_indexed(index: SourceIndex | PackedIndex, in_memory: bool | None = None) -> FieldSource:
-    """The data set of an index that this or another process made; no metadata are looked at.
+    """The data set of an index that this or another process made; no metadata are read.
 
     `in_memory`: hold the dynamic fields; None: if they lie in stores and take at most 2 GiB. Packed data are mapped:
     the processes of a node share what the operating system keeps of them. Raises DataError, naming the file.

@@ -1,4 +1,4 @@
-"""The files of a gridded data set: finding them, opening them, and refusing those that are not what they should be."""
+"""The files of a gridded data set: finding them, opening them, and refusing those that are not usable."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from topoflow.data.variables import VARIABLES, same_unit
 from topoflow.data.zarr_chunks import ChunkedArray, chunked_array
 from topoflow.errors import DataError, MissingPath
 
-if TYPE_CHECKING:  # it takes half a second to import, and where data are packed nothing needs it
+if TYPE_CHECKING:  # it takes half a second to import, and packed data do not need it
     import xarray as xr
 
 _YEARLY_STORE = re.compile(r"data_\d{4}.*\.zarr")
@@ -28,11 +28,11 @@ _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError)
 
 @dataclass(frozen=True)
 class Store:
-    """One store as it was found: a value that another process can be sent, and opens it from.
+    """One store as it was found. It can be sent to another process, which opens the store from it.
 
-    times: datetime64[h] [T], strictly increasing. handle: what xarray pickles of the opened store. Opened from it, a
-    Zarr store costs no look at its metadata, of which there is a file for each variable; NetCDF is opened again.
-    arrays: by name, the variables whose chunks hold the values as they are, so that nothing but their files is needed.
+    times: datetime64[h] [T], strictly increasing. handle: xarray's pickle of the opened store. A Zarr store opened from
+    it does not read its metadata again, of which there is a file per variable; NetCDF is opened again. arrays: by name,
+    the variables whose chunks hold plain values, which can be read without xarray.
     """
 
     path: Path
@@ -42,7 +42,7 @@ class Store:
 
     def open(self) -> "OpenStore":
         """The store, opened. DataError if it is not here, as on a node that does not see the file system."""
-        # looked for, since the parts of a Zarr array that are not there read as missing values
+        # checked here, because missing chunks of a Zarr array would read as missing values
         if not self.path.exists():
             raise DataError(
                 f"data.path: {self.path} does not exist on this machine: expected the same stores on all ranks"
@@ -97,8 +97,8 @@ class OpenStore:
         if np.isinf(fields).any():
             name = next(name for name, field in zip(names, fields, strict=True) if np.isinf(field).any())
             raise DataError(
-                f"data.path: {self._store.path}: variable {name!r} has infinite values: expected numbers, or NaN for "
-                "none"
+                f"data.path: {self._store.path}: variable {name!r} has infinite values: expected numbers, or NaN "
+                "where missing"
             )
 
     @contextmanager
@@ -272,7 +272,7 @@ def _times(dataset: "xr.Dataset", path: Path) -> np.ndarray:
     step_back = np.flatnonzero(np.diff(hours) <= np.timedelta64(0, "h"))
     if step_back.size:
         before, after = hours[step_back[0]], hours[step_back[0] + 1]
-        raise DataError(f"data.path: {path}: time {after} follows {before}: expected increasing times, none twice")
+        raise DataError(f"data.path: {path}: time {after} follows {before}: expected strictly increasing times")
     return hours
 
 
@@ -312,6 +312,6 @@ def _static_field(variable: "xr.Variable", name: str, rows: str, columns: str, p
     if name == "elevation" and empty:
         raise DataError(
             f"data.path: {path}: variable 'elevation' has no value in {empty} of {values.size} cells: "
-            "expected metres in each, 0 on the sea"
+            "expected metres in each, 0 over the sea"
         )
     return values

@@ -65,15 +65,15 @@ UNNORMALIZED = ("hour_sin", "hour_cos", "day_sin", "day_cos", "available")
 
 
 def check_names(inputs: Sequence[str], targets: Sequence[str]) -> None:
-    """ConfigError if `inputs` (data.variables) or `targets` (data.targets) hold a name that cannot stand there."""
+    """ConfigError if `inputs` (data.variables) or `targets` (data.targets) hold a name that is not allowed there."""
     for key, names in (("data.variables", inputs), ("data.targets", targets)):
         for name in names:
             if name not in VARIABLES:
                 near = difflib.get_close_matches(name, VARIABLES, n=1, cutoff=0.4)
                 hint = f" (nearest: {near[0]})" if near else ""
-                raise ConfigError(f"{key}: {name!r} is not a variable{hint}: expected among {', '.join(VARIABLES)}")
+                raise ConfigError(f"{key}: {name!r} is not a variable{hint}: expected one of {', '.join(VARIABLES)}")
     if "available" in inputs:
-        raise ConfigError("data.variables: 'available' is not listed here: expected data.availability=true to add it")
+        raise ConfigError("data.variables: 'available' cannot be listed here: set data.availability=true to add it")
     for name in targets:
         if VARIABLES[name].kind != "dynamic":
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""The worker processes of a loader: how they are forked, what they heed, and how they and the loader speak."""
+"""The worker processes of a loader: how they are forked, which signals they obey, and how they communicate."""
 
 import multiprocessing.queues
 import os
@@ -14,11 +14,11 @@ import torch
 
 
 class DirectQueue(multiprocessing.queues.SimpleQueue):
-    """A queue between processes whose `put` writes at once, with what torch's loader asks of a queue.
+    """A queue between processes whose `put` writes at once, with the methods that torch's loader needs.
 
-    multiprocessing.Queue leaves the writing to a thread. That takes the interpreter's lock from the loop just when the
-    next step begins, and with it a millisecond. Only for short messages, of which few are under way: `put` waits where
-    the pipe is full (64 KiB on Linux).
+    multiprocessing.Queue writes in a thread, which takes the interpreter's lock from the loop just when the next step
+    begins and so costs a millisecond. Only for few and short messages: `put` waits if the pipe is full (64 KiB on
+    Linux).
     """
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
@@ -39,14 +39,14 @@ class WorkerContext(ForkContext):
     """Forks, so that the fields in memory are shared with the workers, copy-on-write."""
 
     def Queue(self, maxsize: int = 0) -> DirectQueue:  # noqa: N802  # pyright: ignore[reportIncompatibleMethodOverride]  (multiprocessing's name)
-        """What the loader and its workers speak through."""
+        """Return a queue between the loader and its workers."""
         assert maxsize == 0
         return DirectQueue(ctx=self)
 
 
 @contextmanager
 def deferred_sigterm() -> Iterator[None]:
-    """A SIGTERM that comes while the block runs arrives after it; a process forked inside never gets one."""
+    """Defer SIGTERM until after the block; a process forked inside it keeps SIGTERM blocked."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
@@ -55,12 +55,12 @@ def deferred_sigterm() -> Iterator[None]:
 
 
 def start_worker(parent: int, _: int) -> None:
-    """Leave signals to the parent: a stop asked of the whole job must not end the workers before its last step."""
+    """Leave signals to the parent: a stop request to the whole job must not end the workers before the last step."""
     torch.set_num_threads(1)
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
-    # a worker that wakes does not interrupt who computes; its share of the processor is what it was
-    with suppress(AttributeError, OSError):  # Linux alone has it, and a container may forbid it
+    # a worker that wakes up does not preempt the training loop; its share of the processor stays the same
+    with suppress(AttributeError, OSError):  # only on Linux, and a container may forbid it
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     if hasattr(signal, "sigtimedwait"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -68,9 +68,9 @@ def start_worker(parent: int, _: int) -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    """Obey SIGTERM from the parent process alone, as torch's own handler does, and end when the parent is gone.
+    """Obey SIGTERM only from the parent process, as torch's own handler does, and end when the parent is gone.
 
-    torch looks for that too, but a worker whose parent was killed while it started would wait for work for ever.
+    torch checks for that too, but a worker whose parent was killed during start-up would wait for work forever.
     """
     while os.getppid() == parent:
         received = signal.sigtimedwait({signal.SIGTERM}, 1.0)

@@ -1,8 +1,8 @@
 """Zarr arrays whose chunk files are read and decoded directly, without the cost of zarr-python at every read.
 
 zarr-python spends half a millisecond on each read, whatever its size: ten times what it takes to read and decode a
-field of 32 x 64 cells. What lies in most stores (whole chunks in files of their own, little-endian numbers, at most one
-compressor) is simple enough to read here; for all else there is xarray.
+field of 32 x 64 cells. Most stores (one file per chunk, little-endian numbers, at most one compressor) are simple
+enough to read here; everything else is read by xarray.
 """
 
 import functools
@@ -114,9 +114,9 @@ def _decompressor(codec: str) -> Callable[[bytes], Any]:
 
 
 def chunked_array(array: "zarr.Array", folder: Path) -> ChunkedArray | None:
-    """The opened `array`, whose files are in `folder`; None if it is none that can be read so.
+    """Return the opened `array`, whose files are in `folder`; None if it cannot be read directly.
 
-    It says what the files hold, not what the numbers stand for: whether they need decoding is the caller's to know.
+    The result describes the stored values. Whether these need decoding is for the caller to check.
     """
     dtype, compressors, serializer = array.dtype.str, array.compressors, array.serializer
     is_plain = array.shards is None and not array.filters and array.order == "C" and len(compressors) <= 1
@@ -134,7 +134,7 @@ def chunked_array(array: "zarr.Array", folder: Path) -> ChunkedArray | None:
 
 
 def _codec_name(compressor: Any) -> str:
-    """Of format 2, what numcodecs calls it; of format 3, its name there."""
+    """Return the name of a compressor: in format 2 that of numcodecs, in format 3 that of the format."""
     return getattr(compressor, "codec_id", None) or compressor.to_dict()["name"]
 
 

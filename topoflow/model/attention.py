@@ -1,7 +1,8 @@
-"""Multi-head self-attention by torch's fused kernels, and the transformer block: timm's ViT `Block`, with its names.
+"""Multi-head self-attention with torch's fused kernels, and the transformer block: timm's ViT `Block`, same names.
 
-Scores may get biases (`topoflow.model.bias`). The kernels take no gradient of a bias, but one more forward pass gives
-that of a strength s. With b the bias, c >= 0 minus its derivative by s, p the softmax and out = p v,
+Biases may be added to the scores (`topoflow.model.bias`). The kernels do not compute the gradient of a bias, but one
+more forward pass gives that of a strength s. With b the bias, c >= 0 minus its derivative by s, p the softmax and
+out = p v,
 
     d out_i / d s = -lambda_i (m_i - out_i),    lambda_i = sum_j p_ij c_ij,    m_i = sum_j p_ij c_ij v_j / lambda_i.
 
@@ -19,10 +20,10 @@ from torch.nn import functional as F
 from topoflow.model.bias import ScoreBias
 
 QUERIES_AT_ONCE = 1024
-"""Queries whose bias is formed at once on CPU. Below 768, torch's kernel works in smaller, slower blocks."""
+"""Number of queries whose bias is formed at once on CPU. Below 768, torch's kernel uses smaller, slower blocks."""
 
 ScoreFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(sample, head, query, key) -> what is added to the scores there."""
+"""(sample, head, query, key) -> bias of the score at that place."""
 
 Kernel = Callable[[Tensor, Tensor, Tensor, ScoreFunction], tuple[Tensor, Tensor]]
 """(q, k, v, added) -> (output [B, heads, N, d], log-sum-exp of the scores [B, heads, N]), with gradients of q, k, v."""
@@ -32,7 +33,7 @@ class Attention(nn.Module):
     """Multi-head self-attention with dropout on the projection.
 
     For imported weights: attn_drop_rate drops attention weights; rel_pos_bias returns a bias [heads, N, N] with a
-    gradient. These, and biases on a GPU with flex=False, take torch's plain path in memory of several [B, heads, N, N].
+    gradient. These, and biases on a GPU with flex=False, use torch's plain path, which needs several [B, heads, N, N].
     """
 
     def __init__(
@@ -104,7 +105,7 @@ def _with_log_slope(biases: Sequence[ScoreBias], bias: ScoreBias, number: int) -
 
 
 class _WithStrengthGradients(torch.autograd.Function):
-    """Return `out` as it is; in the backward pass, add the gradients of the strengths."""
+    """Return `out` unchanged; in the backward pass, compute the gradients of the strengths too."""
 
     @staticmethod
     def forward(ctx, out: Tensor, values: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest) -> Tensor:
@@ -127,7 +128,7 @@ class _WithStrengthGradients(torch.autograd.Function):
 
 
 def _rows(added: ScoreFunction, q: Tensor, queries: slice) -> Tensor:
-    """Return what is added to the scores of these queries: [B or 1, heads or 1, queries, N]."""
+    """Return the bias of the scores of these queries: [B or 1, heads or 1, queries, N]."""
     B, heads, N, _ = q.shape
     samples, head, place = (torch.arange(length, device=q.device) for length in (B, heads, N))
     rows = added(samples.view(B, 1, 1, 1), head.view(heads, 1, 1), place[queries, None], place)
@@ -180,10 +181,10 @@ def _chunks(q: Tensor) -> list[slice]:
 def flex_kernel(q: Tensor, k: Tensor, v: Tensor, added: ScoreFunction) -> tuple[Tensor, Tensor]:
     """Attend by FlexAttention (arXiv 2412.05496), in which the bias is part of the score: for GPUs, compiled.
 
-    It could give the gradient of a captured strength too, but by an atomic addition from each score to one address,
-    slow and in no fixed order (torch 2.13), so `added` must depend on constants.
+    It could also compute the gradient of a captured strength, but with an atomic addition from each score to one
+    address, which is slow and in no fixed order (torch 2.13). So `added` must depend only on constants.
     """
-    # not above: it brings the compiler along, an import of seconds
+    # imported here, because it imports torch's compiler, which takes seconds
     from torch.nn.attention import flex_attention as flex
 
     def score_mod(score: Tensor, *place: Tensor) -> Tensor:
@@ -197,7 +198,7 @@ def flex_kernel(q: Tensor, k: Tensor, v: Tensor, added: ScoreFunction) -> tuple[
 
 @functools.cache
 def compiled_flex_kernel() -> Kernel:
-    """Return `flex_kernel`, compiled at its first call."""
+    """Return `flex_kernel`, to be compiled in its first call."""
     return torch.compile(flex_kernel)
 
 
@@ -224,7 +225,7 @@ def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block around the attention that it is given."""
+    """Pre-norm transformer block around a given attention module."""
 
     def __init__(self, attn: nn.Module, embed_dim: int, mlp_ratio: float, drop_rate: float, drop_path_rate: float):
         super().__init__()
@@ -235,6 +236,6 @@ class Block(nn.Module):
         self.drop_path_rate = drop_path_rate
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
-        """Map x [B, N, D] -> [B, N, D]; context is passed on to the attention."""
+        """Map x [B, N, D] -> [B, N, D]; context is passed to the attention."""
         x = x + drop_path(self.attn(self.norm1(x), *context), self.drop_path_rate, self.training)
         return x + drop_path(self.mlp(self.norm2(x)), self.drop_path_rate, self.training)

@@ -1,4 +1,4 @@
-"""Biases of attention: what is added to the scores before the softmax, and how it depends on learned strengths.
+"""Attention biases: what is added to the scores before the softmax, and its derivative by learned strengths.
 
 A bias is an object with element-wise functions of a place in the score matrix: (sample, head, query, key), index
 tensors that broadcast against each other. FlexAttention calls them with one place at a time, other kernels with the
@@ -16,9 +16,9 @@ LARGEST_DAMPING = 10.0
 
 
 class ScoreBias(Protocol):
-    """What is added to the scores of attention, falling with each of its strengths.
+    """A bias of attention scores that decreases with each of its strengths.
 
-    A bias that rises with a parameter takes minus that parameter as its strength; one that does both takes two
+    A bias that increases with a parameter takes minus that parameter as its strength; one that does both takes two
     strengths.
     """
 
@@ -28,11 +28,11 @@ class ScoreBias(Protocol):
         ...
 
     def detached(self) -> "ScoreBias":
-        """Return the same bias with strengths that are constants."""
+        """Return the same bias with its strengths detached."""
         ...
 
     def added(self, sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """Return what is added to the scores at these places."""
+        """Return the bias at these places."""
         ...
 
     def slopes(self, sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
@@ -44,8 +44,8 @@ class ScoreBias(Protocol):
 class TerrainBias:
     """Damping of attention to tokens that are higher than the query: -strength x height gain, clamped to [-10, 0].
 
-    heights [N] in units of the height scale; strength [1]. The gradient is 0 where the clamp holds: where strength x
-    gain exceeds 10, and everywhere for a negative strength.
+    heights [N] in units of the height scale; strength [1]. The gradient is 0 where the clamp is active: where strength
+    x gain exceeds 10, and everywhere for a negative strength.
     """
 
     heights: Tensor
@@ -57,7 +57,7 @@ class TerrainBias:
         return (self.strength,)
 
     def detached(self) -> "TerrainBias":
-        """Return the same bias with a constant strength."""
+        """Return the same bias with its strength detached."""
         return TerrainBias(self.heights, self.strength.detach())
 
     def added(self, sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """From fields to tokens: patches, their embedding by variable, aggregation over variables, and positions.
 
 A variable's token is linear in the cells of its patch, and the query that aggregates the variables is the same
-everywhere. So neither the tokens of single variables nor their keys and values are ever formed: scores come straight
-from the patches, and the value projection follows the weighted sum. That is the function of ClimaX's patch embedding
-and `nn.MultiheadAttention` (arXiv 2301.10343, section 3.1), without their [batch, variables, tokens, width] tensors.
+everywhere. So neither the tokens of single variables nor their keys and values are ever formed: scores are computed
+directly from the patches, and the value projection follows the weighted sum. The function is that of ClimaX's patch
+embedding and `nn.MultiheadAttention` (arXiv 2301.10343, section 3.1), without their [batch, variables, tokens, width]
+tensors.
 """
 
 import torch
@@ -31,7 +32,7 @@ def unpatchify(x: Tensor, grid_size: tuple[int, int], patch_size: int) -> Tensor
 
 
 class PatchEmbedding(nn.Module):
-    """One linear embedding of patches for each variable (ClimaX's `ParallelVarPatchEmbed`, whose names these are)."""
+    """One linear embedding of patches for each variable, named as in ClimaX's `ParallelVarPatchEmbed`."""
 
     def __init__(self, num_variables: int, patch_size: int, embed_dim: int):
         super().__init__()
@@ -39,9 +40,9 @@ class PatchEmbedding(nn.Module):
         self.proj_biases = nn.Parameter(torch.empty(num_variables, embed_dim))
 
     def forward(self, var_embed: Tensor) -> Tensor:
-        """The embedding as a matrix for each variable, var_embed [1, V, D] included.
+        """Return the embedding as one matrix per variable, with var_embed [1, V, D] added.
 
-        Returns [V, p*p + 1, D]: a patch of variable v with a 1 appended, times matrix v, is that variable's token.
+        They are [V, p*p + 1, D]: a patch of variable v with a 1 appended, times matrix v, is that variable's token.
         """
         weights = self.proj_weights.flatten(2).transpose(1, 2)  # [V, p*p, D]
         offsets = self.proj_biases + var_embed[0]  # [V, D]
@@ -71,9 +72,8 @@ class VariableAggregation(nn.Module):
         D, heads = query.shape[-1], self.num_heads
         inputs = inputs.reshape(B * N, V, K)
         w_query, w_key, w_value = self.in_proj_weight.chunk(3)
-        b_query, _, b_value = self.in_proj_bias.chunk(
-            3
-        )  # the key's bias shifts all scores equally, and softmax ignores that
+        # the key's bias is not needed: it shifts all scores equally, which softmax ignores
+        b_query, _, b_value = self.in_proj_bias.chunk(3)
 
         q = F.linear(query.flatten(), w_query, b_query).view(heads, 1, -1) * (D // heads) ** -0.5
         key = torch.bmm(q, w_key.view(heads, -1, D)).squeeze(1)  # [heads, D]
@@ -91,14 +91,14 @@ class VariableAggregation(nn.Module):
 
 
 def sincos_1d(embed_dim: int, positions: Tensor) -> Tensor:
-    """Sine and cosine features of positions [M] -> [M, embed_dim] float64, sines first (as in MAE)."""
+    """Return sine and cosine features of positions [M]: [M, embed_dim] float64, sines first (as in MAE)."""
     frequencies = 10000.0 ** (-torch.arange(embed_dim // 2, dtype=torch.float64) / (embed_dim / 2))
     angles = torch.outer(positions.double(), frequencies)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def sincos_2d(embed_dim: int, grid_size: tuple[int, int]) -> Tensor:
-    """Features of the (rows, columns) of a grid in raster order -> [rows*columns, embed_dim] float64.
+    """Return features of the (rows, columns) of a grid in raster order: [rows*columns, embed_dim] float64.
 
     The first half encodes the column, the second the row, as in MAE and ClimaX.
     """

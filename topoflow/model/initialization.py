@@ -1,7 +1,7 @@
-"""Initial weights: each parameter from a generator of its own, keyed by (seed, name).
+"""Initial weights: each parameter has a generator of its own, keyed by (seed, name).
 
 So the bits of one parameter depend on nothing else: not on other options of the model, the global random state, the
-world size or the device. Draws are in float64 and then rounded, which hides what processors differ in.
+world size or the device. Values are drawn in float64 and then rounded, which hides differences between processors.
 """
 
 import hashlib
@@ -16,15 +16,15 @@ LINEAR_STD = 0.02
 """Standard deviation of queries and relative positions, and of linear weights at REFERENCE_WIDTH (ClimaX, timm)."""
 
 REFERENCE_WIDTH = 768
-"""Width of the paper scale. At other widths, linear weights have the variance that passes signals on as they are there.
+"""Width of the paper scale. At other widths, the variance of linear weights is scaled so that signals keep their size.
 
-With 0.02 at width 96, a signal loses 5 times its size in each layer of the head, and training is slow to start.
+With 0.02 at width 96, a signal shrinks by a factor of 5 in each layer of the head, and training starts slowly.
 """
 
 LARGEST_LEAD_HOURS = 100.0
 
 LARGEST_DEVIATION = 9.0
-"""In standard deviations, more than any draw: Box and Muller's method on 53 bits ends at sqrt(2 * 53 ln 2) = 8.6."""
+"""In standard deviations, beyond any draw: Box and Muller's method reaches sqrt(2 * 53 ln 2) = 8.6 with 53 bits."""
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -33,7 +33,7 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 
 def _truncated_normal(parameter: Tensor, std: float, generator: torch.Generator) -> Tensor:
-    """Normal within -2 and 2, as timm has it: at most scales that cuts nothing, and is not looked for."""
+    """Draw from a normal distribution truncated to [-2, 2], as timm does; for a small `std` nothing is truncated."""
     value = torch.empty(parameter.shape, dtype=torch.float64)
     if LARGEST_DEVIATION * std < 2:
         return value.normal_(0.0, std, generator=generator)
@@ -57,7 +57,7 @@ def _initial_value(
     if name == "var_agg.in_proj_weight":
         return _uniform(parameter, math.sqrt(6 / sum(parameter.shape)), generator)  # nn.MultiheadAttention's
     if name == "lead_time_embed.weight":
-        # its input is hours, up to about 100: at the usual scale the embedding would drown the tokens
+        # its input is hours, up to about 100: at the usual scale the embedding would dwarf the tokens
         return _truncated_normal(parameter, LINEAR_STD / LARGEST_LEAD_HOURS, generator)
     if last in ("bias", "in_proj_bias", "proj_biases") or name.startswith("wind_rank.fc2."):
         return torch.zeros_like(parameter)
@@ -74,7 +74,7 @@ def _initial_value(
 
 @torch.no_grad()
 def initialize_weights(model: nn.Module, grid_size: tuple[int, int], seed: int) -> None:
-    """Set all parameters of a TopoFlow on CPU but elevation_alpha, which starts as configured.
+    """Set all parameters of a TopoFlow on CPU except elevation_alpha, whose initial value is configured.
 
     `grid_size` is (rows, columns) of patches.
     """

@@ -1,6 +1,6 @@
-"""Forms of the network that survive only for weights that were trained with them, each behind an option of its own.
+"""Variants of the network kept only for weights that were trained with them, each behind an option of its own.
 
-`model.relative_position` and `model.patch_norm` are of the published program, `model.wind=legacy_regional` is of its
+`model.relative_position` and `model.patch_norm` belong to the published program, `model.wind=legacy_regional` to its
 predecessor (`topoflow import-lightning` reads the checkpoints of both). A new run needs none of them.
 """
 
@@ -12,7 +12,7 @@ from topoflow.errors import ConfigError
 from topoflow.model.embedding import PatchEmbedding
 
 NUM_BUCKETS = 32
-"""Buckets of an axis: half for each sign."""
+"""Buckets per axis: half for each sign."""
 
 MAX_DISTANCE = 128
 """Positions along an axis, whatever the grid."""
@@ -33,13 +33,13 @@ class NormedPatchEmbedding(PatchEmbedding):
         self.norm = nn.LayerNorm(embed_dim)
 
     def tokens(self, patches: Tensor, var_embed: Tensor) -> Tensor:
-        """Patches with a 1 appended [B, N, V, p*p + 1], var_embed [1, V, D] -> tokens [B, N, V, D]."""
+        """Map patches with a 1 appended [B, N, V, p*p + 1] and var_embed [1, V, D] to tokens [B, N, V, D]."""
         matrices = self(torch.zeros_like(var_embed))  # [V, p*p + 1, D]
         return self.norm(torch.einsum("bnvk,vkd->bnvd", patches, matrices)) + var_embed
 
 
 def axis_buckets(size: int) -> Tensor:
-    """Bucket of the offset between any two of `size` positions along an axis: int64 [size, size], query first.
+    """Return the bucket of the offset between any two of `size` positions on an axis: int64 [size, size], query first.
 
     Positions are spread over MAX_DISTANCE and truncated to integers; d = query - key. The bucket is 16 if d > 0, plus,
     with n = |d|: n below 8, else min(15, 8 + floor(log(n / 8) / log(16) * 8)) (T5's rule, arXiv 1910.10683).
@@ -65,7 +65,7 @@ class RelativePositionBias(nn.Module):
         self.register_buffer("column_buckets", axis_buckets(grid_size[1]), persistent=False)
 
     def forward(self) -> Tensor:
-        """-> [heads, N, N], rows are queries, N in raster order."""
+        """Return the bias [heads, N, N]: rows are queries, N in raster order."""
         across = NUM_BUCKETS * self.column_buckets[None, :, None, :]  # [1, columns, 1, columns]
         entries = across + self.row_buckets[:, None, :, None]  # [rows, columns, rows, columns]
         N = entries.shape[0] * entries.shape[1]
@@ -83,12 +83,12 @@ def require_regional_grid(img_size: tuple[int, int], patch_size: int) -> None:
 
 
 def regional_wind_order(wind_ms: Tensor) -> Tensor:
-    """Where the token at each place comes from in the predecessor's wind scan: wind_ms [B, 2, 128, 256] -> [B, 8192].
+    """Return the token index at each place of the predecessor's wind scan: wind_ms [B, 2, 128, 256] -> [B, 8192].
 
     Region k holds the tokens 8k to 8k + 7 of the raster, which are 8 tokens of one row; its wind is that of block k in
     another division of the field, 32 x 32 blocks of 4 x 8 cells, and its tokens are sorted as if they were 2 rows of 4
-    in the corner of the grid. Positions, terrain and output stay in raster order. All of that is part of what those
-    weights have learned.
+    in the corner of the grid. Positions, terrain and output stay in raster order. Those weights were trained
+    with all of this.
     """
     B, device = wind_ms.shape[0], wind_ms.device
     wind = wind_ms.double()
@@ -106,6 +106,6 @@ def regional_wind_order(wind_ms: Tensor) -> Tensor:
 
 
 def scan_regionally(tokens: Tensor, wind_ms: Tensor) -> Tensor:
-    """Tokens [B, 8192, D] in raster order, put in the order of `regional_wind_order`."""
+    """Reorder tokens [B, 8192, D] from raster order to that of `regional_wind_order`."""
     order = regional_wind_order(wind_ms)
     return tokens.gather(1, order.unsqueeze(-1).expand_as(tokens))

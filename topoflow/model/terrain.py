@@ -13,7 +13,7 @@ H_SCALE_M = 1000.0
 def patch_heights(elevation_m: Tensor, patch_size: int) -> Tensor:
     """Return the mean height in metres of each patch: elevation_m [H, W] -> [N] in raster order.
 
-    A cell below sea level counts as 0 before the mean is taken: air is above the sea's surface, however deep the sea.
+    Cells below sea level count as 0 in the mean: air is above the sea's surface, however deep the sea.
     """
     H, W = elevation_m.shape
     cells = elevation_m.clamp(min=0.0).reshape(H // patch_size, patch_size, W // patch_size, patch_size)

@@ -1,4 +1,4 @@
-"""The assembly: fields -> tokens -> transformer -> fields."""
+"""The whole network: fields -> tokens -> transformer -> fields."""
 
 from collections.abc import Sequence
 
@@ -24,10 +24,9 @@ class TopoFlow(nn.Module):
     input_names and target_names are the channels of the input and of the output; img_size is (rows, columns) of the
     grid; patch_x_km, patch_y_km [N] are the patch centres in raster order, x east and y north, used if config.wind is
     rank. activation_checkpointing: recompute blocks in the backward pass. flex_attention: attend with biases by
-    FlexAttention on GPUs, else by torch's plain path. Weights are whatever torch's layers start with: `build_model`
-    gives the initial ones. Raises ConfigError if the patch size does not divide the grid or the wind scan is not
-    defined on it, ValueError if the patch centres are not
-    N finite numbers.
+    FlexAttention on GPUs, else by torch's plain path. Weights are those of torch's layers: `build_model` sets the
+    initial ones. Raises ConfigError if the patch size does not divide the grid or the wind scan is not defined on it,
+    ValueError if the patch centres are not N finite numbers.
     """
 
     def __init__(
@@ -123,7 +122,7 @@ class TopoFlow(nn.Module):
         return unpatchify(x, self.grid_size, self.config.patch_size)
 
     def _embed(self, x: Tensor, lead_time_hours: Tensor, wind_ms: Tensor | None) -> Tensor:
-        """Tokens [B, N, D] of the fields [B, V, H, W], in raster order."""
+        """Return the tokens [B, N, D] of the fields [B, V, H, W], in raster order."""
         patches = split_patches(x, self.config.patch_size)  # [B, N, V, p*p]
         patches = F.pad(patches, (0, 1), value=1.0)  # the 1 that carries biases and variable embedding
         if isinstance(self.token_embeds, NormedPatchEmbedding):
@@ -132,7 +131,7 @@ class TopoFlow(nn.Module):
             tokens = self.var_agg(self.var_query, patches, self.token_embeds(self.var_embed))
         if self.config.wind == "legacy_regional":
             assert wind_ms is not None  # by _check_shapes
-            tokens = scan_regionally(tokens, wind_ms)  # all that follows takes them for tokens in raster order
+            tokens = scan_regionally(tokens, wind_ms)  # all later code treats them as tokens in raster order
         lead_time = self.lead_time_embed(lead_time_hours.unsqueeze(-1)).unsqueeze(1)  # [B, 1, D]
         tokens = tokens + self.pos_embed + lead_time
         if self.config.wind == "rank":
@@ -166,9 +165,9 @@ def build_model(
     activation_checkpointing: bool = False,
     flex_attention: bool = True,
 ) -> TopoFlow:
-    """A TopoFlow on CPU with its initial weights, a pure function of the arguments.
+    """Return a TopoFlow on CPU with its initial weights, a pure function of the arguments.
 
-    The global random state is as before. Arguments and errors as for `TopoFlow`.
+    The global random state is left unchanged. Arguments and errors as for `TopoFlow`.
     """
     with torch.random.fork_rng(devices=[]):  # torch's layers draw values of their own, all replaced below
         model = TopoFlow(

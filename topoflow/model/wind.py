@@ -1,4 +1,4 @@
-"""Where each token stands along the wind, and an embedding of it (arXiv 2602.16821 sorts the tokens instead).
+"""The position of each token along the wind, and its embedding (arXiv 2602.16821 sorts the tokens instead).
 
 Nothing is permuted: position, terrain and output stay in raster order.
 """
@@ -10,19 +10,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 CALM_M_S = 1e-6
-"""Speed of the mean wind, in m/s, below which no direction is read from it."""
+"""Speed of the mean wind, in m/s, below which its direction is ignored."""
 
 NUM_FEATURES = 8
 HIDDEN_DIM = 64
 
 
 def rank_along_wind(wind_ms: Tensor, x_km: Tensor, y_km: Tensor) -> Tensor:
-    """Rank of each patch along the mean wind of its sample, scaled to [0, 1], 0 the most upwind.
+    """Return the rank of each patch along its sample's mean wind, scaled to [0, 1], 0 the most upwind.
 
-    wind_ms [B, 2, H, W] is (u, v) in m/s; x_km (east) and y_km (north) [N] are the patch centres, float64. Returns
-    [B, N] float64. Patches at the same distance along the wind share the mean of their ranks; a calm field, and a grid
-    of one patch, give 0.5. Distances that differ by less than 1e-12 of the grid's extent are the same: that much is
-    rounding, and would otherwise split ties. Reversing the wind negates distances exactly, so it turns r into 1 - r.
+    wind_ms [B, 2, H, W] is (u, v) in m/s; x_km (east) and y_km (north) [N] are the patch centres, float64. The result
+    is [B, N] float64. Patches at the same distance along the wind share the mean of their ranks; a calm field, and a
+    grid of one patch, give 0.5. Distances that differ by less than 1e-12 of the grid's extent are the same: that much
+    is rounding, and would otherwise split ties. Reversing the wind negates distances exactly, so it turns r into 1 - r.
     """
     N = x_km.numel()
     # float64 sums of float32 fields are exact in practice, so the order of the cells does not matter
@@ -41,7 +41,7 @@ def rank_along_wind(wind_ms: Tensor, x_km: Tensor, y_km: Tensor) -> Tensor:
 
 
 class WindRank(nn.Module):
-    """Embedding of the rank along the wind: a small MLP over cosines of it, whose last layer starts at zero.
+    """Embedding of the rank along the wind: a small MLP of its cosines, whose last layer starts at zero.
 
     patch_x_km, patch_y_km [N]: patch centres in raster order, east and north.
     """
@@ -60,7 +60,7 @@ class WindRank(nn.Module):
         self.fc2 = nn.Linear(HIDDEN_DIM, embed_dim)
 
     def forward(self, wind_ms: Tensor) -> Tensor:
-        """wind_ms [B, 2, H, W] in m/s -> [B, N, D]."""
+        """Return the embedding [B, N, D] of the ranks along wind_ms [B, 2, H, W], (u, v) in m/s."""
         with torch.no_grad():
             rank = rank_along_wind(wind_ms, self.x_km, self.y_km)
         features = torch.cos(rank.float().unsqueeze(-1) * self.frequencies)

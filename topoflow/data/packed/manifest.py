@@ -68,7 +68,7 @@ class PackedYear:
 class Manifest:
     """All of a packed data set but its numbers. Years are in order; shape is that of the grid.
 
-    settings: what it was asked to be, by the names of the options: years appended later must be asked for alike.
+    settings: what it was asked to be, by the names of the options: years appended later must have the same.
     """
 
     settings: dict[str, Any]
@@ -122,8 +122,8 @@ def read_manifest(folder: Path) -> Manifest:
             years=tuple(_year(**year) for year in content["years"]),
         )
     except (KeyError, TypeError):
-        raise DataError(f"{path}: is damaged: it lacks what the format has") from None
-    # the text itself is compared: a byte that JSON does not mind is found too
+        raise DataError(f"{path}: is damaged: it lacks a key of the format") from None
+    # the text itself is compared: this also detects changes that JSON parsing ignores
     if manifest.text() != text:
         raise DataError(f"{path}: is damaged: it does not match its own hash")
     return manifest

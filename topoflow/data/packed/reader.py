@@ -55,7 +55,10 @@ def index_packed(folder: Path, variables: Sequence[str]) -> PackedIndex:
             has = ", ".join(sorted((*held, *({"elevation", "population"} & manifest.statics.keys()))))
             raise DataError(f"data.path: {folder} has no variable {name!r}: it has {has}")
         if name in held and held[name].unit != VARIABLES[name].unit:
-            raise DataError(f"data.path: {folder}: variable {name!r} has units {held[name].unit!r}: packed by another")
+            raise DataError(
+                f"data.path: {folder}: variable {name!r} has units {held[name].unit!r}: "
+                f"expected {VARIABLES[name].unit!r} (pack the data again)"
+            )
     plain = build_grid(*(_read_static(folder, manifest, name) for name in ("lat2d", "lon2d")), where=str(folder))
     statics = {name: _read_static(folder, manifest, name) for name in ("elevation", "population") if name in wanted}
     grid = Grid(
@@ -138,7 +141,7 @@ class PackedSource(FieldSource):
         fields = year.array[position, places]
         if not self._is_scaled:
             return fields
-        # torch converts float16 several times as fast as numpy; the copy is because it wants arrays that can be written
+        # torch converts float16 several times as fast as numpy; the copy is because it needs a writable array
         values = torch.from_numpy(fields.copy()).float().numpy()
         values *= self._scale[places]
         values += self._offset[places]
@@ -176,7 +179,7 @@ class _Map:
         self._header, self._hour_bytes = header, self.array[0].nbytes if len(self.array) else 0
 
     def expect(self, position: int, places: slice | list[int]) -> None:
-        """Let the operating system fetch an hour at once, not page by page as it is looked at."""
+        """Tell the operating system to fetch an hour at once, not page by page on access."""
         field = self._hour_bytes // self.array.shape[1]
         first, last = (places.start, places.stop) if isinstance(places, slice) else (min(places), max(places) + 1)
         begin = self._header + position * self._hour_bytes + first * field

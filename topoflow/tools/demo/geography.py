@@ -1,4 +1,4 @@
-"""Where the demo world plays: terrain with a ridge and a basin, towns, and the ways of the wind round the terrain."""
+"""Geography of the demo world: terrain with a ridge and a basin, towns, and the flow of air around the terrain."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ PLAIN_M = 60.0
 LAYER_M = 1000.0
 """Depth of the polluted layer over the plain."""
 OVERFLOW_M = 1500.0
-"""Height above the plain at which terrain fills the layer but for SHALLOWEST of its depth."""
+"""Height above the plain at which terrain leaves only SHALLOWEST of the layer's depth."""
 SHALLOWEST = 0.12
 BASIN = (0.27, 0.55)
 """Centre of the basin, east and north over the domain."""
@@ -33,26 +33,26 @@ class Geography:
     dy_m: float
     elevation_m: np.ndarray
     depth: np.ndarray
-    """Depth of the layer that air moves in over LAYER_M: 1 over the plain, SHALLOWEST over high ridges."""
+    """Depth of the layer that air moves in, relative to LAYER_M: 1 over the plain, SHALLOWEST over high ridges."""
     population: np.ndarray
     towns: np.ndarray
     """[TOWNS, H, W]: people and traffic of each town; 1 at the centre of the largest."""
     industry: np.ndarray
-    """Emission pattern of industry, which stands off the town centres; 1 at the largest peak."""
+    """Emission pattern of industry, which lies outside the town centres; 1 at the largest peak."""
     flow_x: np.ndarray
     """[2, H, W + 1]: eastward air flux (depth times m/s) through cell sides, for 1 m/s from west and from south."""
     flow_y: np.ndarray
     """[2, H + 1, W]: northward air flux, likewise."""
 
     def wind(self, steering_ms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Eastward and northward wind at the cell centres, m/s, [n, H, W] each, for large-scale winds [n, 2]."""
+        """Return eastward and northward wind at the cell centres, m/s, [n, H, W] each, for large-scale winds [n, 2]."""
         east = (self.flow_x[:, :, 1:] + self.flow_x[:, :, :-1]) / (2 * self.depth)
         north = (self.flow_y[:, 1:] + self.flow_y[:, :-1]) / (2 * self.depth)
         return np.einsum("nk,kij->nij", steering_ms, east), np.einsum("nk,kij->nij", steering_ms, north)
 
 
 def build_geography(shape: tuple[int, int], generator: np.random.Generator) -> Geography:
-    """Terrain, towns and flow patterns for `shape` = (rows, columns), drawn from `generator`."""
+    """Draw terrain, towns and flow patterns for `shape` = (rows, columns) from `generator`."""
     rows, columns = shape
     lat = SOUTH_WEST[0] + (np.arange(rows) + 0.5) * CELL_DEGREES
     lon = SOUTH_WEST[1] + (np.arange(columns) + 0.5) * CELL_DEGREES
@@ -78,7 +78,7 @@ def build_geography(shape: tuple[int, int], generator: np.random.Generator) -> G
 
 
 def _relief(shape: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
-    """Height above the plain in metres [H, W]: a winding ridge, a basin within a broken ring, hills; 0 at the edges."""
+    """Return the height above the plain in metres [H, W]: ridge, basin in a broken ring, hills; 0 at the edges."""
     rows, columns = shape
     # east and north position of the cell centres, 0 to 1 over the domain
     north, east = np.meshgrid((np.arange(rows) + 0.5) / rows, (np.arange(columns) + 0.5) / columns, indexing="ij")
@@ -100,13 +100,13 @@ def _relief(shape: tuple[int, int], generator: np.random.Generator) -> np.ndarra
 
 
 def _from_edge(count: int) -> np.ndarray:
-    """0 in the outermost cells, rising to 1 over a tenth of the domain (at least two cells)."""
+    """Return 0 in the outermost cells, rising to 1 over a tenth of the domain (at least two cells)."""
     cell = np.arange(count)
     return np.minimum(np.minimum(cell, count - 1 - cell) / max(2.0, count / 10), 1.0)
 
 
 def _settlements(relief_m: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Towns [TOWNS, H, W] and industry [H, W]: on low ground, apart, off the edges; the first in the basin."""
+    """Place towns [TOWNS, H, W] and industry [H, W]: on low ground, apart, off the edges; one in the basin."""
     rows, columns = relief_m.shape
     row, column = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
     low = 1.0 / (1.0 + (relief_m / 300.0) ** 4)
@@ -117,24 +117,24 @@ def _settlements(relief_m: np.ndarray, generator: np.random.Generator) -> tuple[
     centre = round(BASIN[1] * rows), round(BASIN[0] * columns)
     for k in range(TOWNS):
         distance = np.hypot(row - centre[0], column - centre[1])
-        # nobody lives up the slopes
+        # slopes are not settled
         towns[k] = low * np.exp(-0.5 * (distance / radius) ** 2) * generator.uniform(0.3, 1.0)
         if k % 2 == 0:
-            beside = np.hypot(row - centre[0] - 1.5 * radius, column - centre[1] + radius)
-            industry = np.maximum(industry, low * np.exp(-0.5 * (beside / (0.8 * radius)) ** 2))
+            to_industry = np.hypot(row - centre[0] - 1.5 * radius, column - centre[1] + radius)
+            industry = np.maximum(industry, low * np.exp(-0.5 * (to_industry / (0.8 * radius)) ** 2))
         free *= 1 - np.exp(-0.5 * (distance / (4.5 * radius)) ** 2)
         centre = divmod(int(generator.choice(rows * columns, p=(free / free.sum()).ravel())), columns)
     return towns, industry
 
 
 def build_flow(depth: np.ndarray, dx_m: float, dy_m: float) -> tuple[np.ndarray, np.ndarray]:
-    """Steady air flux through the sides of the cells for 1 m/s from west and from south.
+    """Return the steady air flux through the sides of the cells for 1 m/s from west and from south.
 
-    The flow of a layer in which the pressure gradient works against a drag at the ground that is linear in the wind and
-    so weighs as 1 / depth on the air: wind / depth = - gradient of a potential. It has no divergence, so depth * wind =
+    In this layer the pressure gradient balances a drag at the ground that is linear in the wind, so that its effect on
+    the air goes as 1 / depth: wind / depth = - gradient of a potential. It has no divergence, so depth * wind =
     (d psi / dy, - d psi / dx) and div(grad(psi) / depth**2) = 0, with psi of the undisturbed wind at the edges, where
-    `depth` is 1. Air goes round terrain rather than over it. The stream function psi stands on the cells' corners, so
-    that what flows into a cell flows out of it to the last bits.
+    `depth` is 1. Air flows around terrain rather than over it. The stream function psi is defined at the corners of the
+    cells, so that inflow and outflow of a cell are equal up to rounding.
 
     Args:
         depth: of the layer, relative, [H, W].
@@ -159,10 +159,10 @@ def build_flow(depth: np.ndarray, dx_m: float, dy_m: float) -> tuple[np.ndarray,
 
 
 def _solve_stream_function(psi: np.ndarray, along_x: np.ndarray, along_y: np.ndarray) -> np.ndarray:
-    """Solves for psi [H + 1, W + 1] at the inner corners, its edges held, by conjugate gradients (diagonal scaling)."""
+    """Solve for psi [H + 1, W + 1] inside its fixed edges, by conjugate gradients with diagonal scaling."""
 
     def curl(field: np.ndarray) -> np.ndarray:
-        """Circulation round each inner corner, [H - 1, W - 1]."""
+        """Return the circulation around each inner corner, [H - 1, W - 1]."""
         side_y = along_y * np.diff(field, axis=0)[:, 1:-1]
         side_x = along_x * np.diff(field, axis=1)[1:-1]
         return -np.diff(side_y, axis=0) - np.diff(side_x, axis=1)

@@ -12,12 +12,13 @@ def advect(
     cell_m: tuple[float, float],
     seconds: float,
 ) -> np.ndarray:
-    """Carries concentrations along with a non-divergent air flux for `seconds`, in as many steps as stability asks.
+    """Carry concentrations with a non-divergent air flux for `seconds`, in as many steps as stability requires.
 
     A finite-volume scheme, split into directions whose order alternates: van Leer's upwind fluxes with monotonized
-    central slopes (van Leer 1977, J. Comput. Phys. 23, 263-275 and 276-299), and the air in each cell carried through
-    the split steps along with the tracers (Easter 1993, Mon. Wea. Rev. 121, 297-304). So mass is conserved, values stay
-    within those of their neighbours and of the inflow (none turns negative), and an even field stays even.
+    central slopes (van Leer 1977, J. Comput. Phys. 23, 263-275 and 276-299), and the air in each cell is carried
+    through the split steps along with the tracers (Easter 1993, Mon. Wea. Rev. 121, 297-304). So mass is conserved,
+    values stay within those of their neighbours and of the inflow (none turns negative), and a uniform field stays
+    uniform.
 
     Args:
         tracers: concentrations [S, H, W].
@@ -30,7 +31,7 @@ def advect(
         concentrations [S, H, W].
     """
     dx, dy = cell_m
-    # the share of its air that a cell gives away in a second; below 1 a step, the split steps leave some air in each
+    # fraction of its air that a cell loses per second; below 1 per step, the split steps leave some air in each cell
     share_x = (np.maximum(flow_x[:, 1:], 0) - np.minimum(flow_x[:, :-1], 0)) / (dx * depth)
     share_y = (np.maximum(flow_y[1:], 0) - np.minimum(flow_y[:-1], 0)) / (dy * depth)
     steps = max(1, int(np.ceil(seconds * (share_x + share_y).max() / 0.8)))
@@ -50,7 +51,7 @@ def advect(
 def _advect_rows(
     tracers: np.ndarray, air: np.ndarray, flow: np.ndarray, edge: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One step along the last axis: tracers [S, A, B], air [A, B], flow [A, B + 1] in units of air a step."""
+    """Do one step along the last axis: tracers [S, A, B], air [A, B], flow [A, B + 1] in units of air per step."""
     wide = np.broadcast_to(edge, (*tracers.shape[:2], 1))
     padded = np.concatenate([wide, tracers, wide], axis=2)
     difference = np.diff(padded, axis=2)
@@ -58,7 +59,7 @@ def _advect_rows(
     # monotonized central slope of each cell, 0 at extrema
     limit = 2 * np.minimum(np.abs(left), np.abs(right))
     slope = np.where(left * right > 0, np.clip((left + right) / 2, -limit, limit), 0.0)
-    # value of the air that leaves a cell to the right and to the left: the mean over the part that goes
+    # concentration of the air that leaves a cell to the right and to the left: the mean over the part that leaves
     to_right = np.maximum(flow[:, 1:], 0) / air
     to_left = np.maximum(-flow[:, :-1], 0) / air
     leaving_right = np.concatenate([wide, tracers + slope * (1 - to_right) / 2], axis=2)
@@ -71,9 +72,9 @@ def _advect_rows(
 def diffuse(
     tracers: np.ndarray, depth: np.ndarray, diffusivity: float, cell_m: tuple[float, float], seconds: float
 ) -> np.ndarray:
-    """Mixes concentrations [S, H, W] with `diffusivity` in m2/s through the sides of the cells, none through the edges.
+    """Mix concentrations [S, H, W] with `diffusivity` in m2/s through the sides of the cells, none through the edges.
 
-    The flux through a side is as deep as the shallower of its two cells, so ridges part the air on their two sides.
+    The flux through a side is as deep as the shallower of its two cells, so ridges separate the air on their two sides.
     """
     dx, dy = cell_m
     steps = max(1, int(np.ceil(seconds * diffusivity * (1 / dx**2 + 1 / dy**2) / 0.25)))

@@ -1,4 +1,4 @@
-"""Weather of the demo world: travelling disturbances that turn the wind over days, sun, and the effect of height."""
+"""Weather of the demo world: travelling disturbances that turn the wind over days, sunlight, effect of height."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import numpy as np
 from topoflow.tools.demo.geography import Geography
 
 TURN_HOURS = 132.0
-"""Time of a full turn of the wind under a disturbance of usual strength."""
+"""Time of a full turn of the wind under a disturbance of typical strength."""
 WAVE_M = 1.6e6
 """Wavelength of the disturbances."""
 GRAVITY, GAS_CONSTANT, LAPSE_K_PER_M = 9.80665, 287.05, 6.5e-3
@@ -16,12 +16,12 @@ GRAVITY, GAS_CONSTANT, LAPSE_K_PER_M = 9.80665, 287.05, 6.5e-3
 
 @dataclass(frozen=True)
 class Weather:
-    """Hourly weather at large; `weather_fields` makes fields of it."""
+    """Large-scale weather of each hour; `weather_fields` turns it into fields."""
 
     times: np.ndarray
     """datetime64[h] [T], local solar time."""
     strength: np.ndarray
-    """Strength of the disturbance over its usual one [T]."""
+    """Strength of the disturbance relative to the typical one [T]."""
     phase: np.ndarray
     """Phase of the disturbance at the west edge, radians, rising with time [T]."""
     steering_ms: np.ndarray
@@ -44,7 +44,7 @@ class WeatherFields:
 
 
 def red_noise(hours: int, memory_hours: float, generator: np.random.Generator, series: int = 1) -> np.ndarray:
-    """Gaussian noise of variance 1 whose correlation falls to 1/e in `memory_hours`: [hours, series]."""
+    """Return Gaussian noise of variance 1 whose correlation falls to 1/e in `memory_hours`: [hours, series]."""
     keep = float(np.exp(-1 / memory_hours))
     kicks = generator.standard_normal((hours, series)) * np.sqrt(1 - keep**2)
     noise = np.empty((hours, series))
@@ -56,10 +56,10 @@ def red_noise(hours: int, memory_hours: float, generator: np.random.Generator, s
 
 
 def draw_weather(times: np.ndarray, generator: np.random.Generator) -> Weather:
-    """A history of the large-scale weather over `times` [T].
+    """Draw a history of the large-scale weather over `times` [T].
 
-    The wind turns with the phase of the disturbance, faster in strong ones, by a pace that wanders as well. So the next
-    two days can be judged from the fields of the present, later ones less and less.
+    The wind turns with the phase of the disturbance, faster in strong ones, at a rate that also varies at random. So
+    the next two days can be predicted from the present fields, later ones less and less.
     """
     hours = len(times)
     strength = np.exp(0.4 * red_noise(hours, 96.0, generator)[:, 0])
@@ -71,7 +71,7 @@ def draw_weather(times: np.ndarray, generator: np.random.Generator) -> Weather:
 
 
 def weather_fields(weather: Weather, hours: slice, geography: Geography) -> WeatherFields:
-    """The fields at some hours of `weather`; temperature, vapour and pressure fall with terrain height."""
+    """Return the fields at some hours of `weather`; temperature, vapour and pressure fall with terrain height."""
     times = weather.times[hours]
     hour = ((times - times.astype("datetime64[D]")) / np.timedelta64(1, "h"))[:, None, None]
     day = ((times - times.astype("datetime64[Y]")) / np.timedelta64(24, "h"))[:, None, None]
@@ -87,7 +87,7 @@ def weather_fields(weather: Weather, hours: slice, geography: Geography) -> Weat
     cloud = np.clip(0.25 + 0.55 * np.cos(wave - 2.2) * strength, 0.0, 0.9)
     sun = _sun_height(geography.lat[:, None], day, hour) * (1 - 0.7 * cloud)
 
-    # the year's and the day's warmth (warmest in the afternoon, less under cloud), and the disturbance's warm sector
+    # seasonal and daily cycle (warmest in the afternoon, weaker under cloud), and the disturbance's warm sector
     sea_temp = 288.0 - 5.0 * np.cos(2 * np.pi * (day - 20) / 365.25) - 0.5 * (geography.lat[:, None] - geography.lat[0])
     daily = 4.5 * (1 - 0.6 * cloud) * np.cos(2 * np.pi * (hour - 14.5) / 24)
     temp = sea_temp + daily + 4.0 * strength * np.sin(wave + 0.4) - LAPSE_K_PER_M * height_m
@@ -100,19 +100,19 @@ def weather_fields(weather: Weather, hours: slice, geography: Geography) -> Weat
 
 
 def saturation_pressure(temp: np.ndarray) -> np.ndarray:
-    """Saturation vapour pressure over water in Pa at `temp` in K (Bolton 1980, Mon. Wea. Rev. 108, 1046, eq. 10)."""
+    """Return the saturation pressure over water in Pa, temp in K (Bolton 1980, Mon. Wea. Rev. 108, 1046, eq. 10)."""
     celsius = temp - 273.15
     return 611.2 * np.exp(17.67 * celsius / (celsius + 243.5))
 
 
 def _uphill(u: np.ndarray, v: np.ndarray, geography: Geography) -> np.ndarray:
-    """Vertical wind at the ground in m/s: the wind along the terrain's slope."""
+    """Return the vertical wind at the ground in m/s, which follows the slope of the terrain."""
     slope_y, slope_x = np.gradient(geography.elevation_m, geography.dy_m, geography.dx_m)
     return u * slope_x + v * slope_y
 
 
 def _sun_height(lat: np.ndarray, day: np.ndarray, hour: np.ndarray) -> np.ndarray:
-    """Sine of the sun's height, 0 at night; declination by Cooper (1969, Solar Energy 12, 333)."""
+    """Return the sine of the sun's height, 0 at night; declination by Cooper (1969, Solar Energy 12, 333)."""
     declination = np.radians(23.45) * np.sin(2 * np.pi * (284 + day + 1) / 365)
     phi = np.radians(lat)
     turn = 2 * np.pi * (hour - 12) / 24

@@ -20,16 +20,16 @@ HOUR_S = 3600.0
 DIFFUSIVITY_M2_S = 4e3
 
 TRACERS = ("co", "so2", "nox", "ox", "fine", "coarse")
-"""What the wind carries: CO, SO2, fine and coarse particles in ug m-3; NOx = NO + NO2 and Ox = O3 + NO2 in ppb."""
+"""Transported quantities: CO, SO2, fine and coarse particles in ug m-3; NOx = NO + NO2 and Ox = O3 + NO2 in ppb."""
 NO2_UG_PER_PPB, O3_UG_PER_PPB = 1.88, 1.96
 """ug m-3 of 1 ppb at 25 C and 1013 hPa."""
 INFLOW = np.array([240.0, 3.0, 3.0, 38.0, 9.0, 12.0])
-"""Air that enters the domain, and the air it begins with."""
+"""Concentrations in the air that enters the domain, and everywhere at the start."""
 TOWN_EMISSION = np.array([0.070, 0.0006, 3.0e-3, 1.5e-4, 0.0030, 0.0032])
 INDUSTRY_EMISSION = np.array([0.040, 0.0030, 1.4e-3, 0.7e-4, 0.0026, 0.0036])
-"""Gain of the air over a pattern's peak, per second, ug m-3 or ppb; a twentieth of NOx is emitted as NO2."""
+"""Increase at a pattern's peak per second, in ug m-3 or ppb; a twentieth of NOx is emitted as NO2."""
 EXCHANGE_HOURS = 30.0
-"""Time in which the layer's air is renewed from above, where it is as clean as the air that enters."""
+"""Time scale of the exchange with the air above the layer, which is as clean as the air that enters."""
 DEPOSITION_M_S = np.array([0.0, 4e-3, 1e-3, 4e-3, 1.5e-3, 6e-3])
 WASHOUT_PER_MM = np.array([0.0, 0.15, 0.03, 0.0, 0.25, 0.35])
 MISSING_FRACTION = 0.02
@@ -38,7 +38,7 @@ MISSING_HOURS = 6
 
 @dataclass(frozen=True)
 class World:
-    """What the demo world consists of before anything moves."""
+    """The demo world's geography, weather and emissions, which the simulation starts from."""
 
     geography: Geography
     weather: Weather
@@ -49,22 +49,22 @@ class World:
 def make_demo_data(
     output: Path, days: int = 180, grid: tuple[int, int] = (24, 32), seed: int = 0, progress: bool = True
 ) -> None:
-    """Simulates the demo world and writes it as yearly stores, the same bits for the same arguments.
+    """Simulate the demo world and write it as yearly stores, bit-identical for the same arguments.
 
     A plain with a winding ridge, a basin within a broken ring of mountains, and towns. The wind turns over days and
-    bends round the terrain; towns and industry emit by the hour of day; tracers are carried, mixed, held back by
-    ridges, deposited and rained out; NO, NO2 and O3 are in balance under the sun; SO2 and NOx turn into fine particles;
+    bends around the terrain; towns and industry emit by the hour of day; tracers are carried, mixed, blocked by
+    ridges, deposited and washed out; NO, NO2 and O3 are in balance under the sun; SO2 and NOx turn into fine particles;
     PM10 is PM2.5 and coarse particles, some of them dust. A fiftieth of the pollutant values is missing.
 
     Args:
-        output: folder to make, with data_YYYY.zarr; it appears only when all is written.
+        output: folder to create, with data_YYYY.zarr; it appears only when it is complete.
         days: days from 2018-10-01 on.
         grid: rows and columns of 0.25 degree, at least 8 x 8.
         seed: of terrain, towns, weather and gaps.
         progress: show a progress bar.
 
     Raises:
-        ConfigError: `output` exists, or a number that cannot be used.
+        ConfigError: `output` exists, or a number is out of range.
     """
     if days < 1:
         raise ConfigError(f"--days {days}: expected an integer >= 1")
@@ -116,14 +116,14 @@ def _field(name: str) -> Field:
 
 
 def _with_gaps(values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Some cells' values [n, H, W] made missing for MISSING_HOURS at a time."""
+    """Return values [n, H, W] with gaps: random cells are missing for MISSING_HOURS at a time."""
     stretches = -(-len(values) // MISSING_HOURS)
     missing = generator.random((stretches, *values.shape[1:])) < MISSING_FRACTION
     return np.where(np.repeat(missing, MISSING_HOURS, axis=0)[: len(values)], np.nan, values)
 
 
 def build_world(days: int, grid: tuple[int, int], seed: int) -> World:
-    """Terrain, weather and emissions for `days` and the spin-up before them."""
+    """Return terrain, weather and emissions for `days` and the spin-up before them."""
     geography = build_geography(grid, np.random.default_rng([seed, 0]))
     times = START + np.arange(-SPIN_UP_HOURS, 24 * days) * np.timedelta64(1, "h")
     weather = draw_weather(times, np.random.default_rng([seed, 1]))
@@ -140,7 +140,7 @@ def _activity(times: np.ndarray, towns: int, generator: np.random.Generator) -> 
 
 
 def simulate(world: World) -> Iterator[np.ndarray]:
-    """Yields what `near_ground` gives for each hour after the spin-up: [6, H, W]."""
+    """Yield the result of `near_ground` for each hour after the spin-up: [6, H, W]."""
     geography, weather = world.geography, world.weather
     tracers = np.broadcast_to(INFLOW[:, None, None], (len(TRACERS), *geography.elevation_m.shape)).copy()
     cell_m = (geography.dx_m, geography.dy_m)
@@ -160,7 +160,7 @@ def simulate(world: World) -> Iterator[np.ndarray]:
 
 
 def emissions(patterns: np.ndarray, activity: np.ndarray, fields: WeatherFields) -> np.ndarray:
-    """What an hour of emission adds to the air: [S, H, W]. patterns [TOWNS + 1, H, W], activity [TOWNS + 1]."""
+    """Return what an hour of emission adds to the air: [S, H, W]. patterns [TOWNS + 1, H, W], activity [TOWNS + 1]."""
     emitted = activity[:, None, None] * patterns
     gain = TOWN_EMISSION[:, None, None] * emitted[:-1].sum(axis=0) + INDUSTRY_EMISSION[:, None, None] * emitted[-1]
     # dust rises where dry ground meets a strong wind
@@ -170,7 +170,7 @@ def emissions(patterns: np.ndarray, activity: np.ndarray, fields: WeatherFields)
 
 
 def react(tracers: np.ndarray, fields: WeatherFields) -> np.ndarray:
-    """An hour of slow chemistry [S, H, W]: SO2 and NOx turn into fine particles, NOx under the sun makes Ox."""
+    """Apply an hour of slow chemistry [S, H, W]: SO2 and NOx form fine particles, NOx in sunlight forms Ox."""
     co, so2, nox, ox, fine, coarse = tracers
     sun, damp = fields.sun[0], (fields.rh[0] / 100) ** 3
     warmth = np.exp((fields.temp[0] - 288.0) / 15.0)
@@ -183,7 +183,7 @@ def react(tracers: np.ndarray, fields: WeatherFields) -> np.ndarray:
 
 
 def remove(tracers: np.ndarray, fields: WeatherFields) -> np.ndarray:
-    """An hour of exchange with the air above, dry deposition to the ground and washout by rain: [S, H, W]."""
+    """Apply an hour of exchange with the air above, dry deposition and washout by rain: [S, H, W]."""
     rate = DEPOSITION_M_S[:, None, None] / LAYER_M * HOUR_S + WASHOUT_PER_MM[:, None, None] * fields.rain[0]
     above = INFLOW[:, None, None]
     tracers = above + (tracers - above) * np.exp(-1 / EXCHANGE_HOURS)
@@ -191,10 +191,10 @@ def remove(tracers: np.ndarray, fields: WeatherFields) -> np.ndarray:
 
 
 def near_ground(tracers: np.ndarray, fields: WeatherFields) -> np.ndarray:
-    """Pollutants at the ground from the means of the layer: [6, H, W] in the order of POLLUTANTS, ug m-3.
+    """Return pollutants at the ground from the means of the layer: [6, H, W] in the order of POLLUTANTS, ug m-3.
 
-    In calm nights what is emitted stays low. NO2 follows from the balance NO + O3 <-> NO2 + light, fast against an hour
-    (Leighton 1961, Photochemistry of Air Pollution): y^2 - (NOx + Ox + J/k) y + NOx Ox = 0.
+    In calm nights emissions stay near the ground. NO2 follows from the balance NO + O3 <-> NO2 + light, fast against an
+    hour (Leighton 1961, Photochemistry of Air Pollution): y^2 - (NOx + Ox + J/k) y + NOx Ox = 0.
     """
     co, so2, nox, ox, fine, coarse = tracers
     night = 1 - np.minimum(fields.sun[0] / 0.3, 1.0)

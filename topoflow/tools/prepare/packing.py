@@ -50,8 +50,8 @@ class PackOptions:
 def pack(data: str, output: Path, options: PackOptions, progress: bool = True) -> PackReport:
     """Pack the data set at `data` (as data.path takes it) into the folder `output`.
 
-    Everything is written to a hidden folder beside `output`, `.NAME.packing`, and put in its place when all is there.
-    Interrupted anywhere, the same call goes on: what was written is compared with its hashes first. If `output` is
+    Everything is written to a hidden folder next to `output`, `.NAME.packing`, which is renamed when complete. After an
+    interruption the same call resumes: it first compares what was written with its hashes. If `output` is
     packed data already, the years that it lacks are appended; those that both have must be the same and stay untouched.
 
     Raises:

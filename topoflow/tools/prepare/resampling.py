@@ -54,7 +54,7 @@ class Resampling:
         return np.where(self._sum(present.astype(np.float64)) > 0, total, np.nan).astype(np.float32)
 
     def _sum(self, fields: np.ndarray) -> np.ndarray:
-        """float64 [..., H, W]. Added up in a fixed order: the same bits on any machine, unlike a matrix product."""
+        """float64 [..., H, W]. Summed in a fixed order, so bit-identical on any machine, unlike a matrix product."""
         rows, columns = self._rows, self._columns
         down = sum(
             (rows.weight[:, k, None] * fields[..., rows.index[:, k], :] for k in range(rows.index.shape[1])),

@@ -39,7 +39,7 @@ def require_same_statics(fields: Mapping[str, np.ndarray], present: Manifest, fo
         stored = np.load(folder / present.statics[name].name)
         is_place = name in ("lat2d", "lon2d")
         if not (same_place(stored, field) if is_place else np.array_equal(stored, field, equal_nan=name != "mask")):
-            raise DataError(f"{folder}: {name!r} differs between the data and what is packed: expected the same grid")
+            raise DataError(f"{folder}: {name!r} of the data differs from the packed one: expected the same grid")
 
 
 def save_static(path: Path, field: np.ndarray) -> FileRecord:

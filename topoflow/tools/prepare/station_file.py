@@ -34,7 +34,7 @@ class StationFile:
 
 
 def open_station_file(path: Path) -> StationFile:
-    """Opens a CF timeSeries file and checks it; `stations.grid_stations` says what it must hold and what is raised."""
+    """Open and check a CF timeSeries file; see `stations.grid_stations` for its content and the errors raised."""
     dataset = open_netcdf(path)
     for name in ("lat", "lon"):
         if name not in dataset.variables or dataset[name].ndim != 1:
@@ -48,7 +48,7 @@ def open_station_file(path: Path) -> StationFile:
     series = [str(name) for name in dataset.data_vars if set(dataset[name].dims) == {"time", station_dim}]
     known = [name for name in series if name in VARIABLES and VARIABLES[name].kind == "dynamic"]
     if not known:
-        raise DataError(f"{path}: no variable of the format over (time, {station_dim}): found {series}")
+        raise DataError(f"{path}: no known variable over (time, {station_dim}): found {series}")
     elevation_m = None
     if "elevation" in dataset.variables and dataset["elevation"].dims == (station_dim,):
         factor, offset = conversion(path, "elevation", dataset["elevation"].attrs.get("units"))

@@ -37,7 +37,7 @@ class GridSummary:
     """Variables of the files over time that the format does not know."""
 
     def __str__(self) -> str:
-        skipped = f", not {', '.join(self.skipped)}" if self.skipped else ""
+        skipped = f" (skipped: {', '.join(self.skipped)})" if self.skipped else ""
         return (
             f"{self.output}: {self.shape[0]} x {self.shape[1]} cells, {self.cells_with_stations} with stations "
             f"({self.stations} inside, {self.stations_outside} outside the box), {self.hours} hours of "
@@ -53,7 +53,7 @@ def grid_stations(
     terrain: Path | None = None,
     progress: bool = True,
 ) -> GridSummary:
-    """Averages the stations of CF timeSeries files over the cells of a regular grid and writes yearly stores.
+    """Average the stations of CF timeSeries files over the cells of a regular grid and write yearly stores.
 
     A file has dims (time, station), `lat` and `lon` over station, hourly `time`, and any of the variables of the format
     with a `units` attribute; other variables are skipped and named in the log. Several files are pooled: at each hour a
@@ -67,7 +67,7 @@ def grid_stations(
 
     Args:
         inputs: the files.
-        output: folder to make, with one data_YYYY.zarr a year; it appears only when all is written.
+        output: folder to create, with one data_YYYY.zarr per year; it appears only when it is complete.
         degrees: side of a cell.
         box: south, north, west, east edge in degrees; stations on the north or east edge are outside. By default the
             extent of the stations, rounded outward to whole multiples of `degrees`.

@@ -53,9 +53,9 @@ def require_new_folder(output: Path) -> None:
 
 
 class StoreWriter:
-    """Writes fields over time, block by block, and puts the folder in its place when all went well.
+    """Writes fields over time, block by block, and renames the folder into place on success.
 
-    A context manager. Until it is left without an exception everything is in a hidden folder beside `output`, which is
+    A context manager. Until it is left without an exception everything is in a hidden folder next to `output`, which is
     then renamed; after an exception that folder is removed and `output` is untouched.
 
     Args:
@@ -121,7 +121,7 @@ class StoreWriter:
                 yield slice(start, min(start + hours, last))
 
     def write(self, block: slice, name: str, values: np.ndarray) -> None:
-        """Writes `values` [n, H, W] of one variable at the times of `block`, one of those that `blocks` yields."""
+        """Write `values` [n, H, W] of one variable at the times of `block`, one of those that `blocks` yields."""
         year = int(self._years[block.start])
         first = int(np.searchsorted(self._years, year))
         array = self._groups[year][name]

@@ -1,4 +1,4 @@
-"""Reading a packed data set again, to see whether it is what its manifest says."""
+"""Verify a packed data set: read it and compare it with its manifest."""
 
 import hashlib
 from pathlib import Path

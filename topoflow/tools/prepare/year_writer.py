@@ -1,4 +1,4 @@
-"""One year of a packed data set while it is written: day by day, so that what was interrupted goes on."""
+"""One year of a packed data set while it is written: day by day, so that it can be resumed."""
 
 import hashlib
 import io
@@ -13,14 +13,14 @@ from topoflow.files import flush, write_atomically
 
 
 class YearWriter:
-    """Writes the array of a year and, beside it, a journal of its finished days.
+    """Write the array of a year and, next to it, a journal of its finished days.
 
-    What an interrupted writer has left is taken up where the bytes in the array are those that the journal says; the
+    Days that an interrupted writer left are kept if their bytes match the journal; the
     rest is written again. A context manager.
 
     Args:
-        array: the file, .npy; the journal lies beside it with the suffix .journal.
-        identity: what the year is made of and how; a journal that says otherwise is not taken up.
+        array: the file, .npy; the journal lies next to it with the suffix .journal.
+        identity: what the year is made of and how; a journal with another identity is discarded.
         shape: [time, variable, row, column] of the whole year.
         dtype: of the numbers, such as "<f4".
         hours: of each day, in order.
@@ -70,7 +70,7 @@ class YearWriter:
         assert values.dtype == self.dtype
         data = np.ascontiguousarray(values).data.cast("B")
         self._file.write(data)
-        self._file.flush()  # before the journal says so
+        self._file.flush()  # before the journal records it
         day = DayRecord(record.day, record.hours, hashlib.sha256(data).hexdigest(), record.moments, record.errors)
         self._journal.write(json.dumps(day.to_dict()) + "\n")
         self._journal.flush()
@@ -82,7 +82,7 @@ class YearWriter:
         flush(self._file)
 
     def _take_up(self) -> list[DayRecord]:
-        """The days at the beginning of the file that are as the journal says; the file begins with its header then."""
+        """The days at the beginning of the file that match the journal; also make the file begin with its header."""
         self._file.seek(0)
         if self._file.read(self.header) == self._header:
             days = list(self._whole_days())
