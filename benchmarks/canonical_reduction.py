@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""What `distributed.reduction=canonical` costs: optimizer steps with it and with DDP, side by side in one run.
+"""The cost of `distributed.reduction=canonical`: optimizer steps with it and with DDP, alternating in one run.
 
-Each rank holds two copies of one model, reduces one by DDP and one along the canonical tree, and trains both by the
-program's own step on the same synthetic batches. Blocks of steps alternate, so that whatever else the machine does
-meets both. For each accumulation the table has the median time of a step over blocks, and the median and quartiles of
+Each rank holds two copies of one model, reduces one with DDP and one along the canonical tree, and trains both with the
+program's own step on the same synthetic batches. Blocks of steps alternate, so that other load on the machine affects
+both. For each accumulation the table has the median time of a step over blocks, and the median and quartiles of
 the ratio within pairs of blocks.
 """
 
@@ -31,7 +31,7 @@ from topoflow.trainer import Trainer
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured."""
+    """What to measure."""
 
     grid: tuple[int, int]
     patch_size: int
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def read_settings() -> Settings:
-    """From the command line; the defaults are the small setting that the published program is timed at."""
+    """Parse the command line; the defaults are the small setting at which the published program is timed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--grid", default="32x64", help="rows x columns")
     parser.add_argument("--patch-size", type=int, default=2)
@@ -71,7 +71,7 @@ def read_settings() -> Settings:
 
 
 def run_rank(rank: int, settings: Settings, port: int) -> None:
-    """One process of the benchmark, one thread."""
+    """Run one process of the benchmark, with one thread."""
     torch.set_num_threads(1)
     os.environ.update(rank_variables(port, rank, settings.ranks))
     launch = read_launch()
@@ -87,14 +87,14 @@ def run_rank(rank: int, settings: Settings, port: int) -> None:
 
 
 def build_benchmark_model(settings: Settings) -> TopoFlow:
-    """The network, with terrain and wind and without dropout."""
+    """Return the network, with terrain and wind and without dropout."""
     network = (settings.embed_dim, settings.depth, settings.num_heads)
     size = Size("settings", settings.grid, *network, settings.micro_batch_size)
     return build_sized_model(size, patch_size=settings.patch_size)
 
 
 def measure(settings: Settings, model: TopoFlow, accumulation: int, context: Context) -> dict[str, np.ndarray]:
-    """{reduction: seconds of a step, [rounds]}, of blocks that alternate."""
+    """Return {reduction: seconds of a step, [rounds]}, measured in alternating blocks."""
     batches = list(synthetic_batches(settings, accumulation, context))
     trainers = {
         reduction: build_benchmark_trainer(settings, copy.deepcopy(model), accumulation, reduction, context)
@@ -103,7 +103,7 @@ def measure(settings: Settings, model: TopoFlow, accumulation: int, context: Con
     seconds: dict[str, list[float]] = {"ddp": [], "canonical": []}
     for number in range(settings.rounds + 1):
         for reduction in ("ddp", "canonical") if number % 2 else ("canonical", "ddp"):
-            context.gather_rows(torch.zeros(1, 1))  # all ranks begin a block together
+            context.gather_rows(torch.zeros(1, 1))  # all ranks start a block together
             began = time.perf_counter()
             for _ in range(settings.steps):
                 trainers[reduction].train_step(batches)
@@ -122,7 +122,7 @@ def build_benchmark_trainer(
 
 
 def synthetic_batches(settings: Settings, accumulation: int, context: Context) -> Iterator[dict[str, torch.Tensor]]:
-    """This rank's micro-batches of one step, on its device."""
+    """Yield this rank's micro-batches of one step, on its device."""
     for index in range(accumulation):
         batch = synthetic_batch(settings.grid, settings.micro_batch_size, 2 + context.rank * accumulation + index)
         yield {name: tensor.to(context.device) for name, tensor in batch.items()}

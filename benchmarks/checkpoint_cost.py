@@ -2,9 +2,9 @@
 
     python -m benchmarks.checkpoint_cost [--parameters 50000000] [--repeats 7] [--folder DIR] [--threads 1]
 
-The state is that of AdamW: weights and two moments, in the shapes of the paper's transformer blocks. The ways of
-writing and reading take turns, `--repeats` times; the table has median and range. Reads come from the page cache, which
-makes the share of the hashes as large as possible. Exit status 1 if a stall exceeds 10 % of a synchronous save; below
+The state is that of AdamW: weights and two moments, in the shapes of the paper's transformer blocks. All measurements
+are repeated in turn, `--repeats` times; the table has median and range. Reads come from the page cache, which makes the
+share of the hashes as large as possible. Exit status 1 if a stall exceeds 10 % of a synchronous save; below
 JUDGED_PARAMETERS this is only reported, because fixed costs dominate.
 """
 
@@ -155,7 +155,7 @@ def measure_stall(state: dict[str, Any], folder: Path, timings: Timings, saves: 
         start = time.perf_counter()
         while number not in committed:
             timings.measure(STEP_WHILE_WRITING, step)
-            assert not saver.poll(), "the disk takes it"
+            assert not saver.poll(), "the save failed"
         timings.seconds.setdefault(BACKGROUND_SAVE, []).append(time.perf_counter() - start)
     saver.close()
 
@@ -218,7 +218,7 @@ def print_results(timings: Timings) -> bool:
         for name in (FIRST_STALL, LATER_STALL)
         if timings.median(name) > 0.1 * timings.median(OUR_SAVE)
     ]
-    print("\n".join(broken) or "all limits are kept")
+    print("\n".join(broken) or "all limits hold")
     return bool(broken)
 
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""A training step in our loop beside Lightning's Trainer, Lightning Fabric and Hugging Face Accelerate.
+"""Compare a training step in our loop with Lightning's Trainer, Lightning Fabric and Hugging Face Accelerate.
 
     python benchmarks/compare_trainers.py [--size a] [--processes 1,2] [--rounds N] [--steps N] [--workers N] [--quick]
 
-The same network, data set, AdamW, schedule and clipping in each (`benchmarks.trainer_loops` has them), TensorBoard
-every 10 steps and what each shows on a terminal by default. Also the bare loop: the same arithmetic on batches in
-memory. Loops take turns, each in fresh processes, for several rounds; one process has all threads, of several each has
-one. Printed: median, smallest and largest step time over rounds, and the ratio to ours with quartiles over rounds. The
-others are of the extra `benchmark`; what is not installed is left out. The promise is that all ratios are at least 1,
-but for the bare loop's. Linux only, for the terminal.
+Each uses the same network, data set, AdamW, schedule and clipping (see `benchmarks.trainer_loops`), TensorBoard every
+10 steps and its default terminal output. The bare loop does the same arithmetic on batches in memory. Loops take turns,
+each in fresh processes, for several rounds; a single process uses all threads, each of several processes one thread.
+Prints median, smallest and largest step time over rounds, and the ratio to ours with quartiles over rounds. The other
+trainers come with the extra `benchmark`; those not installed are left out. The promise is that all ratios are at least
+1, except the bare loop's. Linux only, because of the terminal.
 """
 
 import argparse
@@ -43,7 +43,7 @@ ROUNDS, WARM_UP_STEPS, STEPS = 5, 10, 30
 def measure_loop(
     loop: str, size: Size, world: Path, *, steps: int, warm_up_steps: int, processes: int, threads: int, workers: int
 ) -> float:
-    """Seconds of a step of one run in processes of its own."""
+    """Return the seconds of a step of one run in processes of its own."""
     with tempfile.TemporaryDirectory() as folder:
         all_steps = warm_up_steps + steps
         config = run_config(
@@ -90,9 +90,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", default="a", choices=list(SIZES), help="default: %(default)s")
     parser.add_argument("--processes", default="1,2", help="comma-separated (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=STEPS, help="under the clock (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="timed steps (default: %(default)s)")
     parser.add_argument("--warm-up-steps", type=int, default=WARM_UP_STEPS, help="default: %(default)s")
-    parser.add_argument("--workers", type=int, default=2, help="loader workers of a process (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="loader workers per process (default: %(default)s)")
     add_run_options(parser)
     options = parser.parse_args(arguments)
     threads = chosen_threads(options)

@@ -1,4 +1,4 @@
-"""One job of the campaign: what happens to it, when, and what that costs."""
+"""One job of the requeue campaign: how and when it is disturbed, and what that costs."""
 
 import itertools
 import json
@@ -15,8 +15,8 @@ from tests.support.dwelling_points import PLACES
 from tests.support.slurm_jobs import ENDED, Job, Slurm, wait_until
 
 STEPS = 80
-MOST_STEPS_AHEAD = 6  # from the newest checkpoint to where a job is met
-CYCLE_SECONDS = 600.0  # what no start of these jobs needs, nor their way through the queue
+MOST_STEPS_AHEAD = 6  # from the newest checkpoint to where a job is disturbed
+CYCLE_SECONDS = 600.0  # longer than any start of these jobs takes, or their time in the queue
 SIGNALS = ("USR1", "TERM", "INT")
 AT_A_RANDOM_TIME = "at a random time"
 REQUEUE, CRASH = "scontrol requeue", "node crash"
@@ -24,11 +24,11 @@ REQUEUE, CRASH = "scontrol requeue", "node crash"
 
 @dataclass(frozen=True)
 class Disturbance:
-    """What happens to one start of a job, and when.
+    """How and when one start of a job is disturbed.
 
-    kind: in words. signal: None for requeue and crash. rank: that gets it; None: all. phase: see PLACES, or
-    AT_A_RANDOM_TIME, then `seconds` after the first process was there. again: more signals, each (seconds, name) after
-    the one before.
+    kind: in words. signal: None for requeue and crash. rank: the one that gets it; None: all. phase: see PLACES, or
+    AT_A_RANDOM_TIME, `seconds` after the first process started. again: more signals, (seconds after the previous one,
+    name) each.
     """
 
     kind: str
@@ -47,7 +47,7 @@ class Disturbance:
 def draw_disturbance(
     draw: random.Random, world_size: int, saved_step: int | None, seconds: float, crash: bool = False
 ) -> Disturbance:
-    """For a run whose newest checkpoint is of `saved_step`; `seconds`: what a whole run takes. crash: such a one."""
+    """Draw a disturbance of a run whose newest checkpoint is of `saved_step`; `seconds`: duration of a whole run."""
     signal, rank, again = draw.choice(SIGNALS), draw.choice([None, draw.randrange(world_size)]), ()
     kind = f"SIG{signal} to {'all tasks' if rank is None else 'one rank'}"
     if crash or draw.random() < 0.15:
@@ -67,7 +67,7 @@ def draw_disturbance(
 
 @dataclass(frozen=True)
 class Cycle:
-    """What a disturbance cost: steps that were made and not saved, seconds until the job had ended."""
+    """The cost of a disturbance: steps done but not saved, seconds until the job had ended."""
 
     disturbance: Disturbance
     lost_steps: int
@@ -75,11 +75,11 @@ class Cycle:
 
 
 class JobFailed(Exception):
-    """A job that did not do what it was asked for."""
+    """A job did not behave as promised."""
 
 
 class Sender(Protocol):
-    """What a disturbed job needs of its campaign. seconds: what a run takes that nothing disturbs."""
+    """What a disturbed job needs from its campaign. seconds: duration of an undisturbed run."""
 
     folder: Path
     slurm: Slurm
@@ -94,7 +94,7 @@ class Sender(Protocol):
 
 
 class DisturbedJob:
-    """A job that is met again and again, until it may finish. crashes: only by the loss of a node."""
+    """A job that is disturbed again and again until it may finish. crashes: only by crashes of a node."""
 
     def __init__(self, campaign: Sender, name: str, draw: random.Random, crashes: bool):
         self.campaign, self.name, self.draw, self.crashes = campaign, name, draw, crashes
@@ -104,7 +104,7 @@ class DisturbedJob:
         self._down: str | None = None
 
     def go(self, most: int) -> None:
-        """Send it, disturb it up to `most` times, and let it end.
+        """Submit it, disturb it up to `most` times, and let it finish.
 
         Raises:
             JobFailed: it ended otherwise.
@@ -129,7 +129,7 @@ class DisturbedJob:
             self._boot()
 
     def _cycle(self, restart: int, disturbance: Disturbance | None, files: PlanFolder) -> bool:
-        """One start of the job, until it is back in the queue; False: the run is over."""
+        """Disturb one start of the job until it is back in the queue; return False if the run is over."""
         self._wait(lambda: files.started(0) is not None or self._has_ended(), "the start of the job")
         self._boot()
         if disturbance is None:
@@ -137,7 +137,7 @@ class DisturbedJob:
         elif disturbance.plan.point is None:
             time.sleep(disturbance.seconds)
         else:
-            self._wait(lambda: files.dwells or self._has_ended(), f"a process to be {disturbance.plan.point}")
+            self._wait(lambda: files.dwells or self._has_ended(), f"a process that is {disturbance.plan.point}")
         if not self._has_ended():
             start = time.monotonic()
             self._disturb(disturbance, files)
@@ -176,7 +176,7 @@ class DisturbedJob:
             self.job.signal_task(**files.started(rank), name=name)
 
     def _boot(self) -> None:
-        """Start the node that was crashed, now that the job runs elsewhere, or is lost."""
+        """Boot the crashed node, now that the job runs elsewhere, or is lost."""
         if self._down is not None:
             node, self._down = self._down, None
             self.campaign.power("boot", node)
@@ -184,7 +184,7 @@ class DisturbedJob:
             self._wait(lambda: not states()[node].startswith("down"), f"{node} to come back")
 
     def _require_75(self) -> None:
-        """The batch script puts the job back because of this status, and for no other reason."""
+        """Check the status: 75 is the only reason for which the batch script requeues the job."""
         path = self.run / "exit.json"
         status = json.loads(path.read_text())["status"] if path.exists() else None
         if status != 75:
@@ -194,7 +194,7 @@ class DisturbedJob:
         return self.job.state in ENDED
 
     def _has_left(self, restart: int) -> bool:
-        """Whether no process of this start is left."""
+        """Return whether no process of this start is left."""
         now = self.job.describe()
         return now["JobState"] in ENDED or (
             now["JobState"] in ("PENDING", "RUNNING") and now["Restarts"] != str(restart)
@@ -205,7 +205,7 @@ class DisturbedJob:
 
 
 def lost_steps(run: Path) -> int:
-    """Steps in metrics.jsonl that no checkpoint holds."""
+    """Return the number of steps in metrics.jsonl that no checkpoint holds."""
     path = run / "metrics.jsonl"
     events = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     last = max((event["step"] for event in events if event["event"] == "train"), default=0)
@@ -213,6 +213,6 @@ def lost_steps(run: Path) -> int:
 
 
 def last_line(log: Path) -> str:
-    """Of what a job said."""
+    """Return the last line of a job's output."""
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    return lines[-1] if lines else "nothing was said"
+    return lines[-1] if lines else "no output"

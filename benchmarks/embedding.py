@@ -1,13 +1,13 @@
-"""Patch embedding and variable aggregation: as they are here, and in the ways that were not chosen.
+"""Patch embedding and variable aggregation: the implementation in use, and the alternatives.
 
     python -m benchmarks.embedding [--sizes a,b,c] [--rounds N] [--threads N] [--quick]
 
-Forward and backward from fields [B, V, H, W] to tokens [B, N, D], of one function in four ways: `tokens` forms the
-tokens of all variables [B, N, V, D] and gives them to nn.MultiheadAttention, as ClimaX does; `tokens, recomputed` does
-that again in the backward pass and keeps none of it; `tokens, without keys and values` forms the tokens and aggregates
-them by `VariableAggregation`; `fused` is what the network does, which forms none of these. Each measurement is a
-process of its own; they take turns. Printed: median time of a pass, and the peak of resident memory above what the
-process had before it.
+Forward and backward from fields [B, V, H, W] to tokens [B, N, D], the same function in four ways: `tokens` forms the
+tokens of all variables [B, N, V, D] and passes them to nn.MultiheadAttention, as ClimaX does; `tokens, recomputed`
+does that again in the backward pass instead of keeping them; `tokens, without keys and values` forms the tokens and
+aggregates them by `VariableAggregation`; `fused` is what the network does, which forms none of these. Each measurement
+has a process of its own, in turn. Prints the median time of a pass, and the peak of resident memory above what the
+process used before it.
 """
 
 import argparse
@@ -42,7 +42,7 @@ FUSED = "fused"
 
 
 class Embedding(nn.Module):
-    """From fields to tokens, in the ways of `WAYS`, with the same parameters."""
+    """From fields to tokens in each of `WAYS`, with the same parameters."""
 
     def __init__(self, size: Size):
         super().__init__()
@@ -57,18 +57,18 @@ class Embedding(nn.Module):
         self.attention.load_state_dict(self.aggregation.state_dict())
 
     def fused(self, x: Tensor) -> Tensor:
-        """As `topoflow.model.TopoFlow` has it."""
+        """Return tokens as `topoflow.model.TopoFlow` does."""
         patches = F.pad(split_patches(x, PATCH_SIZE), (0, 1), value=1.0)
         return self.aggregation(self.var_query, patches, self.patches(self.var_embed))
 
     def tokens_of_variables(self, x: Tensor) -> Tensor:
-        """[B, N, V, D], by a convolution of each variable."""
+        """Return the tokens [B, N, V, D], by a convolution for each variable."""
         weights, V = self.patches.proj_weights.flatten(0, 1), len(INPUTS)
         tokens = F.conv2d(x, weights, self.patches.proj_biases.flatten(), stride=PATCH_SIZE, groups=V)
         return tokens.unflatten(1, (V, -1)).flatten(3).permute(0, 3, 1, 2) + self.var_embed
 
     def with_tokens(self, x: Tensor) -> Tensor:
-        """Through tokens, keys and values of all variables."""
+        """Form tokens, keys and values of all variables."""
         tokens = self.tokens_of_variables(x)
         B, N = tokens.shape[:2]
         flat = tokens.flatten(0, 1)
@@ -76,11 +76,11 @@ class Embedding(nn.Module):
         return self.attention(query, flat, flat, need_weights=False)[0].reshape(B, N, -1)
 
     def recomputed(self, x: Tensor) -> Tensor:
-        """The same, and again in the backward pass."""
+        """Do the same, and again in the backward pass."""
         return checkpoint(self.with_tokens, x, use_reentrant=False)
 
     def without_keys_and_values(self, x: Tensor) -> Tensor:
-        """Through tokens, but neither keys nor values of them."""
+        """Form tokens, but neither their keys nor their values."""
         return self.aggregation(self.var_query, self.tokens_of_variables(x), None)
 
 
@@ -93,11 +93,11 @@ WAYS: dict[str, Callable[[Embedding, Tensor], Tensor]] = {
 
 
 def measure_way(size: Size, way: str, threads: int) -> StepCost:
-    """In this process, which must be fresh for the memory to say anything."""
+    """Measure in this process, which must be fresh for the memory figure to be meaningful."""
     torch.set_num_threads(threads)
     embedding, tiny = Embedding(size), SIZES["tiny"]
     small = Embedding(tiny)
-    WAYS[way](small, synthetic_batch(tiny.grid, 1, seed=1)["x"]).sum().backward()  # imports what torch imports late
+    WAYS[way](small, synthetic_batch(tiny.grid, 1, seed=1)["x"]).sum().backward()  # triggers torch's lazy imports
     x = synthetic_batch(size.grid, size.batch_size, seed=2)["x"]
     gradient = torch.randn(size.batch_size, size.num_patches, size.embed_dim)
     memory, seconds = ResidentMemory(), []

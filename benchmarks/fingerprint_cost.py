@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""What the proof that all ranks hold the same costs, beside optimizer steps, in turn, in one run.
+"""The cost of the proof that all ranks hold the same, measured in turn with optimizer steps in one run.
 
-Printed: the median of a step and of a proof (fingerprints of all weights, buffers and moments, and their comparison
-over ranks), and what the proof adds to a step at the default `distributed.verify_every_steps` and at an interval of 1.
+Prints the median of a step and of a proof (fingerprints of all weights, buffers and moments, and their comparison
+over ranks), and how much the proof adds to a step at the default `distributed.verify_every_steps` and at an interval
+of 1.
 Options as for benchmarks.canonical_reduction.
 """
 
@@ -33,7 +34,7 @@ def main() -> None:
 
 
 def run_rank(rank: int, settings: Settings, port: int) -> None:
-    """One process of the benchmark, one thread."""
+    """Run one process of the benchmark, with one thread."""
     torch.set_num_threads(1)
     os.environ.update(rank_variables(port, rank, settings.ranks))
     launch = read_launch()
@@ -50,7 +51,7 @@ def run_rank(rank: int, settings: Settings, port: int) -> None:
         seconds: dict[str, list[float]] = {"step": [], "proof": []}
         for _ in range(settings.rounds + 1):
             for name, body in (("step", lambda: trainer.train_step(batches)), ("proof", prove)):
-                context.gather_rows(torch.zeros(1, 1))  # all ranks begin together
+                context.gather_rows(torch.zeros(1, 1))  # all ranks start together
                 began = time.perf_counter()
                 body()
                 if device.type == "cuda":

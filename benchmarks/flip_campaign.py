@@ -1,12 +1,12 @@
-"""Damage the checkpoints of a run, one byte at a time, and count the damages that loading did not find.
+"""Damage the checkpoints of a run, one byte at a time, and count the damages that loading misses.
 
     python -m benchmarks.flip_campaign [RUN] [--flips 1000] [--others 100] [--seed 0]
 
-RUN is copied, not changed; without it a small run of train.py is made. Half of the flips fall on bytes drawn from all
-files alike, the other half first draw a file: state.pt, manifest.json, `last` or `best`. `others` are truncations and
-deletions. Each damage is judged in three ways, as the program reads: by its path it must be refused, `resume=auto` must
-take an older checkpoint or (for a pointer) warn, and both must name the damaged file. Beside it stands how many of
-the damaged state.pt plain torch.load refuses. Ends with status 1 if a damage was not found.
+RUN is copied, not changed; without it, a small run of train.py is created. Half of the flips hit a random byte of all
+files, the other half first choose a file: state.pt, manifest.json, `last` or `best`. `others` are truncations and
+deletions. For each damage, loading by path must be refused, `resume=auto` must take an older checkpoint or (for a
+pointer) warn, and both must name the damaged file. The table also has the number of damaged state.pt that plain
+torch.load refuses. Exits with 1 if a damage was missed.
 """
 
 import argparse
@@ -36,12 +36,12 @@ CONFIG = {
 
 
 def make_run(folder: Path) -> Path:
-    """A run of two steps and two checkpoints; returns the folder of its checkpoints."""
+    """Create a run of two steps and two checkpoints; return the folder of its checkpoints."""
     make_demo_data(folder / "data", days=6, grid=(8, 12), seed=0, progress=False)
     config = folder / "run.yaml"
     config.write_text(yaml.safe_dump({**CONFIG, "data": {**CONFIG["data"], "path": str(folder / "data")}}))
     status = train.main([str(config), f"run.dir={folder / 'run'}"])
-    assert status == 0, "the run ends well"
+    assert status == 0, "the run failed"
     return folder / "run" / "checkpoints"
 
 
@@ -55,7 +55,7 @@ def print_table(rows: list[Row], sizes: dict[str, int]) -> None:
 
 
 def main() -> int:
-    """Run the campaign; returns the exit status."""
+    """Run the campaign; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "run", nargs="?", type=Path, metavar="RUN", help="a run directory with at least two checkpoints"

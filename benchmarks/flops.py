@@ -1,12 +1,12 @@
-"""How near a training step comes to what the machine's matrix multiplications reach: the limit.
+"""How close a training step comes to the machine's peak speed of matrix multiplication.
 
     python -m benchmarks.flops [--sizes a,b,c] [--rounds N] [--threads N] [--quick]
 
 The peak is the best, over sizes and over the libraries in torch (MKL by torch.mm, oneDNN by torch.utils.mkldnn), of the
-median time of square multiplications in float32, and in bfloat16. It is taken anew in each round, in a process just
-before the one that is compared with it, since a shared machine has no other peak than the present one. A model FLOP is
-a multiplication or an addition of the forward pass; the backward pass counts twice the forward, and what is computed
-again (activation checkpointing, attention) does not count.
+median time of square multiplications in float32, and in bfloat16. It is measured again in each round, in a process
+just before the one that is compared with it, because the peak of a shared machine varies. A model FLOP is a
+multiplication or an addition of the forward pass; the backward pass counts twice as much, and recomputation (activation
+checkpointing, attention) does not count.
 """
 
 import argparse
@@ -40,14 +40,14 @@ SECONDS_PER_MATRIX_SIZE = 1.0
 
 
 def forward_flops(size: Size) -> int:
-    """Of one forward pass over a batch, matrix multiplications alone, multiplication and addition counted as two.
+    """Return the FLOPs of one forward pass over a batch: only matrix products, a multiply-add counted as two.
 
     For each token, with width D, V variables, patches of c cells and a 1, and h heads: the scores of the variables'
     tokens 2 V c h and the values' sum 2 V c D, both straight from the cells, and the projection 2 D^2 of the
-    aggregation; 2 w (f + D) for the place along the wind, of f features and w hidden; in each block 8 D^2 for queries,
+    aggregation; 2 w (f + D) for the rank along the wind, of f features and w hidden; in each block 8 D^2 for queries,
     keys, values and projection, 4 N D for scores and values of N tokens, 4 m D^2 for an MLP of ratio m; in the head
-    2 D^2 for each hidden layer and 2 D p^2 T for T targets. Once a batch: keys and values of the V c cells,
-    2 V c D (h + D), and a query of each head, 2 D^2 twice. Once a sample: 2 D for the lead time.
+    2 D^2 for each hidden layer and 2 D p^2 T for T targets. Once per batch: keys and values of the V c cells,
+    2 V c D (h + D), and a query of each head, 2 D^2 twice. Once per sample: 2 D for the lead time.
     """
     D, N, V, heads = size.embed_dim, size.num_patches, len(INPUTS), size.num_heads
     cells = PATCH_SIZE**2 + 1
@@ -61,12 +61,12 @@ def forward_flops(size: Size) -> int:
 
 
 def step_flops(size: Size) -> int:
-    """Model FLOPs of one training step."""
+    """Return the model FLOPs of one training step."""
     return 3 * forward_flops(size)
 
 
 def measure_peak(dtype: torch.dtype, threads: int, seconds: float = SECONDS_PER_MATRIX_SIZE) -> float:
-    """FLOP/s of square multiplications in this process: the best of MATRIX_SIZES, each by its median."""
+    """Return the FLOP/s of square multiplications in this process: the best median over MATRIX_SIZES."""
     torch.set_num_threads(threads)
     best = 0.0
     for n in MATRIX_SIZES if seconds >= SECONDS_PER_MATRIX_SIZE else MATRIX_SIZES[:1]:

@@ -9,25 +9,25 @@ from typing import Any
 
 
 def run_fresh(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function of a module returns in a new interpreter, which has imported what that module imports.
+    """Return the result of a function in a new interpreter, which has imported the function's module.
 
-    Raises: what the function raises; BrokenProcessPool if the process was killed, as one that needs too much memory is.
+    Raises: what the function raises; BrokenProcessPool if the process was killed, for example for lack of memory.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def run_here(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`run_fresh` without the process, for smoke runs: quick, and without meaning."""
+    """Run in this process instead, for smoke runs: quick, but the figures mean nothing."""
     return function(*arguments)
 
 
 def alternate(
     names: Sequence[str], rounds: int, measure: Callable[[str], Any]
 ) -> tuple[dict[str, list[Any]], dict[str, str]]:
-    """Measure each in turn, `rounds` times, every other round in reverse, so that what else the machine does meets all.
+    """Measure each in turn, `rounds` times, every other round in reverse, so that other load affects all equally.
 
-    Returns: {name: what was measured in each round}, and {name: why not} of those whose process was killed.
+    Returns: {name: measurements of all rounds}, and {name: reason} for those whose process was killed.
     """
     measured: dict[str, list[Any]] = {name: [] for name in names}
     killed: dict[str, str] = {}
@@ -43,17 +43,17 @@ def alternate(
 
 
 class ResidentMemory:
-    """The peak of this process's resident memory above what it has now.
+    """The peak of this process's resident memory above its current size.
 
-    Not getrusage's: that begins at the peak of the process that started this one. Linux only.
+    getrusage would start at the peak of the parent process. Linux only.
     """
 
     def __init__(self):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on; see proc(5)
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak; see proc(5)
         self._before = _status_bytes("VmRSS")
 
     def peak_bytes(self) -> int:
-        """The highest since this object was made."""
+        """Return the peak since this object was created."""
         return _status_bytes("VmHWM") - self._before
 
 

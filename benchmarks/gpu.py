@@ -1,7 +1,7 @@
-"""All that needs a GPU, in one command for whoever has the first one: tests, a step at paper scale, NCCL, a resume.
+"""Everything that needs a GPU in one command: tests, a step at paper scale, NCCL, a resume.
 
     python -m benchmarks.gpu [--output FILE.json] [--batch-size N] [--only tests|steps|ranks|resume ...]
-    python -m benchmarks.gpu --quick --device cpu    # tries the program itself at a tiny size; its figures mean nothing
+    python -m benchmarks.gpu --quick --device cpu    # tests this benchmark at a tiny size; the figures mean nothing
 
 Run four parts on the visible devices:
 
@@ -14,8 +14,8 @@ Run four parts on the visible devices:
   2 (n - 1) / n times the size over the time, for n devices, as in NVIDIA's nccl-tests;
 - a resume: six steps of train.py, and steps four to six again from the checkpoint of step 3, compared bit for bit.
 
-What cannot run here is listed as `not run`, with the reason. The exit status is 1 if a part failed, and else 0: a
-variant that runs out of memory is a result.
+What cannot run here is listed as `not run`, with the reason. The exit status is 1 if a part failed, else 0: a variant
+that runs out of memory counts as a result.
 """
 
 import argparse
@@ -54,14 +54,14 @@ VARIANTS = {
     "bf16, compiled, no FlexAttention": {"precision": "bf16", "compile": True, "flex_attention": False},
     f"bf16, compiled, {NOT_DETERMINISTIC}": {"precision": "bf16", "compile": True},
 }
-"""Keys of TrainConfig. A name begins with that of its precision."""
+"""Keys of TrainConfig for each variant, whose name begins with its precision."""
 
 
 @dataclass
 class Benchmark:
     """The options of a run and its results.
 
-    device: cuda or cpu. output: the file for the results. figures: {part: JSON}. not_run, failed: {what: why}.
+    device: cuda or cpu. output: the file for the results. figures: {part: JSON}. not_run, failed: {item: reason}.
     """
 
     device: str
@@ -78,7 +78,7 @@ class Benchmark:
         print(f"not run: {what}: {why}", flush=True)
 
     def fail(self, what: str, why: str, log: str = "") -> None:
-        """Print and record that something failed; the end of its log is recorded, too."""
+        """Print and record a failure, with the end of its log."""
         self.failed[what] = f"{why}\n{log[-4000:]}" if log else why
         print(f"failed: {what}: {why}", flush=True)
 
@@ -107,7 +107,7 @@ class Benchmark:
             return json.loads(result.read_text()) if succeeded else None
 
     def write(self) -> None:
-        """Write the report, if it was asked for."""
+        """Write the report, if it was requested."""
         if self.output:
             report = {**self.figures, "not_run": self.not_run, "failed": self.failed}
             self.output.write_text(json.dumps(report, indent=2) + "\n")
@@ -290,16 +290,18 @@ def list_work(part: str) -> list[str]:
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Parse the command line; an output that cannot be written is found before the work."""
+    """Parse the command line; refuse an output that cannot be written before the work starts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a smoke run at a tiny size; its figures mean nothing")
+    parser.add_argument("--quick", action="store_true", help="a smoke run at a tiny size; the figures mean nothing")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only with --quick")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run (default: all)")
-    parser.add_argument("--batch-size", type=int, default=2, help="samples of a step (default: %(default)s, as caqra)")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write all figures there")
+    parser.add_argument(
+        "--batch-size", type=int, default=2, help="samples per step (default: %(default)s, as in caqra)"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write all figures to this file")
     options = parser.parse_args(arguments)
     if options.device == "cpu" and not options.quick:
-        parser.error("--device cpu: expected --quick as well, since a step at paper scale takes minutes on a CPU")
+        parser.error("--device cpu: expected --quick as well, because a step at paper scale takes minutes on a CPU")
     if options.output:
         try:
             options.output.touch()
@@ -324,7 +326,7 @@ def main(arguments: list[str] | None = None) -> int:
             for what in list_work(part):
                 benchmark.skip(what, "no CUDA device is visible")
     if not can_run:
-        print("\nNothing was run. Run this on a machine with a GPU; --quick --device cpu tries the program itself.")
+        print("\nNothing was run. Run this on a machine with a GPU; --quick --device cpu tests the benchmark itself.")
     print(f"{len(benchmark.not_run)} not run, {len(benchmark.failed)} failed")
     benchmark.write()
     return 1 if benchmark.failed else 0

@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu` measures in a process of its own, or in each rank: python -m benchmarks.gpu_workers CALL OUTPUT
+"""Measurements of `benchmarks.gpu` in one process or one per rank: python -m benchmarks.gpu_workers CALL OUTPUT
 
 CALL is the JSON of [worker, its keyword arguments]; OUTPUT is a file for the JSON of its result.
 """
@@ -54,7 +54,7 @@ def measure_peak(device: str, precision: str, matrix_sizes: Sequence[int]) -> di
 
 
 def parse_size(fields: dict[str, Any]) -> Size:
-    """Return the Size with these fields, whose grid JSON has made a list."""
+    """Return the Size with these fields; JSON turned its grid into a list."""
     return Size(**{**fields, "grid": tuple(fields["grid"])})
 
 
@@ -110,7 +110,7 @@ def measure_ranks(device: str, size: dict[str, Any]) -> dict[str, Any]:
     own_device = choose_device(device, launch)
     set_deterministic(RunConfig(), compile=False)
     with distributed_context(launch, DistributedConfig(), own_device) as context:
-        if context.world_size == 1:  # the program makes no group of one
+        if context.world_size == 1:  # the program does not create a group of one
             if device == "cuda":
                 dist.init_process_group("nccl", device_id=own_device)
             else:

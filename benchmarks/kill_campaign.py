@@ -2,10 +2,10 @@
 
     python -m benchmarks.kill_campaign [--kills 200] [--ranks 1,2,4] [--seed 0] [section.key=value ...]
 
-Each run is a chain: it starts, is killed (SIGKILL; one rank or all), goes on from its newest checkpoint, is killed
-again, and at last goes on to its end. Then every loss in its metrics.jsonl, as bits and each step once, and weights,
-moments, rates and progress in its last checkpoint must be those of a run that was never touched. Dropout, drop path,
-accumulation and loader workers are on. Ends with status 1 if a run differs or a resume is refused.
+Each run is a chain: it starts, is killed (SIGKILL; one rank or all), resumes from its newest checkpoint, is killed
+again, and finally runs to its end. Then every loss in its metrics.jsonl (each step once) and weights, moments, rates
+and progress in its last checkpoint must equal those of a run that never stopped, bit for bit. Dropout, drop path,
+accumulation and loader workers are on. Exits with 1 if a run differs or a resume is refused.
 """
 
 import argparse
@@ -54,7 +54,7 @@ MOST_FAILURES = 5
 
 @dataclass
 class Tally:
-    """What happened in all chains. misses: kills drawn for a place to which their run did not come any more."""
+    """Counts over all chains. misses: kills at a place that their run did not reach any more."""
 
     kills: collections.Counter = field(default_factory=collections.Counter)
     misses: int = 0
@@ -73,7 +73,7 @@ class Tally:
 
 
 def draw_attack(draw: random.Random, world_size: int, saved_step: int | None, seconds: float) -> Attack:
-    """A random kill of a run whose newest checkpoint is of `saved_step`; `seconds`: what a whole run takes."""
+    """Draw a kill of a run whose newest checkpoint is of `saved_step`; `seconds`: duration of a whole run."""
     name = draw.choice([AT_A_RANDOM_TIME, *POINTS])
     everyone = draw.random() < 0.5
     if name == AT_A_RANDOM_TIME:
@@ -85,7 +85,7 @@ def draw_attack(draw: random.Random, world_size: int, saved_step: int | None, se
 
 
 class Campaign:
-    """Chains of killed and resumed runs below `folder`."""
+    """Chains of killed and resumed runs in `folder`."""
 
     def __init__(self, folder: Path, draw: random.Random, overrides: Sequence[str] = ()):
         self.folder, self.draw, self.overrides, self.tally = folder, draw, overrides, Tally()
@@ -100,7 +100,7 @@ class Campaign:
         return self.runs.run(arguments, world_size, attack)
 
     def untouched(self, world_size: int) -> Path:
-        """A run that never stopped."""
+        """Return a run that never stopped."""
         run = self.folder / f"untouched-{world_size}"
         if not run.exists():
             start = time.monotonic()
@@ -110,7 +110,7 @@ class Campaign:
         return run
 
     def chain(self, world_size: int, most_kills: int) -> None:
-        """One run: killed up to `most_kills` times, resumed each time, and compared at its end."""
+        """Kill one run up to `most_kills` times, resume it each time, and compare it at its end."""
         untouched, run = self.untouched(world_size), self.folder / "run"
         shutil.rmtree(run, ignore_errors=True)
         story, kills, ending = [], 0, None
@@ -124,7 +124,7 @@ class Campaign:
                 kills += 1
                 self.tally.kills[ending.note["point"]] += 1
             elif not ending.done:
-                last = (ending.said.strip().splitlines() or ["nothing said"])[-1]
+                last = (ending.said.strip().splitlines() or ["no output"])[-1]
                 self.tally.refused.append(f"{world_size} rank(s), {'; '.join(story)}: ended {ending.statuses}: {last}")
                 self.keep(run)
                 return
@@ -138,7 +138,7 @@ class Campaign:
             self.keep(run)
 
     def keep(self, run: Path) -> None:
-        """Set a failed run aside, with what its last processes said."""
+        """Keep a failed run, with the output of its last processes."""
         number = len(self.tally.refused) + len(self.tally.different)
         shutil.copytree(run, self.folder / f"failed-{number}")
         shutil.copy(self.runs.log, self.folder / f"failed-{number}" / "said.log")
@@ -148,9 +148,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200, metavar="N", help="default: %(default)s")
     parser.add_argument("--ranks", default="1,2,4", metavar="N,...", help="numbers of processes (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the kills (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, help="where to work, and to keep runs that failed (default: none kept)")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the config of all runs")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kills (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, help="work here, and keep failed runs here (default: keep none)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="config values of all runs")
     options = parser.parse_args(arguments)
     world_sizes = [int(number) for number in options.ranks.split(",")]
     draw, start = random.Random(options.seed), time.monotonic()
@@ -171,9 +171,7 @@ def report(tally: Tally, seconds: float) -> None:
     """Print the figures."""
     for point, count in sorted(tally.kills.items(), key=lambda item: -item[1]):
         print(f"{count:5}  killed {point}")
-    print(
-        f"kills: {tally.total} in {tally.runs} runs, {seconds:.0f} s ({tally.misses} more came too late for their run)"
-    )
+    print(f"kills: {tally.total} in {tally.runs} runs, {seconds:.0f} s ({tally.misses} more came too late)")
     print(f"resumes: {tally.resumes}, refused: {len(tally.refused)}")
     print(f"runs that differ from one that never stopped: {len(tally.different)}")
     for line in tally.failures:

@@ -1,8 +1,8 @@
-"""How fast samples come: packed, from Zarr, and from the published program's loader, side by side in one run.
+"""Loading speed of samples: packed, from Zarr, and with the published program's loader, compared in one run.
 
     python -m benchmarks.loading [--sizes 32x64,128x256] [--hours 1500,400] [--rounds 7] [--quick]
 
-Prints markdown tables. Data are made in a temporary folder (about 2 GB with the defaults). Contestants take turns in
+Prints Markdown tables. Data are created in a temporary folder (about 2 GB with the defaults). The loaders take turns in
 each round; a figure is the median over rounds with its range, a ratio that of medians with the quartiles over rounds.
 """
 
@@ -37,13 +37,13 @@ SIX_YEARS, CELLS_OF_YEARS = 52_584, (8, 8)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure and print; returns the exit status."""
+    """Measure and print; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="32x64,128x256", help="grids (default: %(default)s)")
-    parser.add_argument("--hours", default="1500,400", help="hours of data of each (default: %(default)s)")
+    parser.add_argument("--hours", default="1500,400", help="hours of data for each grid (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
-    parser.add_argument("--quick", action="store_true", help="tiny data, two rounds: to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="a smoke run on tiny data; the figures mean nothing")
     options = parser.parse_args(arguments)
     sizes = [tuple(map(int, size.split("x"))) for size in options.sizes.split(",")]
     hours, years, rounds = list(map(int, options.hours.split(","))), (1, 6), options.rounds
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def in_turn(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each gives in each round, after one round to warm up."""
+    """Return the results of each in each round, after a warm-up round."""
     results: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(rounds + 1):
         for name, measure in contestants.items():
@@ -77,14 +77,14 @@ def in_turn(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[st
 
 
 def open_samples(data: DataSets, folder: Path, **more) -> ForecastDataset:
-    """Our data set over one of the folders, with wind."""
+    """Return our data set over one of the folders, with wind."""
     config = data.config(folder, **more)
     opened = open_indexed_data(config, True, index_forecast_data(config, True, True))
     return opened.dataset("train", opened.build_normalization())
 
 
 def our_batches(dataset: ForecastDataset, in_order: bool, workers: int = 0) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of BATCH samples without end, through our loader."""
+    """Yield batches of BATCH samples from our loader without end."""
     if in_order:
         return (dataset.batch(list(batch)) for batch in _in_order(len(dataset)))
     plan = BatchPlan(len(dataset), 0, BATCH, BATCH, 0, 1)
@@ -92,7 +92,7 @@ def our_batches(dataset: ForecastDataset, in_order: bool, workers: int = 0) -> I
 
 
 def published_batches(data: DataSets, folder: Path, in_order: bool) -> Iterator[list[torch.Tensor]]:
-    """The same through the published program's."""
+    """Yield batches from the published program's loader without end."""
     config = data.config(folder)
     store = next(folder.glob("*.zarr"))
     samples = PublishedSamples(store, config.variables, config.targets, CONSTANTS, config.lead_times_hours, data.shape)
@@ -107,7 +107,7 @@ def _in_order(count: int) -> Iterator[range]:
 
 
 def rate(batches: Iterator, count: int) -> Callable[[], float]:
-    """A function that takes so many batches and gives samples per second."""
+    """Return a function that takes so many batches and returns samples per second."""
 
     def measure() -> float:
         start = time.perf_counter()
@@ -119,7 +119,7 @@ def rate(batches: Iterator, count: int) -> Callable[[], float]:
 
 
 def print_samples(data: DataSets, rounds: int, quick: bool) -> None:
-    """Samples per second of all loaders; the ratio is to the published one on the same store."""
+    """Print samples per second of all loaders; the ratio is to the published one on the same store."""
     counts = (5, 10) if quick else (10, 100)
     for in_order in (False, True):
         contestants = {}
@@ -133,15 +133,15 @@ def print_samples(data: DataSets, rounds: int, quick: bool) -> None:
         found = in_turn(contestants, rounds)
         rows = []
         for name, values in found.items():
-            layout = name.partition("Zarr, ")[2] or "a chunk an hour"  # packed: against the faster of the two
+            layout = name.partition("Zarr, ")[2] or "a chunk an hour"  # packed: relative to the faster of the two
             rows.append([name, spread(values), ratio(values, found[f"published, Zarr, {layout}"], 1)])
         order = "in order" if in_order else "in random order"
-        print(f"Samples a second, {order}, {data.shape[0]} x {data.shape[1]}, batches of {BATCH}, one process\n")
+        print(f"Samples per second, {order}, {data.shape[0]} x {data.shape[1]}, batches of {BATCH}, one process\n")
         print_table(["loader", "samples/s (range)", "this / published (quartiles)"], rows)
 
 
 def print_layouts(data: DataSets, folder: Path, rounds: int, hours: int) -> None:
-    """Microseconds to read all fields of one hour, in random order."""
+    """Print the microseconds to read all fields of one hour, in random order."""
     readers = hour_readers(data, folder, hours)
     order = np.random.default_rng(0).permutation(hours).tolist()
 
@@ -162,12 +162,12 @@ def print_layouts(data: DataSets, folder: Path, rounds: int, hours: int) -> None
 
 
 def print_precision(data: DataSets) -> None:
-    """What float16 costs."""
+    """Print the loss of precision with float16."""
     rows = [
         [v.name, v.unit, f"{v.error_max:.3g}", f"{v.error_rms:.3g}", f"{v.error_rms / v.std:.1e}"]
         for v in data.manifest_of_half.variables
     ]
-    print(f"What float16 costs, {data.shape[0]} x {data.shape[1]}\n")
+    print(f"Loss of precision with float16, {data.shape[0]} x {data.shape[1]}\n")
     print_table(["variable", "unit", "largest error", "RMS error", "RMS over deviation"], rows)
 
 
@@ -175,7 +175,7 @@ def print_precision(data: DataSets) -> None:
 
 
 def print_waiting(data: DataSets, rounds: int, steps: int) -> None:
-    """Share of time that a training loop waits for its next batch: width 96, depth 3, 4 heads, batches of BATCH."""
+    """Print the share of time that a training loop waits for batches of BATCH: width 96, depth 3, 4 heads."""
     contestants = {
         f"{name}, {workers} worker(s)": waiting(data, folder, workers, steps)
         for name, folder, numbers in (("packed", data.packed, (0, 1, 2)), ("Zarr", data.hourly, (0, 2)))
@@ -188,7 +188,7 @@ def print_waiting(data: DataSets, rounds: int, steps: int) -> None:
 
 
 def waiting(data: DataSets, folder: Path, workers: int, steps: int) -> Callable[[], float]:
-    """A function that trains for some steps and gives the share of them that was spent in waiting."""
+    """Return a function that trains for some steps and returns the share of time spent waiting."""
     dataset = open_samples(data, folder)
     config = ModelConfig(patch_size=2, embed_dim=96, depth=3, num_heads=4, drop_rate=0.0, drop_path=0.0)
     grid = dataset.source.grid
@@ -219,7 +219,7 @@ def waiting(data: DataSets, folder: Path, workers: int, steps: int) -> Callable[
 
 
 def print_opening(folder: Path, years: tuple[int, ...], rounds: int) -> None:
-    """Seconds to open data, and what an opened data set holds in memory, by length."""
+    """Print the time to open data, and the memory that an open data set holds, by length."""
     rows = []
     for count in years:
         stores, packed = folder / f"years-{count}", folder / f"packed-years-{count}"
@@ -237,7 +237,7 @@ def print_opening(folder: Path, years: tuple[int, ...], rounds: int) -> None:
 
 
 def opening(data: DataSets, folder: Path) -> Callable[[], float]:
-    """A function that opens the data, reads a sample, and gives the seconds it took."""
+    """Return a function that opens the data, reads a sample, and returns the seconds it took."""
 
     def measure() -> float:
         start = time.perf_counter()
@@ -251,7 +251,7 @@ def opening(data: DataSets, folder: Path) -> Callable[[], float]:
 
 
 def memory_of(make: Callable[[], object]) -> int:
-    """Bytes that Python and numpy hold for what `make` makes."""
+    """Return the bytes that Python and numpy allocate for the result of `make`."""
     tracemalloc.start()
     made = make()
     held = tracemalloc.get_traced_memory()[0]

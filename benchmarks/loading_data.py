@@ -23,8 +23,8 @@ CONSTANTS = {name: TYPICAL.get(name, (50.0, 20.0)) for name in (*DYNAMIC, *STATI
 
 @dataclass(frozen=True)
 class DataSets:
-    """Folders with the same data: Zarr as our writer makes it; Zarr with a chunk an hour, as xarray makes it; packed as
-    float32 and float16."""
+    """Folders with the same data: Zarr as our writer writes it; Zarr with a chunk an hour, as xarray writes it; packed
+    as float32 and float16."""
 
     shape: tuple[int, int]
     written: Path
@@ -34,13 +34,13 @@ class DataSets:
     manifest_of_half: Manifest
 
     def config(self, folder: Path, **more) -> DataConfig:
-        """A data section over one of the folders; 15 inputs and 6 targets, the defaults."""
+        """Return a data section over one of the folders; 15 inputs and 6 targets, the defaults."""
         options = {"in_memory": False, "workers": 0, "normalization": CONSTANTS, **more}
         return DataConfig(path=str(folder), train=(2019,), **options)
 
 
 def make_data_sets(folder: Path, shape: tuple[int, int], hours: int) -> DataSets:
-    """Write them all below `folder`."""
+    """Write all data sets in `folder`."""
     name = f"{shape[0]}x{shape[1]}"
     written, hourly, packed, half = (folder / f"{kind}-{name}" for kind in ("written", "hourly", "packed", "half"))
     write_fields(written, shape, hours)
@@ -51,7 +51,7 @@ def make_data_sets(folder: Path, shape: tuple[int, int], hours: int) -> DataSets
 
 
 def write_fields(output: Path, shape: tuple[int, int], hours: int, start: np.datetime64 = START) -> None:
-    """Smooth fields with a little noise, a fiftieth of them missing, as our writer writes them."""
+    """Write smooth fields with a little noise, a fiftieth of them missing, with our writer."""
     static = {name: (Field(VARIABLES[name].unit, name), _fields(shape, 1, seed)[0]) for seed, name in enumerate(STATIC)}
     dynamic = {name: Field(VARIABLES[name].unit, name) for name in DYNAMIC}
     lat, lon = np.linspace(54, 18, shape[0]), np.linspace(73, 135, shape[1])
@@ -66,7 +66,7 @@ def write_fields(output: Path, shape: tuple[int, int], hours: int, start: np.dat
 
 
 def _fields(shape: tuple[int, int], hours: int, seed: int) -> np.ndarray:
-    """float32 [hours, H, W], of order 1."""
+    """Return fields float32 [hours, H, W], of order 1."""
     rng = np.random.default_rng(seed)
     coarse = rng.standard_normal((1, 1, hours // 6 + 2, max(2, shape[0] // 8), max(2, shape[1] // 8)))
     smooth = torch.nn.functional.interpolate(torch.from_numpy(coarse).float(), size=(hours, *shape), mode="trilinear")
@@ -81,7 +81,7 @@ def _write_hourly(store: Path, output: Path) -> None:
 
     output.mkdir()
     with xr.open_zarr(store, chunks=None, consolidated=False) as dataset, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # zarr: consolidated metadata are no part of format 3 yet
+        warnings.simplefilter("ignore")  # zarr warns that consolidated metadata are not part of format 3 yet
         for name in dataset.variables:
             dataset[name].encoding = {}
         chunks = {name: {"chunks": (1, *dataset[name].shape[1:])} for name in DYNAMIC}

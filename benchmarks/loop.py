@@ -1,13 +1,13 @@
-"""What the loop costs: a step of `Trainer.fit` beside a bare step of the same network on the same data.
+"""Overhead of the loop: a step of `Trainer.fit` compared with a bare step of the same network on the same data.
 
     python -m benchmarks.loop [--size a] [--rounds N] [--pairs N] [--workers N] [--threads N] [--quick]
 
-The program itself runs, by train.py, with TensorBoard, metrics and the progress bar on, on one process. After every
-ten of its optimizer steps its clock stands still, while a second copy of the network takes ten bare steps (forward,
-backward, clip, step, schedule) on batches in memory. So a pair of blocks is seconds apart in one process, and each
-block of `fit` loads ten batches and logs once. Printed: both medians over pairs, and the ratio of medians with the
-quartiles over pairs; then how long `fit` waited for its batches, likewise over blocks. Each round is a new process. The
-promises are a ratio of at most 1.03 at (a), and with loader workers less than 1 % of waiting. Not on Windows.
+train.py runs in one process, with TensorBoard, metrics and progress bar. After every ten optimizer steps its clock is
+stopped, while a second copy of the network takes ten bare steps (forward, backward, clip, step, schedule) on batches in
+memory. So the two blocks of a pair are seconds apart in one process, and each block of `fit` loads ten batches and logs
+once. Prints both medians over pairs, and the ratio of medians with the quartiles over pairs; then how long `fit` waited
+for its batches, in the same way over blocks. Each round is a new process. The promises are a ratio of at most 1.03 at
+(a), and less than 1 % of waiting with loader workers. Not on Windows.
 """
 
 import argparse
@@ -35,7 +35,7 @@ ROUNDS, PAIRS = 3, 12
 
 
 class WaitClock:
-    """How long `fit` has waited for the batches of its steps, in seconds, in this process from now on."""
+    """Seconds that `fit` waits for the batches of its steps, in this process, counted from now."""
 
     def __init__(self):
         self.seconds = 0.0
@@ -55,9 +55,9 @@ class WaitClock:
 
 
 class AlternatingBlocks:
-    """Called after each optimizer step of `fit`: times blocks of its steps, and runs and times bare ones between.
+    """Called after each optimizer step of `fit`: times blocks of its steps, and runs and times bare steps between.
 
-    All in seconds of a step; the wait is part of `fit`.
+    All times are seconds per step; `fit` includes the wait.
     """
 
     def __init__(self, bare: BareStep, steps: int, clock: WaitClock):
@@ -83,12 +83,12 @@ class AlternatingBlocks:
         for _ in range(self.steps):
             self.bare()
         self._began, self._waited = time.perf_counter(), self.clock.seconds
-        if self._taken:  # else the bare step warms up
+        if self._taken:  # the first block warms up the bare step
             self.bare_seconds.append((self._began - began) / self.steps)
 
 
 def run_alternating(config_file: str, result_file: str) -> None:
-    """Train in this process, and write {"fit": seconds of a step in each block, "wait": likewise, "bare": likewise}."""
+    """Train in this process and write {"fit", "wait", "bare": seconds per step in each block}."""
     job = Job(load_config(config_file), Path(config_file), Path(result_file).parent, processes=1)
     blocks = AlternatingBlocks(BareStep(Parts(job), job.clip_norm), LOG_EVERY_STEPS, WaitClock())
     run_ours(job)
@@ -97,7 +97,7 @@ def run_alternating(config_file: str, result_file: str) -> None:
 
 
 def measure_loop(size: Size, world: Path, pairs: int, threads: int, workers: int) -> dict[str, list[float]]:
-    """What `run_alternating` writes, of a process of its own."""
+    """Return what `run_alternating` writes in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         steps = WARM_UP_STEPS + pairs * LOG_EVERY_STEPS
         run_dir, config_file, result_file = (Path(folder) / name for name in ("run", "config.yaml", "seconds.json"))

@@ -1,4 +1,4 @@
-"""What a benchmark ran on, in a few lines: python -m benchmarks.machine"""
+"""Describe the machine that a benchmark ran on: python -m benchmarks.machine"""
 
 import os
 import sys

@@ -2,16 +2,16 @@
 
     python -m benchmarks.model_step [--sizes a,b,c] [--variants published,ours,...] [--rounds N] [--threads N] [--quick]
 
-A step is forward, loss, backward, AdamW and zero_grad on one batch. Each measurement is a process of its own, which
-takes warm-up steps and then some under the clock; processes of all variants take turns, for several rounds. Printed:
-the median over rounds of a process's median step, with the smallest and the largest; the median over rounds of its peak
-of resident memory above the bare process, warm-up included; ratios of medians, with the quartiles of the ratios of
-single rounds. The bare process has imported everything and has no model: it has taken a step with a tiny one, because
-torch imports much at the first optimizer (80 MB). Linux only, for the memory.
+A step is forward, loss, backward, AdamW and zero_grad on one batch. Each measurement has a process of its own, which
+takes warm-up steps and then timed ones; processes of all variants take turns, for several rounds. Prints the median
+over rounds of a process's median step, with the smallest and the largest; the median over rounds of its peak of
+resident memory above the bare process, warm-up included; ratios of medians, with the quartiles of the ratios of single
+rounds. The bare process has imported everything and taken a step with a tiny model, because torch imports much at the
+first optimizer (80 MB). Linux only, because of the memory.
 
 `ours` has terrain and wind (the published program is measured without its wind scan), no dropout, float32. `published,
 same function` leaves out relative position and token norm, as ours does. `dropout` is drop_rate=0.1. Compiling is part
-of the first warm-up step, and of the peak. All variants run with the same settings of the allocator: those of the
+of the first warm-up step, and of the peak. All variants run with the same allocator settings: those of the
 environment (launch/env.sh sets them for a run).
 """
 
@@ -68,19 +68,19 @@ VARIANTS = {
     "dropout": Options(model={"drop_rate": 0.1}),
 }
 AT_PAPER_SCALE = (PUBLISHED, SAME_FUNCTION, OURS, "activation checkpointing")
-"""What (c) is measured with by default: there a step takes from half a minute to minutes."""
+"""Variants measured at (c) by default, where a step takes from half a minute to minutes."""
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """Of one process: seconds of its median step, and its peak of resident memory above the bare process."""
+    """Seconds of one process's median step, and its peak of resident memory above the bare process."""
 
     seconds: float
     peak_bytes: int
 
 
 class OurStep:
-    """Our training step on CPU, with parameter groups and without clipping, as the published one is."""
+    """Our training step on CPU, with parameter groups and, like the published one, without clipping."""
 
     def __init__(self, size: Size, options: Options):
         self.network = build_sized_model(size, options.activation_checkpointing, **options.model).train()
@@ -91,7 +91,7 @@ class OurStep:
         self.precision = options.precision
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> None:
-        """One optimizer step on a batch of `benchmarks.sizes.synthetic_batch`."""
+        """Take one optimizer step on a batch of `benchmarks.sizes.synthetic_batch`."""
         sums, counts = loss_sums(self.network, batch, self.elevation_m, self.precision)
         (sums.sum() / counts.sum()).backward()
         self.optimizer.step()
@@ -99,7 +99,7 @@ class OurStep:
 
 
 def build_step(size: Size, variant: str, may_compile: bool = True) -> Callable[[dict[str, torch.Tensor]], None]:
-    """A function that takes one optimizer step on a batch."""
+    """Return a function that takes one optimizer step on a batch."""
     if variant in (PUBLISHED, SAME_FUNCTION):
         from benchmarks.published import PublishedStep  # needs timm
 
@@ -109,7 +109,7 @@ def build_step(size: Size, variant: str, may_compile: bool = True) -> Callable[[
 
 
 def measure_step(size: Size, variant: str, threads: int) -> StepCost:
-    """In this process, which must be fresh for the memory to say anything."""
+    """Measure in this process, which must be fresh for the memory figure to be meaningful."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     tiny = SIZES["tiny"]
@@ -125,7 +125,7 @@ def measure_step(size: Size, variant: str, threads: int) -> StepCost:
 
 
 def missing_packages(variants: list[str]) -> dict[str, str]:
-    """{variant: why it cannot be measured here}."""
+    """Return {variant: why it cannot be measured here}."""
     reasons = {}
     if importlib.util.find_spec("timm") is None:
         absent = {PUBLISHED, SAME_FUNCTION} & set(variants)
@@ -189,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
     for size in chosen_sizes(parser, options):
         variants = asked or (AT_PAPER_SCALE if size.name == "c" else everything)
         if size.name == "tiny" and asked is None:
-            variants = [variant for variant in everything if variant != "compile"]  # it takes longer than all others
+            variants = [variant for variant in everything if variant != "compile"]  # it takes longest
         run = run_here if options.quick else run_fresh
         measure_size(size, list(variants), options.rounds or size.rounds, threads, run)
     return 0

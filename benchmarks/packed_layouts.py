@@ -13,7 +13,7 @@ HOURS_OF_SHARD = 24
 
 
 def hour_readers(data: DataSets, folder: Path, hours: int) -> dict[str, Callable[[int], np.ndarray]]:
-    """By layout, a function of the hour that gives all its fields [V, H, W], copied as a batch would copy them.
+    """Return {layout: function of the hour that returns all its fields [V, H, W], copied as for a batch}.
 
     The Zarr arrays hold the first `hours` hours, [time, variable, row, column] like the packed array.
     """

@@ -1,12 +1,12 @@
-"""The published program's network and its training step, restated from reading it: what this program is compared with.
+"""The published program's network and training step, reimplemented from its source, for comparison.
 
 Source: github.com/AmmarKheder/TopoFlow, topoflow/{model,topoflow,wind_embed,training}.py (commit 1ab24d8), without its
-wind scan. It is the same function by the same operations: the same tensors are formed, held as long and kept for the
-backward pass, so time and memory of a step are those of the original. Parameters have the names of the original's.
+wind scan. The operations are the same: the same tensors are formed, held as long and kept for the backward pass, so
+time and memory of a step are those of the original. Parameters have the original's names.
 
     python -m benchmarks.published
 
-compares it, in float64 and with its gradients, with the restatement that the tests of the Lightning import use.
+compares it, in float64 and including gradients, with the implementation that the tests of the Lightning import use.
 """
 
 import math
@@ -28,7 +28,7 @@ NUM_BUCKETS, MAX_DISTANCE, HEIGHT_SCALE = 32, 128, 1000.0
 
 
 def bucket(offset: Tensor) -> Tensor:
-    """Bucket of each offset along an axis, query minus key: sixteen for each sign, exact below 8, then logarithmic."""
+    """Return the bucket of each offset on an axis, query minus key: 16 per sign, exact below 8, then logarithmic."""
     half, exact = NUM_BUCKETS // 2, NUM_BUCKETS // 4
     distance = offset.abs()
     far = exact + (torch.log(distance.float() / exact) / math.log(MAX_DISTANCE / exact) * (half - exact)).long()
@@ -36,7 +36,7 @@ def bucket(offset: Tensor) -> Tensor:
 
 
 class RelativePositionBias(nn.Module):
-    """A learned number for each head and pair of buckets, along columns and rows."""
+    """A learned number for each head and pair of buckets, of columns and of rows."""
 
     def __init__(self, num_heads: int):
         super().__init__()
@@ -44,9 +44,9 @@ class RelativePositionBias(nn.Module):
         nn.init.trunc_normal_(self.bias_table, std=0.02)
 
     def forward(self, places: Tensor) -> Tensor:
-        """places [B, N, 2], (column, row) as fractions of the grid -> [B, heads, N, N], made anew in every step."""
+        """Map places [B, N, 2], (column, row) as fractions of the grid, to [B, heads, N, N], anew in every step."""
         columns, rows = (places * MAX_DISTANCE).long().unbind(-1)
-        # named and so held to the end, as in the original, whose peak of memory they are part of; each [B, N, N]
+        # named and thus held to the end as in the original, where they add to the peak of memory; each [B, N, N]
         across, down = columns[:, :, None] - columns[:, None, :], rows[:, :, None] - rows[:, None, :]
         across_bucket, down_bucket = bucket(across), bucket(down)
         entries = NUM_BUCKETS * across_bucket + down_bucket
@@ -54,7 +54,7 @@ class RelativePositionBias(nn.Module):
 
 
 class TerrainAttention(nn.Module):
-    """Attention with scores written out, biased by relative position and by how much higher the key stands."""
+    """Attention with explicit scores, biased by relative position and by the height of the key above the query."""
 
     def __init__(self, embed_dim: int, num_heads: int, relative_position: bool):
         super().__init__()
@@ -67,7 +67,7 @@ class TerrainAttention(nn.Module):
         self.alpha = nn.Parameter(torch.full((1,), 2.0))
 
     def forward(self, x: Tensor, places: Tensor, heights: Tensor) -> Tensor:
-        """x [B, N, D], places [B, N, 2], heights [B, N] (of the normalized input) -> [B, N, D]."""
+        """Map x [B, N, D], places [B, N, 2], heights [B, N] (of the normalized input) to [B, N, D]."""
         B, N, D = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         scores = (q @ k.transpose(-2, -1)) * (D // self.num_heads) ** -0.5
@@ -82,7 +82,7 @@ class TerrainAttention(nn.Module):
 
 
 class TerrainBlock(nn.Module):
-    """timm's block around that attention."""
+    """timm's block around this attention."""
 
     def __init__(self, embed_dim: int, num_heads: int, relative_position: bool):
         super().__init__()
@@ -92,13 +92,13 @@ class TerrainBlock(nn.Module):
         self.mlp = Mlp(embed_dim, int(embed_dim * MLP_RATIO))
 
     def forward(self, x: Tensor, places: Tensor, heights: Tensor) -> Tensor:
-        """x [B, N, D] -> [B, N, D]."""
+        """Map x [B, N, D] to [B, N, D]."""
         x = x + self.attn(self.norm1(x), places, heights)
         return x + self.mlp(self.norm2(x))
 
 
 class PatchEmbedding(nn.Module):
-    """A convolution for each variable, as one with groups, and a norm of each variable's tokens."""
+    """A convolution for each variable, as one grouped convolution, and a norm of each variable's tokens."""
 
     def __init__(self, num_variables: int, embed_dim: int, normed: bool):
         super().__init__()
@@ -108,7 +108,7 @@ class PatchEmbedding(nn.Module):
         self.norm = nn.LayerNorm(embed_dim) if normed else nn.Identity()
 
     def forward(self, x: Tensor, variables: Tensor) -> Tensor:
-        """x [B, V, H, W], variables int64 [V] -> tokens [B, V, N, D]."""
+        """Map x [B, V, H, W], variables int64 [V] to tokens [B, V, N, D]."""
         weights, biases = self.proj_weights[variables].flatten(0, 1), self.proj_biases[variables].flatten()
         tokens = F.conv2d(x, weights, biases, stride=PATCH_SIZE, groups=len(variables))  # [B, V*D, rows, columns]
         tokens = tokens.unflatten(1, (len(variables), -1)).flatten(3).transpose(2, 3)
@@ -118,7 +118,7 @@ class PatchEmbedding(nn.Module):
 class PublishedNetwork(nn.Module):
     """The network at a size: all its variables are inputs, and it forecasts all of them.
 
-    with_priors=False leaves out relative position and the norm of variables' tokens, which TopoFlow has not.
+    with_priors=False leaves out relative position and the norm of variables' tokens, which TopoFlow does not have.
     """
 
     def __init__(self, size: Size, with_priors: bool = True):
@@ -139,7 +139,7 @@ class PublishedNetwork(nn.Module):
         self.register_buffer("variables", torch.arange(V), persistent=False)
 
     def forward(self, x: Tensor, lead_time_hours: Tensor) -> Tensor:
-        """x [B, V, H, W] normalized, lead_time_hours [B] -> [B, V, H, W]."""
+        """Map x [B, V, H, W] normalized, lead_time_hours [B] to [B, V, H, W]."""
         B, (H, W) = x.shape[0], self.size.grid
         heights = F.avg_pool2d(x[:, INPUTS.index("elevation"), None], PATCH_SIZE).flatten(1)  # [B, N]
         tokens = self.patch_embed(x, self.variables) + self.var_embed[:, self.variables].unsqueeze(2)
@@ -153,21 +153,21 @@ class PublishedNetwork(nn.Module):
         return fields.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, H, W)
 
     def _aggregate(self, tokens: Tensor) -> Tensor:
-        """[B, V, N, D] -> [B, N, D]. The weights of the attention, which are not used, are asked for all the same."""
+        """Map [B, V, N, D] to [B, N, D]. As in the original, attention weights are requested, though not used."""
         B, _, N, _ = tokens.shape
         tokens = tokens.transpose(1, 2).flatten(0, 1)  # [B*N, V, D]
         query = self.var_query.repeat_interleave(B * N, dim=0)
         return self.var_agg(query, tokens, tokens)[0].squeeze(1).unflatten(0, (B, N))
 
     def _places(self) -> Tensor:
-        """[1, N, 2]: (column, row) of each patch, as fractions of the grid."""
+        """Return [1, N, 2]: (column, row) of each patch, as fractions of the grid."""
         rows, columns = (cells // PATCH_SIZE for cells in self.size.grid)
         y, x = torch.meshgrid(torch.arange(rows) / rows, torch.arange(columns) / columns, indexing="ij")
         return torch.stack([x.flatten(), y.flatten()], dim=1).unsqueeze(0)
 
 
 class PublishedStep:
-    """Its training step: masked squared error of the targets, AdamW with one group of parameters, no clipping."""
+    """The published training step: masked squared error of the targets, AdamW with one group, no clipping."""
 
     def __init__(self, size: Size, with_priors: bool = True):
         self.network = PublishedNetwork(size, with_priors).train()
@@ -176,7 +176,7 @@ class PublishedStep:
         self.mask = torch.ones(1, 1, *size.grid, dtype=torch.bool)
 
     def __call__(self, batch: dict[str, Tensor]) -> None:
-        """One optimizer step on a batch of `benchmarks.sizes.synthetic_batch`."""
+        """Take one optimizer step on a batch of `benchmarks.sizes.synthetic_batch`."""
         prediction = self.network(batch["x"], batch["lead_time_hours"])[:, self.targets]
         mask = self.mask.expand_as(prediction)
         loss = ((prediction - batch["y"]) ** 2 * mask).sum() / mask.sum()
@@ -186,14 +186,14 @@ class PublishedStep:
 
 
 def main() -> int:
-    """Compare the two restatements; raises AssertionError if they are not the same function."""
+    """Compare the two implementations; raise AssertionError if they are not the same function."""
     size = Size("small", (8, 12), 16, 3, 2, 3)
     torch.manual_seed(0)
     reference = Network(True, size.grid, width=16, depth=3, decoder_depth=2, heads=2).double()
     network = PublishedNetwork(size).double()
     network.load_state_dict(reference.state_dict())
     x = torch.randn(3, len(INPUTS), *size.grid, dtype=torch.float64)
-    # one terrain for all samples, in kilometres, as the reference takes it
+    # one terrain for all samples, in kilometres, as the reference expects it
     x[:, INPUTS.index("elevation")] = 10 * x[0, INPUTS.index("elevation")]
     lead_time_hours = torch.full((3,), 24.0, dtype=torch.float64)
     ours, theirs = network(x, lead_time_hours), reference(x, lead_time_hours)

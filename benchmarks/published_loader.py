@@ -1,7 +1,7 @@
-"""The loader of the published program (AmmarKheder/TopoFlow, topoflow/data.py), restated for comparison.
+"""The loader of the published program (AmmarKheder/TopoFlow, topoflow/data.py), reimplemented for comparison.
 
-It opens each store through xarray, and for a sample reads one variable after the other, normalizes it and interpolates
-it to the size of the network, static fields included, whether or not they have that size already.
+It opens each store through xarray. For a sample it reads one variable after the other, normalizes it and interpolates
+it to the size of the network, including static fields and even if it already has that size.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 
 class PublishedSamples(torch.utils.data.Dataset):
-    """(x [V, H, W], y [T, H, W], lead_time_hours []) of one store, in the order of the program it restates.
+    """(x [V, H, W], y [T, H, W], lead_time_hours []) of one store, in the order of the original.
 
     Arguments: the store; names of inputs and targets; {name: (mean, deviation)}; lead times; (H, W) of the network.
     """

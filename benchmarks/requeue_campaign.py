@@ -1,19 +1,19 @@
-"""Disturb jobs of a real SLURM as it does at time limits and preemption, and count what is lost.
+"""Disturb jobs of a real SLURM as time limits and preemption do, and count what is lost.
 
     python -m benchmarks.requeue_campaign [--cycles 100] [--nodes 2] [--tasks-per-node 1] [--jobs 2] [--seed 0]
                                           [--power COMMAND [--crashes N]] [section.key=value ...]
 
-Each job is `sbatch launch/train.sbatch` of a small run. It is met by SIGUSR1, SIGTERM or SIGINT (scancel to all
-tasks, kill to one rank), some of them followed by more signals, or by `scontrol requeue`; it must commit a checkpoint,
-go back into the queue and resume by itself, and is met again, up to ten times, at a place drawn from all phases of a
-run or at a random time. Then every loss in its metrics.jsonl, as bits and each step once, and weights, moments, rates
-and progress in its last checkpoint must be those of a run that nothing disturbed.
+Each job is `sbatch launch/train.sbatch` of a small run. It gets SIGUSR1, SIGTERM or SIGINT (scancel to all tasks, kill
+to one rank), sometimes followed by more signals, or `scontrol requeue`; it must commit a checkpoint, be requeued and
+resume by itself. It is disturbed again, up to ten times, in a random phase of a run or at a random time. Then every
+loss in its metrics.jsonl (each step once) and weights, moments, rates and progress in its last checkpoint must equal
+those of an undisturbed run, bit for bit.
 
---power ends a node without warning (`COMMAND crash NODE`) and starts it again (`COMMAND boot NODE`): then some cycles
-(--crashes, one in ten) are such a crash, and the job goes on elsewhere, for which there must be a node more.
+--power names a command that crashes a node (`COMMAND crash NODE`) and boots it again (`COMMAND boot NODE`). Some cycles
+(--crashes, by default one in ten) are then such a crash, and the job resumes elsewhere, which requires a spare node.
 
-Works with any SLURM that sbatch finds here; --folder must be on a file system that its nodes share. Ends with status 1
-if a job failed or differs, 2 if there is no SLURM.
+Works with any SLURM that sbatch finds here; --folder must be on a file system that its nodes share. Exits with 1 if
+a job failed or differs, with 2 if there is no SLURM.
 """
 
 import argparse
@@ -49,7 +49,7 @@ MOST_FAILURES = 5
 
 @dataclass
 class Tally:
-    """What happened in all jobs. misses: disturbances that came too late for their run."""
+    """Counts over all jobs. misses: disturbances that came too late for their run."""
 
     wanted: int
     cycles: list[Cycle] = field(default_factory=list)
@@ -65,7 +65,7 @@ class Tally:
         return self.failed + self.different
 
     def promise(self) -> tuple[int, int]:
-        """Number of the next job, and how many cycles it should bring; 0: no further job."""
+        """Return the number of the next job and of the cycles that it should do; 0: no further job."""
         with self.lock:
             left = self.wanted - len(self.cycles) - self.promised
             number = 0 if len(self.failures) >= MOST_FAILURES else min(left, MOST_OF_A_JOB)
@@ -81,7 +81,7 @@ class Tally:
 
 
 class Campaign:
-    """Jobs below `folder`, each of `nodes` x `tasks_per_node` tasks. power_command: see the head of this module."""
+    """Jobs in `folder`, each of `nodes` x `tasks_per_node` tasks. power_command: see the module's docstring."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class Campaign:
         }
         (folder / "config.yaml").write_text(yaml.safe_dump(settings))
         self.seconds = 0.0
-        """What a run takes that nothing disturbs, from its first process on."""
+        """Duration of an undisturbed run, from its first process on."""
 
     def send(self, name: str) -> Job:
         return self.slurm.send(
@@ -124,7 +124,7 @@ class Campaign:
         subprocess.run([*self.power_command, what, node], check=True, capture_output=True)
 
     def untouched(self) -> None:
-        """The run that nothing disturbs."""
+        """Return the undisturbed run."""
         job, files = self.send("untouched"), PlanFolder(self.folder / "plans", "untouched", 0)
         wait_until(lambda: files.started(0) is not None or job.state in ENDED, CYCLE_SECONDS, "the first job")
         start = time.monotonic()
@@ -134,7 +134,7 @@ class Campaign:
         self.seconds = time.monotonic() - start
 
     def disturbed(self, tally: Tally, seed: int, crashes: bool = False) -> None:
-        """Job after job, as long as cycles are wanted; each is compared at its end."""
+        """Run job after job until there are enough cycles; compare each at its end."""
         while (promised := tally.promise())[1]:
             number, most = promised
             name = f"{'crashed' if crashes else 'disturbed'}-{number}"
@@ -175,16 +175,16 @@ def report(tallies: Sequence[Tally], seconds: float) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cycles", type=int, default=100, metavar="N", help="default: %(default)s")
-    parser.add_argument("--nodes", type=int, default=2, metavar="N", help="of each job (default: %(default)s)")
+    parser.add_argument("--nodes", type=int, default=2, metavar="N", help="nodes per job (default: %(default)s)")
     parser.add_argument("--tasks-per-node", type=int, default=1, metavar="N", help="default: %(default)s")
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="at the same time (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the disturbances (default: %(default)s)")
-    parser.add_argument("--power", type=shlex.split, default=[], metavar="COMMAND", help="crashes and boots nodes")
-    parser.add_argument("--crashes", type=int, metavar="N", help="of all cycles, with --power (default: a tenth)")
-    parser.add_argument("--folder", type=Path, help="where to work, and to leave all runs (default: none is left)")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the config of all runs")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="concurrent jobs (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the disturbances (default: %(default)s)")
+    parser.add_argument("--power", type=shlex.split, default=[], metavar="COMMAND", help="crashes or boots a node")
+    parser.add_argument("--crashes", type=int, metavar="N", help="cycles with a crash (default: a tenth, with --power)")
+    parser.add_argument("--folder", type=Path, help="work here, and keep all runs here (default: keep none)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="config values of all runs")
     options = parser.parse_args(arguments)
-    # the nodes take this interpreter; the batch script asks the package for run.dir
+    # the nodes use this interpreter; the batch script needs the package to find run.dir
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     slurm, start = Slurm({**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}), time.monotonic()
     try:
@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (JobFailed, TimeoutError) as error:
             print(f"requeue_campaign: {error}", file=sys.stderr)
             return 1
-        campaign.disturbed(crashes, options.seed, crashes=True)  # alone: a node may be another job's too
+        campaign.disturbed(crashes, options.seed, crashes=True)  # no other job may share a node
         with ThreadPoolExecutor(options.jobs) as threads:
             for running in [threads.submit(campaign.disturbed, others, options.seed) for _ in range(options.jobs)]:
                 running.result()

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""All benchmarks of speed, one after the other, with a table or more each: python benchmarks/run.py [--quick]
+"""Run all benchmarks of speed in turn, each with one or more tables: python benchmarks/run.py [--quick]
 
-Needs the package, and for all rows the extra `benchmark`: what is not installed is left out, and the tables say so.
-Figures are medians with their range over processes that take turns, so other work on the machine meets all of them;
+Needs the package, and for all rows the extra `benchmark`; the tables list what is left out because it is not installed.
+Figures are medians with their range over processes that take turns, so other load on the machine affects all of them;
 ratios are of medians, with quartiles over turns. Paper scale, (c), needs 16 GB of memory and about an hour on two
-cores; --sizes a,b leaves it out. Ends with status 1 if a benchmark failed; the others run all the same.
+cores; --sizes a,b leaves it out. Exits with 1 if a benchmark failed; the others still run.
 """
 
 import argparse
@@ -19,17 +19,17 @@ MACHINE = "benchmarks.machine"
 BENCHMARKS = {
     "model": ("One optimizer step: time, memory, options", "benchmarks.model_step", {"sizes", "rounds"}),
     "embedding": ("Patch embedding and variable aggregation", "benchmarks.embedding", {"sizes", "rounds"}),
-    "terrain": ("Block 0: terrain beside a plain block", "benchmarks.terrain_block", {"sizes", "rounds"}),
-    "flops": ("FLOP/s against the machine's peak", "benchmarks.flops", {"sizes", "rounds"}),
-    "loop": ("fit beside a bare loop", "benchmarks.loop", {"rounds"}),
-    "trainers": ("Beside other trainers", "benchmarks.compare_trainers", {"rounds"}),
+    "terrain": ("Block 0: with and without terrain", "benchmarks.terrain_block", {"sizes", "rounds"}),
+    "flops": ("FLOP/s relative to the machine's peak", "benchmarks.flops", {"sizes", "rounds"}),
+    "loop": ("fit compared with a bare loop", "benchmarks.loop", {"rounds"}),
+    "trainers": ("Comparison with other trainers", "benchmarks.compare_trainers", {"rounds"}),
     "data": ("Data", "benchmarks.loading", set()),
     "start": ("Start", "benchmarks.start", set()),
 }
 
 
 def build_command(name: str, options: argparse.Namespace) -> list[str]:
-    """What runs one benchmark, with those of our options that were given and that it takes."""
+    """Return the command of one benchmark, with those of the given options that it takes."""
     _, module, takes = BENCHMARKS[name]
     command = [sys.executable, "-m", module]
     for option in sorted(takes):
@@ -40,14 +40,14 @@ def build_command(name: str, options: argparse.Namespace) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run them; returns 0, or 1 if one failed."""
+    """Run them; return 0, or 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", help="comma-separated: a, b, c (default: those that each benchmark is about)")
+    parser.add_argument("--sizes", help="comma-separated: a, b, c (default: each benchmark's own)")
     parser.add_argument("--only", nargs="+", choices=list(BENCHMARKS), metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument("--rounds", type=int, help="turns of each (default: each benchmark's own)")
-    parser.add_argument("--quick", action="store_true", help="a smoke run at a tiny size; its figures mean nothing")
+    parser.add_argument("--quick", action="store_true", help="a smoke run at a tiny size; the figures mean nothing")
     options = parser.parse_args(arguments)
-    # in ROOT, -m finds the siblings, whatever the caller's folder
+    # run in ROOT, so that -m finds the modules from any folder
     subprocess.run([sys.executable, "-m", MACHINE], cwd=ROOT, check=True)
     failed = []
     for name in options.only or BENCHMARKS:

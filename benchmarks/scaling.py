@@ -1,15 +1,15 @@
-"""What grows with the number of ranks: start-up, resume and steps of a tiny model on 1 to 32 real processes.
+"""Measure what grows with the number of ranks: start-up, resume and steps of a tiny model on 1 to 32 processes.
 
     python -m benchmarks.scaling [--ranks 1,2,4,8,16,32] [--steps 12] [--repeats 3] [section.key=value ...]
     python -m benchmarks.scaling --model
 
-For each number of ranks a run is made, and resumed, with one sample a rank and step. Printed, as tables: CPU
-milliseconds per rank in each phase, with the fit a + b n + c log2 n of least squares whose terms are not negative; the
-same by the clock; bytes and TCP segments that ranks send; files that a rank opens and has open. The processes share
-few cores, so the clock says how busy those are; CPU time and segments of a rank say what the number of ranks costs it.
+For each number of ranks, do a run with one sample per rank and step, and resume it. Prints tables of CPU milliseconds
+per rank in each phase, with the least-squares fit a + b n + c log2 n without negative terms; elapsed milliseconds;
+bytes and TCP segments that ranks send; files that a rank opens and holds open. The processes share few cores, so
+elapsed time only shows how busy these are; CPU time and segments show how a rank's cost grows with the number of ranks.
 Ranks are forked from a process that has imported the program. Linux only.
 
---model prints what `benchmarks.scaling_model` makes of bytes, operations and links at 8 to 4,096 devices.
+--model prints the predictions of `benchmarks.scaling_model` for 8 to 4,096 devices.
 """
 
 import argparse
@@ -46,18 +46,18 @@ SETTINGS = {
     "train": {"micro_batch_size": 1, "log_every_steps": 1},
 }
 ON_RESUME = ("reading the checkpoint", "restore", "proof", WHOLE)
-"""Phases that are taken from the resume; the others are from the run that begins."""
+"""Phases measured in the resume; the others are measured in the new run."""
 WARM_UP_STEPS = 3
 Phases = dict[str, list[dict[str, Any]]]
-"""By name, what one phase cost on each rank."""
+"""Costs of one phase by name, on each rank."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the runs' config")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="config values of the runs")
     parser.add_argument("--ranks", default="1,2,4,8,16,32", help="numbers of processes (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=12, help="optimizer steps of a run (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each number (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps per run (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs per number of processes (default: %(default)s)")
     parser.add_argument("--model", action="store_true", help="print the model of larger machines, measure nothing")
     options = parser.parse_args()
     if options.model:
@@ -73,7 +73,7 @@ def main() -> int:
 def measure(
     folder: Path, sizes: Sequence[int], steps: int, repeats: int, overrides: Sequence[str] = ()
 ) -> dict[int, list[Phases]]:
-    """By number of ranks, what the phases of each repeated run cost. Numbers take turns, so all see the same load."""
+    """Return the costs of each run by number of ranks. Numbers of ranks take turns, so all see the same load."""
     make_demo_data(folder / "data", days=10, grid=(8, 12), seed=0, progress=False)
     config = folder / "run.yaml"
     config.write_text(yaml.safe_dump({**SETTINGS, "data": {**SETTINGS["data"], "path": str(folder / "data")}}))
@@ -100,7 +100,7 @@ def _run(runs: ForkedRuns, arguments: Sequence[str], size: int, folder: Path) ->
 
 
 def _one(name: str, phases: list[dict[str, Any]]) -> dict[str, Any]:
-    """The costs of one phase on one rank: of a step, the median of those after the first few."""
+    """Return the costs of one phase on one rank; of steps, the median after the first few."""
     costs = [phase for phase in phases if phase["phase"] == name]
     if name != STEP:
         return costs[-1]
@@ -112,9 +112,9 @@ def _one(name: str, phases: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def fit_growth(sizes: Sequence[int], values: Sequence[float]) -> tuple[float, float, float]:
-    """(a, b, c), none negative, with which a + b n + c log2 n is nearest to `values` at n in `sizes`, by squares.
+    """Fit a + b n + c log2 n to `values` at n in `sizes` by least squares; return (a, b, c), none negative.
 
-    With so few terms, the best of the least-squares fits on each subset of them that gives none a negative factor.
+    With so few terms, it is the best of the fits of all subsets of terms that have no negative coefficient.
     """
     terms = np.array([[1.0, size, math.log2(size)] for size in sizes])
     best, smallest = (0.0, 0.0, 0.0), float(np.square(values).sum())
@@ -129,12 +129,12 @@ def fit_growth(sizes: Sequence[int], values: Sequence[float]) -> tuple[float, fl
 
 
 def print_tables(measured: dict[int, list[Phases]]) -> None:
-    """The tables, in Markdown."""
+    """Print the tables, in Markdown."""
     sizes = list(measured)
     names = [*PHASES.values(), *METHODS]
     print(f"{os.cpu_count()} cores; medians of {len(measured[sizes[0]])} runs\n")
     _print_table("CPU ms per rank", sizes, {name: _over_ranks(measured, name, "cpu_seconds", 1e3) for name in names})
-    _print_table("ms by the clock", sizes, {name: _over_ranks(measured, name, "seconds", 1e3) for name in names})
+    _print_table("elapsed ms", sizes, {name: _over_ranks(measured, name, "seconds", 1e3) for name in names})
     for who, ranks in (("rank 0", slice(0, 1)), ("another rank", slice(1, None))):
         traffic = {name: _over_ranks(measured, name, "bytes_sent", 1e-3, ranks) for name in names}
         _print_table(f"kB sent by {who}", sizes, traffic)
@@ -145,7 +145,7 @@ def print_tables(measured: dict[int, list[Phases]]) -> None:
         "open files": _over_ranks(measured, WHOLE, "open_files"),
         "peak MB": _over_ranks(measured, WHOLE, "peak_bytes", 1e-6),
     }
-    _print_table("a rank at its end", sizes, whole)
+    _print_table("a rank at the end", sizes, whole)
     _print_opens(measured)
     print("collective operations of a rank, at the largest number:\n")
     for name in names:
@@ -166,7 +166,7 @@ def _print_opens(measured: dict[int, list[Phases]]) -> None:
 def _over_ranks(
     measured: dict[int, list[Phases]], name: str, key: str, scale: float = 1.0, ranks: slice = slice(None)
 ) -> list[float]:
-    """For each number of ranks the mean over (those) ranks, and of that the median over runs; nan without such."""
+    """Return, per number of ranks, the median over runs of the mean over (those) ranks; nan without such ranks."""
     found = []
     for runs in measured.values():
         costs = [[cost[key] for cost in phases[name][ranks]] for phases in runs]

@@ -1,7 +1,7 @@
 """A model of step, start, resume and file-system load at paper scale, from bytes, operations and link speeds.
 
-Arithmetic, no measurement of a large machine: each assumption is a field below with its source. Printed by
-`python -m benchmarks.scaling --model`; docs/scaling.md says what to make of it.
+This is arithmetic, not a measurement of a large machine: each assumption is a constant below with its source.
+`python -m benchmarks.scaling --model` prints it; docs/scaling.md interprets it.
 """
 
 import math
@@ -15,7 +15,7 @@ SIZES = (8, 64, 400, 4096)
 
 @dataclass(frozen=True)
 class Machine:
-    """Devices and links. Peak numbers are the vendors'; what of them is reached is assumed below."""
+    """Devices and links. Peak numbers are the vendors'; the fraction that is reached is assumed below."""
 
     name: str
     devices_per_node: int
@@ -38,43 +38,43 @@ FLOPS_PER_SAMPLE = step_flops(MODEL_SIZES["c"])
 CELLS, DYNAMIC_INPUTS, TARGETS = 128 * 256, 11, 6
 YEARS, WORKERS = 6, 4
 
-# What of the peak is reached. Assumed; only the ratio of computing to sending hangs on them.
+# Fractions of the peak that are reached. Assumed; only the ratio of computing to sending depends on them.
 COMPUTE_EFFICIENCY, LINK_EFFICIENCY = 0.3, 0.6
 
 # Seconds. The first is NCCL's own estimate for a large message over a network (src/graph/tuning.cc, hwLat, Simple);
-# a TCP message between hosts and a request to the store are assumed, about twice what one idle machine takes.
+# a TCP message between hosts and a request to the store are assumed, about twice the time on one idle machine.
 DEVICE_HOP_SECONDS, HOST_MESSAGE_SECONDS, STORE_REQUEST_SECONDS = 14e-6, 30e-6, 60e-6
 HOST_BYTES_PER_SECOND = 2.5e9
 """One TCP connection; assumed."""
 DISK_BYTES_PER_SECOND = 1.5e9
 """Rank 0 reads and verifies one file of a parallel file system; assumed."""
 METADATA_PER_SECOND = 1e5
-"""What a metadata server answers; assumed. All jobs share it."""
+"""Requests that a metadata server answers; assumed. All jobs share it."""
 
 # Counted on this program (docs/scaling.md has the commands).
 IMPORTED_NAMES = 7500
-"""Distinct names that a process opens or looks up until it trains: what one node asks for, if it remembers."""
+"""Distinct names that a process opens or looks up before it trains: the requests of a node that caches them."""
 METADATA_OPENS_PER_STORE = 21
-"""To open one Zarr store that is not consolidated."""
+"""Requests to open one Zarr store that is not consolidated."""
 GATHERS_AT_START = 12
 TABLE_NUMBERS = 12
-"""Doubles that a rank contributes where a loss is logged: sums and counts of six targets."""
+"""Doubles that a rank contributes when a loss is logged: sums and counts of six targets."""
 INDEX_BYTES = 1.9e6
 LOG_EVERY_STEPS = 10
 """The default of train.log_every_steps."""
 PROBE_SAMPLES = 10
-"""That each rank reads in the proof of a resume."""
+"""Samples that each rank reads in the proof of a resume."""
 
 GRADIENT_BYTES = 4 * PARAMETERS
 CHECKPOINT_BYTES = 3 * GRADIENT_BYTES
 READS_PER_SAMPLE = DYNAMIC_INPUTS + TARGETS + 2
-"""Fields: inputs, targets, and the wind once more. With one hour a chunk, each is a file."""
+"""Fields: inputs, targets, and the wind again. With one hour per chunk, each is a file."""
 BUCKET_BYTES, PIECE_BYTES = 25 * 2**20, 64 * 2**20
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one number of devices costs: seconds, unless the name says otherwise."""
+    """Costs at one number of devices: seconds, unless the name has another unit."""
 
     compute: float
     gradient: float
@@ -97,24 +97,24 @@ class Prediction:
 
     @property
     def step(self) -> float:
-        """Without any overlap of computing and sending: an upper limit."""
+        """Seconds of a step without any overlap of computing and sending: an upper limit."""
         return self.compute + self.gradient + self.agreement + self.table / LOG_EVERY_STEPS
 
 
 def predict(machine: Machine, devices: int) -> Prediction:
-    """The model."""
+    """Return the prediction for one number of devices."""
     nodes = math.ceil(devices / machine.devices_per_node)
     depth, node_depth = math.ceil(math.log2(devices)), math.ceil(math.log2(nodes))
     link = machine.node_bytes_per_second * LINK_EFFICIENCY
     compute = FLOPS_PER_SAMPLE / (machine.device_flops * COMPUTE_EFFICIENCY)
-    # each byte enters and leaves a node twice, whichever way rings are laid; a tree's latency for each bucket
+    # each byte enters and leaves a node twice for any ring; plus a tree's latency for each bucket
     gradient = 2 * (devices - 1) / devices * GRADIENT_BYTES / link
     gradient += math.ceil(GRADIENT_BYTES / BUCKET_BYTES) * 2 * node_depth * DEVICE_HOP_SECONDS
-    # up a tree, which carries each row once to rank 0, and down by broadcast, which carries all of them at each level
+    # up a tree, which sends each row once to rank 0, and down by broadcast, which sends all rows at each level
     table_bytes = 8 * TABLE_NUMBERS * devices
     table = 2 * depth * HOST_MESSAGE_SECONDS + (1 + depth) * table_bytes / HOST_BYTES_PER_SECOND
     pieces = math.ceil(CHECKPOINT_BYTES / PIECE_BYTES)
-    agreement = 2 * node_depth * DEVICE_HOP_SECONDS  # four numbers, summed on the devices
+    agreement = 2 * node_depth * DEVICE_HOP_SECONDS  # four numbers, all-reduced on the devices
     step = compute + gradient + agreement + table / LOG_EVERY_STEPS
     return Prediction(
         compute=compute,
@@ -139,7 +139,7 @@ def predict(machine: Machine, devices: int) -> Prediction:
 
 
 def print_model() -> None:
-    """A table for each machine, in Markdown."""
+    """Print a table for each machine, in Markdown."""
     print(f"{PARAMETERS / 1e6:.0f} M parameters, {FLOPS_PER_SAMPLE / 1e12:.1f} TFLOP a sample, one sample a device\n")
     for machine in MACHINES:
         found = [predict(machine, devices) for devices in SIZES]
@@ -157,24 +157,24 @@ def _rows(found: list[Prediction]) -> dict[str, list[str]]:
     return {
         "computing, ms": show("compute", 1e3),
         "sum of gradients, ms": show("gradient", 1e3),
-        "what a step agrees on, ms": show("agreement", 1e3),
-        "table of losses, where they are logged, ms": show("table", 1e3),
+        "flags of a step, ms": show("agreement", 1e3),
+        "table of losses, in logged steps, ms": show("table", 1e3),
         "step without overlap, ms": show("step", 1e3),
         "computing in a step, %": [_show(100 * prediction.compute / prediction.step) for prediction in found],
-        "roll call at the store, s": show("roll_call"),
-        "index to all ranks, s": show("index"),
+        "rendezvous of the ranks, s": show("roll_call"),
+        "broadcast of the index, s": show("index"),
         "gathers until the first step, s": show("gathers"),
         "(the same in a ring, s)": show("gathers_in_a_ring"),
         "(gloo's full mesh, s)": show("full_mesh"),
         "restore: read and verify, s": show("restore_read"),
-        "restore: to all ranks, s": show("restore_send"),
+        "restore: broadcast, s": show("restore_send"),
         "files that rank 0 has open": show("files_of_rank_0"),
         "names looked up by imports, thousands": show("import_lookups", 1e-3),
         "the same at the metadata server, s": lookups,
         "data metadata opened": show("metadata_opens"),
         "(the same by all ranks and workers, thousands)": show("metadata_opens_by_all", 1e-3),
         "chunks opened for the proof, thousands": show("probe_opens", 1e-3),
-        "chunks opened a second, thousands": show("opens_per_second", 1e-3),
+        "chunks opened per second, thousands": show("opens_per_second", 1e-3),
         "fields read, GB/s": show("read_bytes_per_second", 1e-9),
     }
 

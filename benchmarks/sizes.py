@@ -1,7 +1,7 @@
-"""The sizes at which the network is measured, and networks and batches of them.
+"""The sizes at which the network is measured, and networks and batches of these sizes.
 
-(c) is the paper's scale. Everywhere: patch 2, 15 inputs, 6 targets, mlp_ratio 4, decoder_depth 2, no dropout, no drop
-path, terrain on, where nothing else is said.
+(c) is the paper's scale. Unless stated otherwise: patch 2, 15 inputs, 6 targets, mlp_ratio 4, decoder_depth 2, no
+dropout, no drop path, terrain on.
 """
 
 import argparse
@@ -18,12 +18,12 @@ from topoflow.model.topoflow import TopoFlow, build_model
 INPUTS, TARGETS = DataConfig.variables, DataConfig.targets
 PATCH_SIZE, DECODER_DEPTH, MLP_RATIO = 2, 2, 4.0
 CELL_KM = 25.0
-"""0.25 degree, about."""
+"""About 0.25 degree."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """A grid, a network and a batch; and for how long a step of it is measured."""
+    """A grid, a network and a batch, and the number of steps and processes to measure."""
 
     name: str
     grid: tuple[int, int]
@@ -32,18 +32,18 @@ class Size:
     num_heads: int
     batch_size: int
     warm_up_steps: int = 1
-    """Steps of a process before its clock runs: memory is fetched, the processor's caches and predictors are warm."""
+    """Steps of a process before timing starts, to allocate memory and warm up caches and branch predictors."""
     steps: int = 1
     """Steps of a process that are timed."""
     rounds: int = 1
-    """Processes of each kind, in turn."""
+    """Number of processes of each kind, which take turns."""
 
     @property
     def num_patches(self) -> int:
         return self.grid[0] * self.grid[1] // PATCH_SIZE**2
 
     def __str__(self) -> str:
-        """`(a) 32 x 64 cells, width 96, depth 3, 4 heads, batch 4`."""
+        """Return text such as `(a) 32 x 64 cells, width 96, depth 3, 4 heads, batch 4`."""
         rows, columns = self.grid
         network = f"width {self.embed_dim}, depth {self.depth}, {self.num_heads} heads"
         return f"({self.name}) {rows} x {columns} cells, {network}, batch {self.batch_size}"
@@ -55,32 +55,32 @@ SIZES = {
         Size("a", (32, 64), 96, 3, 4, 4, warm_up_steps=3, steps=10, rounds=5),
         Size("b", (64, 128), 256, 4, 8, 2, warm_up_steps=1, steps=3, rounds=4),
         Size("c", (128, 256), 768, 6, 8, 1, warm_up_steps=1, steps=1, rounds=3),
-        # of a smoke run: says nothing but that all of it runs
+        # for smoke runs, which only test that everything runs
         Size("tiny", (8, 16), 32, 2, 4, 2, warm_up_steps=1, steps=2, rounds=1),
     )
 }
 
 
 def add_size_options(parser: argparse.ArgumentParser, default: str) -> None:
-    """--sizes, --rounds, --threads and --quick, as all benchmarks of the network have them."""
+    """Add --sizes, --rounds, --threads and --quick, common to all benchmarks of the network."""
     parser.add_argument("--sizes", default=default, help="comma-separated: a, b, c (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, help="processes of each kind, in turn (default: as the size has it)")
+    parser.add_argument("--rounds", type=int, help="processes of each kind, in turn (default: that of the size)")
     add_run_options(parser)
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """--threads and --quick; the number of threads is that of `chosen_threads`."""
+    """Add --threads and --quick; `chosen_threads` returns the number of threads."""
     parser.add_argument("--threads", type=int, help=f"default: all cores, {torch.get_num_threads()}")
-    parser.add_argument("--quick", action="store_true", help="a smoke run at a tiny size; its figures mean nothing")
+    parser.add_argument("--quick", action="store_true", help="a smoke run at a tiny size; the figures mean nothing")
 
 
 def chosen_threads(options: argparse.Namespace) -> int:
-    """Of a smoke run one, because more of them wait for each other where the cores are busy with something else."""
+    """Return the number of threads; one for a smoke run, because several wait for each other on busy cores."""
     return 1 if options.quick else options.threads or torch.get_num_threads()
 
 
 def chosen_sizes(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Size]:
-    """The sizes that the options of `add_size_options` name; a name that is none ends the program with status 2."""
+    """Return the sizes chosen by the options of `add_size_options`; exit with 2 for an unknown name."""
     names = ["tiny"] if options.quick else options.sizes.split(",")
     if unknown := [name for name in names if name not in SIZES]:
         parser.error(f"--sizes: {unknown[0]!r}: expected some of {', '.join(SIZES)}")
@@ -88,7 +88,7 @@ def chosen_sizes(parser: argparse.ArgumentParser, options: argparse.Namespace) -
 
 
 def model_config(size: Size, **changes: Any) -> ModelConfig:
-    """The model section of a size, without dropout; changes: other values of its keys."""
+    """Return the model section of a size, without dropout; `changes` override its keys."""
     fields = {
         "patch_size": PATCH_SIZE,
         "embed_dim": size.embed_dim,
@@ -124,8 +124,8 @@ def build_sized_model(
 
 
 def synthetic_batch(grid: tuple[int, int], batch_size: int, seed: int) -> dict[str, Tensor]:
-    """A batch as the data set gives it, of noise: x [B, V, H, W], y and valid [B, T, H, W], lead_time_hours [B],
-    wind_ms [B, 2, H, W]."""
+    """Return a batch of noise in the form of the data set: x [B, V, H, W], y and valid [B, T, H, W], lead_time_hours
+    [B], wind_ms [B, 2, H, W]."""
     generator = torch.Generator().manual_seed(seed)
     return {
         "x": torch.randn(batch_size, len(INPUTS), *grid, generator=generator),
@@ -137,5 +137,5 @@ def synthetic_batch(grid: tuple[int, int], batch_size: int, seed: int) -> dict[s
 
 
 def synthetic_elevation_m(grid: tuple[int, int]) -> Tensor:
-    """Heights [H, W] from 0 to 4000 m, each cell by itself: half of all pairs of tokens are damped."""
+    """Return independent heights [H, W] from 0 to 4000 m, so that half of all pairs of tokens are damped."""
     return torch.rand(grid, generator=torch.Generator().manual_seed(1)) * 4000

@@ -1,13 +1,13 @@
-"""From `python train.py` to the first optimizer step: what the imports take, and what each phase of the set-up takes.
+"""Time from `python train.py` to the first optimizer step: imports, and each phase of the set-up.
 
     python -m benchmarks.start [--rounds N] [--quick]
 
-Fresh processes in turn, so that whatever else the machine does meets all alike. The first table has the seconds in
-which a process imports torch, or the program (`import train`: all that a run imports at its start), and the ratio
-within pairs of processes. The second has the phases that a run itself tells after its first step, of runs on a data set
-that no run has read before (cold), and again on the same (warm); the files are in the page cache in both. Both tables
-say how many modules are loaded and files opened by Python: on a parallel file system each is an operation of its
-metadata server. --quick takes a small model on a small data set, to see that the benchmark works.
+Fresh processes take turns, so that other load on the machine affects all equally. The first table has the seconds that
+a process takes to import torch, or the program (`import train`: all that a run imports at its start), and the ratio
+within pairs of processes. The second has the phases that a run logs after its first step, for a data set that no run
+has read before (cold) and for the same one again (warm); the files are in the page cache in both. Both tables have the
+number of modules loaded and of files opened by Python: on a parallel file system each is a metadata operation. --quick
+uses a small model and a small data set, to test the benchmark.
 """
 
 import argparse
@@ -64,18 +64,18 @@ StartClock.summary = note
 noted, sys.argv = sys.argv[2], sys.argv[3:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-"""train.py, as a user starts it, but for a clock that notes in a file what it has seen."""
+"""train.py as a user starts it, except that its clock also writes its phases to a file."""
 
 Process = dict[str, Any]
-"""What a process said of itself."""
+"""What a process reported about itself."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured.
+    """What to measure.
 
     days: of data, of which the last ten are not trained on. rounds: of imports, and of starts. pause_seconds: before
-    each start, since where a machine's CPU time is rationed, a process pays for the one before it.
+    each start, because where CPU time is rationed, a process is slowed down by the one before it.
     """
 
     grid: tuple[int, int]
@@ -93,7 +93,7 @@ QUICK = Settings((8, 12), 20, {"embed_dim": 16, "depth": 1, "num_heads": 2, **NO
 def main(arguments: list[str] | None = None) -> int:
     """Measure, and print both tables as markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, metavar="N", help="of starts (default 5); of imports about twice as many")
+    parser.add_argument("--rounds", type=int, metavar="N", help="starts (default 5); about twice as many imports")
     parser.add_argument("--quick", action="store_true", help="a smoke run")
     options = parser.parse_args(arguments)
     settings = QUICK if options.quick else FULL
@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure_imports(rounds: int) -> dict[str, list[Process]]:
-    """By what is imported, torch or the program, one process for each round."""
+    """Return measurements by what is imported, torch or the program: one process per round."""
     counted = {module: json.loads(run_python(IMPORT, "count", module)) for module in ("torch", "train")}
     measured: dict[str, list[Process]] = {module: [] for module in counted}
     for _ in range(rounds):
@@ -118,7 +118,7 @@ def measure_imports(rounds: int) -> dict[str, list[Process]]:
 
 
 def measure_starts(folder: Path, settings: Settings, rounds: int) -> dict[str, list[Process]]:
-    """By kind of start, cold or warm, one run for each round."""
+    """Return measurements by kind of start, cold or warm: one run per round."""
     pristine, data, config, noted = (folder / name for name in ("pristine", "data", "start.yaml", "noted.json"))
     make_demo_data(pristine, days=settings.days, grid=settings.grid, progress=False)
     config.write_text(yaml.safe_dump(build_config(settings, data)))
@@ -127,14 +127,14 @@ def measure_starts(folder: Path, settings: Settings, rounds: int) -> dict[str, l
     for round_number in range(rounds + 1):
         shutil.rmtree(data, ignore_errors=True)
         shutil.copytree(pristine, data)
-        os.sync()  # not while a start is measured
+        os.sync()  # done now, not while a start is measured
         mode, home = "time" if files.keys() == measured.keys() else "count", folder / f"home-{round_number}"
         for kind, runs in measured.items():
             time.sleep(settings.pause_seconds)
             run = folder / f"run-{round_number}-{kind}"
             run_python(RUN, mode, noted, ROOT / "train.py", config, f"run.dir={run}", home=home)
             seen = json.loads(noted.read_text())
-            if mode == "count":  # the first round, which also warms up the page cache
+            if mode == "count":  # drop the first round, which warms up the page cache
                 files[kind] = seen["files"]
             else:
                 runs.append({**seen, "files": files[kind]})
@@ -142,7 +142,7 @@ def measure_starts(folder: Path, settings: Settings, rounds: int) -> dict[str, l
 
 
 def build_config(settings: Settings, data: Path) -> dict[str, dict]:
-    """A run of one step on all fifteen inputs, terrain on, without a validation."""
+    """Return the config of a run of one step on all fifteen inputs, terrain on, without validation."""
     first = datetime.date(2018, 10, 1)
     last = first + datetime.timedelta(days=settings.days - 11)
     return {
@@ -154,9 +154,9 @@ def build_config(settings: Settings, data: Path) -> dict[str, dict]:
 
 
 def run_python(code: str, *arguments: object, home: Path | None = None) -> str:
-    """What a fresh Python prints that runs `code`; its own bytecode is kept, whatever the environment says.
+    """Run `code` in a fresh Python and return its output; bytecode is written even if the environment disables it.
 
-    home: where it finds what earlier processes have put into the user's cache.
+    home: home directory, which has the cache of earlier processes.
     """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     environment["PYTHONPATH"] = str(ROOT)
@@ -170,12 +170,12 @@ def run_python(code: str, *arguments: object, home: Path | None = None) -> str:
 
 
 def import_ratios(measured: dict[str, list[Process]], key: str) -> list[float]:
-    """What `import train` takes over what `import torch` takes, in each round; key: seconds or cpu."""
+    """Return the time of `import train` over that of `import torch` in each round; key: seconds or cpu."""
     return [train[key] / torch[key] for train, torch in zip(measured["train"], measured["torch"], strict=True)]
 
 
 def print_imports(measured: dict[str, list[Process]]) -> None:
-    """The first table."""
+    """Print the first table."""
     rows = []
     for module, processes in measured.items():
         clock, cpu = ([process[key] for process in processes] for key in ("seconds", "cpu"))
@@ -189,7 +189,7 @@ def print_imports(measured: dict[str, list[Process]]) -> None:
 
 
 def print_starts(measured: dict[str, list[Process]]) -> None:
-    """The second table; the phases that take less than SHOWN_SECONDS in all kinds of start are one row."""
+    """Print the second table; phases below SHOWN_SECONDS in both kinds of start share one row."""
     spent = {kind: [run["phases"] for run in runs] for kind, runs in measured.items()}
     phases = list(dict.fromkeys(phase for runs in spent.values() for run in runs for phase in run))
 

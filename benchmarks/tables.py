@@ -1,4 +1,4 @@
-"""Medians with their spread, ratios of what was measured in turn, and Markdown tables of them."""
+"""Medians with their spread, ratios of measurements taken in turn, and Markdown tables of them."""
 
 import statistics
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def spread(values: Sequence[float], scale: float = 1.0, digits: int = 3) -> str:
-    """`median (smallest - largest)`, each times scale, to so many significant digits."""
+    """Return `median (smallest - largest)`, each times scale, with so many significant digits."""
     middle, low, high = (
         significant(scale * value, digits) for value in (statistics.median(values), min(values), max(values))
     )
@@ -15,11 +15,11 @@ def spread(values: Sequence[float], scale: float = 1.0, digits: int = 3) -> str:
 
 
 def ratio(over: Sequence[float], under: Sequence[float], digits: int = 2) -> str:
-    """`ratio of medians (quartiles of the ratios of each round)`.
+    """Return `ratio of medians (quartiles of the ratios of each round)`.
 
-    over and under are by round. Noise that lasts longer than a round is in both of a pair and not in their ratio.
+    over and under are by round. Noise that lasts longer than a round affects both of a pair and cancels in the ratio.
     """
-    if min(under) <= 0:  # memory, where a tiny step finds what it needs in what is free
+    if min(under) <= 0:  # memory: a tiny step may fit into memory that is already free
         return ""
     whole = statistics.median(over) / statistics.median(under)
     if len(over) < 2:
@@ -29,7 +29,7 @@ def ratio(over: Sequence[float], under: Sequence[float], digits: int = 2) -> str
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """To so many significant digits, and all before the point, without an exponent."""
+    """Return the value with so many significant digits, without an exponent, never rounding before the point."""
     if value == 0:
         return "0"
     after_point = digits - 1 - int(np.floor(np.log10(abs(value))))
@@ -37,7 +37,7 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A Markdown table: the first column to the left, the others to the right, all padded to be read as they are."""
+    """Print a Markdown table, padded to be readable as text: first column left-aligned, others right-aligned."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Commands that see a terminal, so that what they show on one by default is part of what they cost. Not on Windows."""
+"""Run commands in a terminal, so that their default output on one is part of their cost. Not on Windows."""
 
 import os
 import pty
@@ -13,20 +13,20 @@ TIMEOUT_SECONDS = 1800
 
 
 def run_in_terminal(command: list[str], threads: int) -> None:
-    """Run a command in the project's folder, which its imports are found in, on so many threads; nothing is shown.
+    """Run a command in the project's folder, so that its imports are found, with so many threads; show nothing.
 
-    Raises: RuntimeError if it ends with a status other than 0, or not within TIMEOUT_SECONDS (then it is ended), with
-    the end of what it said.
+    Raises: RuntimeError, with the end of its output, if its status is not 0 or if it takes longer than TIMEOUT_SECONDS
+    (then it is killed).
     """
     ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (ROWS, COLUMNS))  # a bar without columns is not drawn
+    termios.tcsetwinsize(theirs, (ROWS, COLUMNS))  # a progress bar is not drawn on a terminal without columns
     said: list[bytes] = []
 
     def listen() -> None:
         while True:
             try:
                 said.append(os.read(ours, 65536))
-            except OSError:  # all of the other side is closed
+            except OSError:  # the other side is closed
                 return
 
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}

@@ -1,9 +1,9 @@
-"""What terrain costs in block 0: the block with it beside a plain one, forward and backward, in one process.
+"""Cost of terrain in block 0: compare the block with terrain with a plain one, forward and backward, in one process.
 
     python -m benchmarks.terrain_block [--sizes b,c] [--rounds N] [--threads N] [--quick]
 
-Both blocks get the tokens that the network hands to its block 0, and in turn run forward and backward on them; the
-table has the median of both and of the ratio within pairs.
+Both blocks run forward and backward in turn on the tokens that the network passes to its block 0; the table has the
+median of both and of the ratio within pairs.
 """
 
 import argparse
@@ -29,7 +29,7 @@ PAIRS_PER_ROUND = 4
 
 
 class BlockAlone:
-    """Block 0 of a network of one block, with what it is called with."""
+    """Block 0 of a network of one block, with its arguments."""
 
     def __init__(self, size: Size, terrain: str):
         model = build_sized_model(size, depth=1, terrain=terrain).train()
@@ -48,7 +48,7 @@ class BlockAlone:
         self.gradient = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(3))
 
     def seconds(self) -> float:
-        """Of one forward and backward pass, gradients of the block's parameters and of its input included."""
+        """Return the seconds of one forward and backward pass, including gradients of parameters and input."""
         for tensor in (self.tokens, *self.block.parameters()):
             tensor.grad = None
         began = time.perf_counter()
@@ -57,7 +57,7 @@ class BlockAlone:
 
 
 def measure_blocks(size: Size, pairs: int, threads: int) -> dict[str, list[float]]:
-    """{terrain: seconds of each pass}, in turn, after one of each that warms up."""
+    """Return {terrain: seconds of each pass}, in turn, after a warm-up pass of each."""
     torch.set_num_threads(threads)
     blocks = {terrain: BlockAlone(size, terrain) for terrain in ("endpoint", "none")}
     seconds: dict[str, list[float]] = {terrain: [] for terrain in blocks}

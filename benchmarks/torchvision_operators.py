@@ -1,4 +1,4 @@
-"""Imports of packages that want torchvision, beside a build of torch that its operators do not load with."""
+"""Import packages that need torchvision with a build of torch for which its operators do not load."""
 
 import sys
 import types
@@ -10,10 +10,10 @@ _REGISTRATIONS = "torchvision._meta_registrations"
 
 @contextmanager
 def without_torchvision_operators() -> Iterator[None]:
-    """While it lasts, torchvision is imported without the registration of its operators.
+    """Import torchvision without registering its operators inside this context.
 
-    PyPI's wheel is linked to CUDA, so beside a CPU build of torch that registration fails, and with it the import of
-    timm and of lightning (by torchmetrics), which use none of those operators here.
+    PyPI's wheel is linked to CUDA, so with a CPU build of torch the registration fails, and with it the import of timm
+    and lightning (through torchmetrics), which use none of these operators here.
     """
     if _REGISTRATIONS in sys.modules:
         yield

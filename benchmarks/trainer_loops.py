@@ -1,11 +1,11 @@
-"""One training run by one of five loops: the process that `benchmarks.compare_trainers` starts.
+"""One training run with one of five loops: the process that `benchmarks.compare_trainers` starts.
 
     [torchrun ...] python -m benchmarks.trainer_loops LOOP CONFIG FOLDER WARM_UP_STEPS
 
 All five train the same network on the same data set with the same loss, AdamW, schedule and clipping, and all but the
-bare one write loss and rate to TensorBoard every 10 steps, the loss as the mean over processes. What a loop does by
-default beside that, it does here, too. Rank 0 writes the seconds of a step to FOLDER/seconds.json: from the end of one
-optimizer step to the end of a later one, over the number of steps, by torch's hook on all optimizers.
+bare one write loss and rate to TensorBoard every 10 steps, the loss as the mean over processes. Each loop
+keeps its other defaults. Rank 0 writes the seconds per step to FOLDER/seconds.json: from the end of one optimizer step
+to the end of a later one, over the number of steps, measured by torch's hook on all optimizers.
 """
 
 import itertools
@@ -41,7 +41,7 @@ BARE_BATCHES = 8
 
 @dataclass(frozen=True)
 class Job:
-    """What a loop is given, and where it may write."""
+    """The arguments of a loop, and where it may write."""
 
     config: Config
     config_file: Path
@@ -61,14 +61,14 @@ class Job:
 
 
 class StepClock:
-    """When each optimizer step of this process ended."""
+    """Times at which each optimizer step of this process ended."""
 
     def __init__(self):
         self.ticks: list[float] = []
         self.hook = register_optimizer_step_post_hook(lambda *_: self.ticks.append(time.perf_counter()))
 
     def seconds_per_step(self, first: int, steps: int) -> float:
-        """From the end of step number `first` to the end of the last one; steps: how many there must have been."""
+        """Return the mean from the end of step number `first` to that of the last; steps: the expected number."""
         if len(self.ticks) != steps:
             raise RuntimeError(f"{len(self.ticks)} optimizer steps seen: expected {steps}")
         return (self.ticks[-1] - self.ticks[first - 1]) / (steps - first)
@@ -96,15 +96,15 @@ class Parts:
         )
 
     def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Mean over what counts in the batch, through the network or its wrapper."""
+        """Return the mean loss over the valid values of the batch, with the network or its wrapper."""
         sums, counts = loss_sums(network, batch, self.elevation_m, "fp32")
         return sums.sum() / counts.sum()
 
 
 class BareStep:
-    """Forward, backward, clip and step on batches that are there, in turn: nothing is loaded, logged or checked.
+    """Forward, backward, clip and step on batches in memory, in turn: nothing is loaded, logged or checked.
 
-    network: parts.network where it is not given, else its wrapper.
+    network: a wrapper of parts.network; by default parts.network itself.
     """
 
     def __init__(self, parts: Parts, clip_norm: float, network: nn.Module | None = None):
@@ -122,13 +122,13 @@ class BareStep:
 
 
 def run_ours(job: Job) -> None:
-    """The program itself, as a user starts it: train.py, whose body is `Trainer.fit`."""
+    """Run the program itself as a user starts it: train.py, whose body is `Trainer.fit`."""
     if status := train.main([str(job.config_file)]):
         raise RuntimeError(f"train.py ended with status {status}")
 
 
 def run_bare(job: Job) -> None:
-    """`BareStep` again and again."""
+    """Run `BareStep` repeatedly."""
     parts = Parts(job)
     network: nn.Module = parts.network
     if job.processes > 1:
@@ -140,7 +140,7 @@ def run_bare(job: Job) -> None:
 
 
 def run_lightning(job: Job) -> None:
-    """Lightning's Trainer with a LightningModule, as its documentation has it."""
+    """Run Lightning's Trainer with a LightningModule, as in its documentation."""
     with without_torchvision_operators():
         import lightning
         from lightning.pytorch.loggers import TensorBoardLogger
@@ -174,7 +174,7 @@ def run_lightning(job: Job) -> None:
 
 
 def run_fabric(job: Job) -> None:
-    """Lightning Fabric: a loop of one's own around its wrappers."""
+    """Run a loop around the wrappers of Lightning Fabric."""
     with without_torchvision_operators():
         from lightning.fabric import Fabric
         from lightning.fabric.loggers import TensorBoardLogger
@@ -197,7 +197,7 @@ def run_fabric(job: Job) -> None:
 
 
 def run_accelerate(job: Job) -> None:
-    """Hugging Face Accelerate: a loop of one's own around its wrappers."""
+    """Run a loop around the wrappers of Hugging Face Accelerate."""
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
@@ -231,10 +231,10 @@ LOOPS: dict[str, Callable[[Job], None]] = {
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run one loop, write what a step took, and end the process.
+    """Run one loop, write the seconds per step, and end the process at once.
 
-    At once, because a loop that leaves its process group to the interpreter's end may wait there for ever: a thread of
-    gloo wants the lock that its destructor holds.
+    A loop that leaves its process group to the interpreter's exit may hang there forever: a thread of gloo waits for
+    the lock that its destructor holds.
     """
     loop, config_file, folder, warm_up_steps = sys.argv[1:] if arguments is None else arguments
     launch = read_launch()

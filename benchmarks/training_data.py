@@ -1,4 +1,4 @@
-"""A demo world at a size's grid, and the config of a run on it: what loops over data are measured on."""
+"""A demo world on a size's grid, and the config of a run on it, for the benchmarks of loops over data."""
 
 from pathlib import Path
 
@@ -7,12 +7,12 @@ from topoflow.config import Config, DataConfig, DistributedConfig, OptimConfig, 
 from topoflow.tools.demo.world import make_demo_data
 
 DAYS = 12
-"""192 hourly starts, whose longest lead of 96 hours lies within, and four leads: 768 samples."""
+"""192 hourly starts, whose longest lead of 96 hours fits in, and four leads: 768 samples."""
 LOG_EVERY_STEPS = 10
 
 
 def make_world(folder: Path, size: Size) -> Path:
-    """Write the data set below `folder`; returns where."""
+    """Write the data set in `folder`; return its path."""
     path = folder / "world"
     make_demo_data(path, days=DAYS, grid=size.grid, progress=False)
     return path
@@ -21,9 +21,9 @@ def make_world(folder: Path, size: Size) -> Path:
 def run_config(
     size: Size, world: Path, run_dir: Path, *, steps: int, processes: int, threads: int, workers: int
 ) -> Config:
-    """A run of so many steps with a size's batch in each process; but for dropout all else is as it is by default.
+    """Return the config of a run of so many steps with a size's batch per process; defaults otherwise, no dropout.
 
-    Raises ValueError for more steps than one epoch has: between epochs loops do more than steps.
+    Raises ValueError for more steps than one epoch has, because loops do other work between epochs.
     """
     samples, global_batch_size = 4 * (24 * DAYS - 96), size.batch_size * processes
     if steps * global_batch_size > samples:
