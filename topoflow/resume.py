@@ -284,9 +284,12 @@ def _find_start(
         if newest is not None:
             if requested_before and not _is_same(newest[0], config.resume):
                 log.warning(
-                    "checkpoint.resume: this run has already started from %s, so it resumes from its own %s (remove %s "
-                    "to start from the former again)", config.resume, newest[0].name, checkpoints.path.parent / REPORT,
-                )  # fmt: skip
+                    "checkpoint.resume: this run has already started from %s, so it resumes from %s, its own "
+                    "(remove %s to start from the former again)",
+                    config.resume,
+                    newest[0].name,
+                    checkpoints.path.parent / REPORT,
+                )
             return Resume, *newest
     if config.resume not in ("auto", "never"):
         return Resume, *_read_named(Path(config.resume), checkpoints)
