@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Protocol
 
 from tests.support.compare_runs import newest_step
-from tests.support.dwelling import Plan, PlanFolder
-from tests.support.dwelling_points import PLACES
+from tests.support.pause_points import PLACES
+from tests.support.pausing import Plan, PlanFolder
 from tests.support.slurm_jobs import ENDED, Job, Slurm, wait_until
 
 STEPS = 80
@@ -137,7 +137,7 @@ class DisturbedJob:
         elif disturbance.plan.point is None:
             time.sleep(disturbance.seconds)
         else:
-            self._wait(lambda: files.dwells or self._has_ended(), f"a process that is {disturbance.plan.point}")
+            self._wait(lambda: files.is_pausing or self._has_ended(), f"a process that is {disturbance.plan.point}")
         if not self._has_ended():
             start = time.monotonic()
             self._disturb(disturbance, files)
@@ -163,7 +163,7 @@ class DisturbedJob:
             self.campaign.power("crash", self._down)
         else:
             self._signal(disturbance.signal, disturbance.rank, files)
-        files.let_go()
+        files.release()
         for seconds, name in disturbance.again:
             time.sleep(seconds)
             self._signal(name, disturbance.rank, files)

@@ -105,7 +105,7 @@ class Campaign:
         if not run.exists():
             start = time.monotonic()
             ending = self.train(run, world_size)
-            assert ending.done, ending.said
+            assert ending.done, ending.output
             self.seconds[world_size] = time.monotonic() - start
         return run
 
@@ -124,7 +124,7 @@ class Campaign:
                 kills += 1
                 self.tally.kills[ending.note["point"]] += 1
             elif not ending.done:
-                last = (ending.said.strip().splitlines() or ["no output"])[-1]
+                last = (ending.output.strip().splitlines() or ["no output"])[-1]
                 self.tally.refused.append(f"{world_size} rank(s), {'; '.join(story)}: ended {ending.statuses}: {last}")
                 self.keep(run)
                 return
@@ -141,7 +141,7 @@ class Campaign:
         """Keep a failed run, with the output of its last processes."""
         number = len(self.tally.refused) + len(self.tally.different)
         shutil.copytree(run, self.folder / f"failed-{number}")
-        shutil.copy(self.runs.log, self.folder / f"failed-{number}" / "said.log")
+        shutil.copy(self.runs.log, self.folder / f"failed-{number}" / "output.log")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -38,8 +38,8 @@ import yaml
 from benchmarks.disturbed_job import AT_A_RANDOM_TIME, CYCLE_SECONDS, STEPS, Cycle, DisturbedJob, JobFailed, last_line
 from benchmarks.kill_campaign import SETTINGS
 from tests.support.compare_runs import differences
-from tests.support.dwelling import ROOT, PlanFolder, make_project
-from tests.support.dwelling_points import PLACES
+from tests.support.pause_points import PLACES
+from tests.support.pausing import ROOT, PlanFolder, make_project
 from tests.support.slurm_jobs import ENDED, Job, NoSlurm, Slurm, job_options, wait_until
 from topoflow.tools.demo.world import make_demo_data
 

@@ -93,7 +93,7 @@ def measure(
 def _run(runs: ForkedRuns, arguments: Sequence[str], size: int, folder: Path) -> Phases:
     folder.mkdir()
     ending = runs.run(arguments, size, prepare=partial(record_phases, folder))
-    assert ending.done, ending.said
+    assert ending.done, ending.output
     of_ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(size)]
     names = {phase["phase"] for phase in of_ranks[0]}
     return {name: [_one(name, phases) for phases in of_ranks] for name in names}

@@ -20,12 +20,12 @@ def run_in_terminal(command: list[str], threads: int) -> None:
     """
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (ROWS, COLUMNS))  # a progress bar is not drawn on a terminal without columns
-    said: list[bytes] = []
+    output: list[bytes] = []
 
     def listen() -> None:
         while True:
             try:
-                said.append(os.read(ours, 65536))
+                output.append(os.read(ours, 65536))
             except OSError:  # the other side is closed
                 return
 
@@ -42,5 +42,5 @@ def run_in_terminal(command: list[str], threads: int) -> None:
     listener.join()
     os.close(ours)
     if status:
-        end = b"".join(said)[-4000:].decode(errors="replace")
+        end = b"".join(output)[-4000:].decode(errors="replace")
         raise RuntimeError(f"{' '.join(command)} ended with status {status}:\n{end}")

@@ -1,4 +1,4 @@
-"""Every benchmark runs, as the command that its users type, at its smallest size; the figures mean nothing."""
+"""Every benchmark runs, by the command that users type, at its smallest size; the figures mean nothing."""
 
 import ast
 import os
@@ -31,7 +31,7 @@ QUICK = {
     "terrain_block": ["--quick"],
 }
 NOT_ALONE = {"gpu_workers", "requeue_campaign", "trainer_loops"}
-"""Is started by gpu; needs a SLURM; is started by compare_trainers and loop."""
+"""Started by gpu; needs a SLURM; started by compare_trainers and loop."""
 
 
 def run_benchmark(name, *arguments, cwd=ROOT, **environ):
@@ -47,7 +47,7 @@ def test_a_benchmark_runs(name):
     assert done.stdout
 
 
-def test_every_benchmark_that_is_a_command_is_tried():
+def test_every_benchmark_that_is_a_command_is_tested():
     commands = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text()}
     assert commands == QUICK.keys() | NOT_ALONE
 
@@ -66,10 +66,10 @@ def test_all_benchmarks_run_from_any_folder(tmp_path):
     assert "processor  " in done.stdout
 
 
-def test_the_requeue_campaign_asks_for_slurm(tmp_path):
+def test_the_requeue_campaign_requires_slurm(tmp_path):
     done = run_benchmark("requeue_campaign", "--folder", str(tmp_path / "runs"), PATH=str(tmp_path))
     assert done.returncode == 2
-    assert done.stderr == "requeue_campaign: no sbatch on the PATH: expected a machine that can send jobs to SLURM\n"
+    assert done.stderr == "requeue_campaign: no sbatch on the PATH: expected a machine that can submit jobs to SLURM\n"
     assert not (tmp_path / "runs").exists()
 
 

@@ -1,4 +1,4 @@
-"""The program as a user starts it: real processes on a small world that it makes itself."""
+"""The program as a user starts it: real processes on a small simulated world."""
 
 import contextlib
 import io
@@ -46,7 +46,7 @@ CONFIG = {
 
 @dataclass
 class Program:
-    """Starts train.py or a command on the small world; everything it writes goes below `folder`."""
+    """Starts train.py or a command on the small world; everything is written to `folder`."""
 
     folder: Path
     config: Path
@@ -58,7 +58,7 @@ class Program:
         return [*launcher, str(ROOT / "train.py"), str(self.config), f"run.dir={self.folder / run}", *overrides]
 
     def start(self, *overrides, env=None, **options):
-        """A running process, stderr and stdout together in a pipe."""
+        """Start a process, with stderr and stdout together in a pipe."""
         return subprocess.Popen(
             self.command(*overrides, **options),
             stdout=subprocess.PIPE,
@@ -68,17 +68,17 @@ class Program:
         )
 
     def train(self, *overrides, processes=1, **options):
-        """The finished program: its status, and what it said. One process is this one, which is faster to start."""
+        """Train; return status and output. A single process is this one, which is faster to start."""
         command = self.command(*overrides, processes=processes, **options)
         if processes > 1:
             return subprocess.run(command, capture_output=True, text=True, env=self.environment())
-        said = io.StringIO()
-        with contextlib.redirect_stderr(said):
+        output = io.StringIO()
+        with contextlib.redirect_stderr(output):
             status = train_script.main(command[2:])
-        return subprocess.CompletedProcess(command, status, stderr=said.getvalue())
+        return subprocess.CompletedProcess(command, status, stderr=output.getvalue())
 
     def topoflow(self, *arguments):
-        """A finished command of `python -m topoflow`."""
+        """Run a command of `python -m topoflow`; return the finished process."""
         command = [sys.executable, "-m", "topoflow", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, env=self.environment(), cwd=self.folder)
 
@@ -110,7 +110,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def make_program(world):
-    """A program whose run directories lie in a folder of the caller's."""
+    """A function that returns a program with its run directories in a given folder."""
 
     def make(folder):
         config = folder / "run.yaml"
@@ -129,7 +129,7 @@ def program(tmp_path, make_program):
 
 @pytest.fixture
 def without_targets_in_step(monkeypatch):
-    """Take the targets from the samples of one step of the first epoch, in runs in this process without workers."""
+    """Remove the targets of one step of the first epoch, in runs in this process without workers."""
     whole = ForecastDataset.fill
     batch, micro = CONFIG["train"]["global_batch_size"], CONFIG["train"]["micro_batch_size"]
 
@@ -147,7 +147,7 @@ def without_targets_in_step(monkeypatch):
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory, make_program):
-    """Runs that never stopped, by number of processes: made once, read by many tests."""
+    """Runs that never stopped, by number of processes: created once, read by many tests."""
     program, made = make_program(tmp_path_factory.mktemp("undisturbed")), set()
 
     def run_of(processes):
@@ -162,12 +162,12 @@ def undisturbed(tmp_path_factory, make_program):
 
 @pytest.fixture(scope="session")
 def forked(tmp_path_factory):
-    """Starts runs as processes that can be killed at a chosen place."""
+    """A starter of runs whose processes can be killed at a chosen place."""
     return ForkedRuns(tmp_path_factory.mktemp("forked"))
 
 
 def same_state(one, other):
-    """Weights, buffers, moments, steps, rates, scheduler and progress are equal to the bit."""
+    """Return whether weights, buffers, moments, steps, rates, scheduler and progress are equal bit for bit."""
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):
@@ -177,7 +177,7 @@ def same_state(one, other):
 
 @pytest.fixture
 def assert_same_run(program, undisturbed):
-    """That a run ended with the bits of one that never stopped, at every step on the way."""
+    """A function that checks that a run equals one that never stopped, bit for bit, at every step."""
 
     def check(processes, run="run", parts=("model", "optimizer", "scheduler", "progress")):
         losses, state = undisturbed(processes)

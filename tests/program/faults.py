@@ -1,7 +1,7 @@
-"""One thing done wrong: each function here spoils the program in the process that calls it, before train.main.
+"""Faults: each function here breaks one thing in the process that calls it, before train.main.
 
-Each fault is what a careless trainer does on a resume. They are put in right after the restore, or into the loop, so
-that nothing in the program knows of them.
+Each fault is one that a careless trainer makes on a resume. They are injected right after the restore, or into the
+loop, so that the program does not know about them.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from topoflow.data.normalization import Normalization
 from topoflow.trainer import Trainer
 
 STEP_OF_DRIFT = 8
-"""The optimizer step after which something drifts on rank 1."""
+"""The optimizer step after which the state of rank 1 drifts."""
 
 
 def after_restore(spoil):
@@ -129,7 +129,7 @@ def one_ulp_in_one_weight_of_rank_1():
 
 
 def best_loss_forgotten():
-    """The next validation, whatever it finds, would be taken for the best."""
+    """Any next validation would count as the best."""
     restore = topoflow.resume.Resume.restore
 
     def restore_and_forget(self, state, context):
@@ -140,7 +140,7 @@ def best_loss_forgotten():
 
 
 def another_activation():
-    """The weights are right and the network is not: ReLU in place of GELU, in sources that differ from before."""
+    """The weights are right but the network is not: ReLU in place of GELU, with other hashes of the sources."""
     torch.nn.functional.gelu = lambda x, **_: torch.relu(x)
     topoflow.certificate.hash_sources = lambda *parts: "the hash of other sources"
 
@@ -163,7 +163,7 @@ def wrong_normalization():
 
 
 def another_data_set_unnoticed():
-    """What the config points to is not looked at: only the proof is left to see it."""
+    """The data that the config names are not checked, so that only the proof can detect the change."""
     topoflow.resume.Resume._check_changes = lambda self, changes: []
 
 
@@ -181,17 +181,17 @@ def one_ulp_in_a_moment_in_the_run_on_rank_1():
 
 
 def run_directory_out_of_reach():
-    """Not a fault of ours: ranks other than 0 cannot open anything in the run directory."""
+    """No fault: ranks other than 0 cannot open anything in the run directory."""
     if train.read_launch().is_main:
         return
     folder = next(word.removeprefix("run.dir=") for word in sys.argv if word.startswith("run.dir="))
 
     def forbid(event, arguments):
         if event in ("open", "os.listdir", "os.scandir") and str(arguments[0]).startswith(f"{folder}/"):
-            raise PermissionError(f"{event} {arguments[0]} on a rank that is not 0")
+            raise PermissionError(f"{event} {arguments[0]} on a rank other than 0")
 
     sys.addaudithook(forbid)
 
 
 def nothing():
-    """The program as it is."""
+    """Change nothing."""

@@ -1,4 +1,4 @@
-"""Which samples the ranks of a run train on, noted by the processes themselves."""
+"""Record which samples the ranks of a run train on."""
 
 import collections
 import json
@@ -7,7 +7,7 @@ from topoflow.trainer import Trainer
 
 
 def note_samples(folder):
-    """Let this process append [step, indices of its samples in order] to a file of its own in `folder`."""
+    """Make this process append [step, indices of its samples in order] to a file of its own in `folder`."""
     train_step = Trainer.train_step
 
     def note_and_step(self, batches, **options):
@@ -20,7 +20,7 @@ def note_samples(folder):
 
 
 def noted_samples(folder):
-    """{step: the samples of its global batch, in the order of ranks}."""
+    """Return {step: samples of its global batch, in the order of ranks}."""
     seen = collections.defaultdict(list)
     for path in sorted(folder.iterdir()):
         for step, indices in map(json.loads, path.read_text().splitlines()):

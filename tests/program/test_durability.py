@@ -1,4 +1,4 @@
-"""Checkpoints that are hostile or damaged, in every command that reads one."""
+"""Malicious or damaged checkpoints, in every command that reads one."""
 
 import contextlib
 import io
@@ -24,22 +24,22 @@ class Malicious:
 
 
 def evaluate(path):
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
+    output = io.StringIO()
+    with contextlib.redirect_stderr(output):
         status = cli.main(["evaluate", str(path)])
-    return subprocess.CompletedProcess("evaluate", status, stderr=said.getvalue())
+    return subprocess.CompletedProcess("evaluate", status, stderr=output.getvalue())
 
 
 @pytest.fixture
 def checkpoints(program):
-    """Of a run: two, whole."""
+    """The folder of two intact checkpoints of a run."""
     done = program.train("train.max_steps=2", "checkpoint.every_steps=1", "train.validate_every_steps=1")
     assert done.returncode == 0, done.stderr
     return CheckpointDirectory(program.folder / "run" / "checkpoints")
 
 
 def test_a_malicious_checkpoint_is_refused_by_every_command(program, checkpoints, monkeypatch):
-    """Its manifest is right in every respect: the writer itself made it."""
+    """Its manifest is correct, because the program itself wrote it."""
     trap, whole = program.folder / "trap", torch.save
     state = program.state(step=2)
     with monkeypatch.context() as patch:
@@ -66,7 +66,7 @@ def test_a_malicious_checkpoint_is_refused_by_every_command(program, checkpoints
     )
     assert not trap.exists()
     torch.load(checkpoints.path / "abandoned-step-00000002" / "state.pt", weights_only=False)
-    assert trap.exists()  # it would have been sprung
+    assert trap.exists()  # unrestricted loading would run it
 
 
 def test_what_a_run_does_with_damaged_pointers(program, checkpoints):

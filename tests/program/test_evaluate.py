@@ -86,15 +86,15 @@ def test_model_options_that_the_checkpoint_does_not_fit_are_refused(program, run
 
 
 def test_an_output_that_cannot_be_created_is_refused_before_the_work(program, run, capsys):
-    for folder in (program.config / "below", Path("/proc/self/net")):  # a file above it; a folder that is read-only
+    for folder in (program.config / "below", Path("/proc/self/net")):  # below a file; a read-only folder
         assert cli.main(["evaluate", str(run), "--output", str(folder)]) == 2
         lines = capsys.readouterr().err.splitlines()
         assert lines[-1].startswith(f"error: {folder}: cannot be written: ")
         assert not [line for line in lines if "scoring" in line or "RMSE" in line]
 
 
-def test_a_run_of_somebody_else_is_refused_before_the_work_and_scored_elsewhere(program, run):
-    """The folder is read-only also for root, who runs CI: a mount of its own."""
+def test_a_read_only_run_is_refused_before_the_work_and_scored_elsewhere(program, run):
+    """A mount of its own makes the folder read-only even for root, which runs CI."""
     evaluate = [sys.executable, "-m", "topoflow", "evaluate", str(run)]
     script = 'mount -o bind,ro "$1" "$1" || exit 99; shift; exec "$@"'
 

@@ -1,4 +1,4 @@
-"""The fault campaign: each thing that a resume can do wrong is found before the next optimizer step, and named."""
+"""The fault campaign: each fault of a resume is detected before the next optimizer step, and named."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ class Ended:
 
 @pytest.fixture
 def resume(saved, program, forked):
-    """Resume a copy of that run with a fault in it; returns how rank 0 ended and what all ranks logged."""
+    """A function that resumes a copy of that run with a fault; returns how rank 0 ended and all logs."""
 
     def start(fault, *overrides, processes=1, before=lambda: None):
         shutil.copytree(saved.folder / "run", program.folder / "run")
@@ -44,7 +44,7 @@ def resume(saved, program, forked):
         options = [f"run.dir={program.folder / 'run'}", "distributed.verify_every_steps=1", "train.max_steps=10"]
         arguments = [str(program.config), *options, *overrides]
         ending = forked.run(arguments, processes, prepare=getattr(faults, fault))
-        return Ended(ending.statuses[0], ending.statuses[1:], ending.said)
+        return Ended(ending.statuses[0], ending.statuses[1:], ending.output)
 
     return start
 
@@ -117,8 +117,8 @@ def test_another_data_set_is_refused_by_its_fingerprint_and_by_its_contents(resu
     assert "data.fingerprint" in again.stderr
 
 
-def test_values_that_changed_where_the_fingerprint_does_not_look_are_found(resume, program, world, tmp_path):
-    """PM2.5 three times as high in some days of training: the first samples, and the hours hashed, are as before."""
+def test_changed_values_outside_the_hashed_hours_are_found(resume, program, world, tmp_path):
+    """PM2.5 is three times as high on some days of training; the first samples and the hashed hours are unchanged."""
     other = tmp_path / "other"
     shutil.copytree(world, other)
     pm25 = zarr.open(next(other.glob("data_*.zarr")), mode="r+")["pm25"]
@@ -127,8 +127,8 @@ def test_values_that_changed_where_the_fingerprint_does_not_look_are_found(resum
     assert_stopped(program, done, 3, ["contents of next sample 2018-10-"])
 
 
-def test_only_what_an_allowed_change_must_show_in_goes_unjudged(resume, program):
-    """data.validation has nothing to do with the order of samples, the normalization or the probe."""
+def test_only_what_an_allowed_change_affects_is_not_compared(resume, program):
+    """data.validation does not affect the order of samples, the normalization or the probe."""
     shorter = ("data.validation=[[2018-10-07, 2018-10-07]]", "checkpoint.allow_changed=[data.validation]")
     assert_stopped(program, resume("order_of_another_seed", *shorter), 3, ["next sample 1 is"])
 
@@ -139,7 +139,7 @@ def test_rates_from_the_config_are_proved_too(resume, program):
 
 
 def test_a_checkpoint_whose_moments_never_had_an_update_is_refused(resume, program):
-    """As one that was imported from a file without moments: consistent in itself, and of no use to the optimizer."""
+    """Like an import from a file without moments: consistent, but useless to the optimizer."""
 
     def strip_moments():
         folder = program.folder / "run" / "checkpoints" / f"step-{SAVED_STEP:08d}"
@@ -163,7 +163,7 @@ def test_a_refused_resume_changes_nothing_but_its_exit_record_and_log(resume, sa
     assert changed <= {"exit.json", "train.log", ".lease"}
 
 
-def test_without_a_fault_the_same_command_goes_on(resume, program):
+def test_without_a_fault_the_same_command_resumes(resume, program):
     done = resume("nothing")
     assert done.returncode == 0, done.stderr
     proof = json.loads((program.folder / "run" / "resume.json").read_text())["proof"]
@@ -172,7 +172,7 @@ def test_without_a_fault_the_same_command_goes_on(resume, program):
 
 
 def test_everything_is_in_place_before_the_first_forward_pass(saved, program, monkeypatch):
-    """A hook on forward sees the restored weights, moments, rates and position at its first call."""
+    """The first call of a forward hook sees the restored weights, moments, rates and position."""
     shutil.copytree(saved.folder / "run", program.folder / "run")
     state = saved.state(step=SAVED_STEP)
     seen, held = [], {}
@@ -207,8 +207,8 @@ def test_everything_is_in_place_before_the_first_forward_pass(saved, program, mo
     assert seen == [True] * 4
 
 
-def test_ranks_beside_the_first_need_no_file(resume, program):
-    """Rank 0 alone opens the checkpoint: the folder is out of the others' reach altogether."""
+def test_ranks_other_than_0_need_no_file(resume, program):
+    """Only rank 0 opens the checkpoint; the other ranks cannot access the folder at all."""
     done = resume("run_directory_out_of_reach", processes=2)
     assert done.returncode == 0, done.stderr
     assert sorted(program.losses()) == list(range(1, 11))
@@ -218,7 +218,7 @@ TERRAIN = ("blocks.0.attn.elevation_alpha", "blocks.0.attn.H_scale")
 
 
 def test_ninety_one_parameters_into_a_model_with_terrain(program):
-    """The case that the program was asked for: names that the checkpoint lacks start fresh, if they are listed."""
+    """The original use case: names that the checkpoint lacks start fresh if they are listed."""
     large = ("model.depth=6", "model.embed_dim=16", "data.availability=false", "model.wind=none")
     assert program.train(*large, "model.terrain=none", "train.max_steps=2").returncode == 0
     before = contents(program.folder / "run" / "checkpoints")
@@ -257,7 +257,7 @@ def test_on_another_machine_the_probe_may_differ_by_the_tolerance(factor, status
     shutil.copytree(saved.folder / "run", program.folder / "run")
     probe, conditions = Certifier.probe, Certifier._conditions
     monkeypatch.setattr(Certifier, "probe", lambda self: (factor * probe(self)[0], []))
-    assert program.train("train.max_steps=7").returncode == 3  # not where software, device and threads are the same
+    assert program.train("train.max_steps=7").returncode == 3  # not if software, device and threads are the same
     monkeypatch.setattr(Certifier, "_conditions", lambda self: {**conditions(self), "device": "another"})
     done = program.train("train.max_steps=7")
     assert done.returncode == status, done.stderr

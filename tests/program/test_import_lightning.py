@@ -1,4 +1,4 @@
-"""From a Lightning checkpoint to a run that resumes, as a user does it."""
+"""Import a Lightning checkpoint and resume from it, as a user does."""
 
 import json
 import os
@@ -25,7 +25,7 @@ CONFIG = {
         "patch_size": 2, "embed_dim": 16, "depth": 2, "decoder_depth": 1, "num_heads": 2, "drop_rate": 0.0,
         "drop_path": 0.0, "wind": "none", "relative_position": True, "patch_norm": True,
     },
-    "optim": {"learning_rate": 1e-3},  # schedule_length is the file's
+    "optim": {"learning_rate": 1e-3},  # schedule_length comes from the file
     "train": {"max_steps": 6, "global_batch_size": 4, "micro_batch_size": 2, "log_every_steps": 1},
 }  # fmt: skip
 
@@ -61,7 +61,7 @@ def test_a_run_resumes_from_an_imported_checkpoint(program, config, lightning, c
     report = json.loads((program.folder / "run" / "import.json").read_text())
     assert report["names"]["model.blocks.0.attn.alpha"] == "blocks.0.attn.elevation_alpha"
 
-    # with the file's own mask, kept for that, in a new run
+    # in a new run with the file's own mask, which the import kept
     masked = f"data.mask={program.folder / 'run' / 'china_mask.npy'}"
     assert np.array_equal(np.load(masked.partition("=")[2]), lightning.mask.numpy())
     assert import_lightning(program, masked, run="masked") == 0
@@ -84,7 +84,7 @@ def test_a_run_resumes_from_an_imported_checkpoint(program, config, lightning, c
     assert program.state("masked", step=6)["optimizer"]["state"]["pos_embed"]["step"] == 6
 
 
-def test_new_names_at_the_import_and_at_the_resume(program, config, tmp_path, capsys):
+def test_new_names_in_the_import_and_in_the_resume(program, config, tmp_path, capsys):
     run = LightningRun(Network(True, (8, 12), terrain=False))
     run.train(4)
     torch.save(run.checkpoint(), tmp_path / "in.ckpt")
@@ -95,7 +95,7 @@ def test_new_names_at_the_import_and_at_the_resume(program, config, tmp_path, ca
     for words in ("elevation_alpha", "H_scale", "bias_table", "checkpoint.allow_new to list those that may start"):
         assert words in line
     assert import_lightning(program, new, run="new at the import") == 0
-    done = program.train(run="new at the import")  # it holds every name now, so nothing need be allowed
+    done = program.train(run="new at the import")  # it has every name now, so nothing needs to be allowed
     assert done.returncode == 0, done.stderr
     moments = program.state("new at the import", step=6)["optimizer"]["state"]
     assert moments["blocks.0.attn.elevation_alpha"]["step"] == 4
@@ -180,7 +180,7 @@ def test_a_lightning_file_as_checkpoint_is_refused_with_the_command_to_run(progr
     assert not (program.folder / "run" / "checkpoints").exists()
 
 
-def test_the_trained_weights_are_imported_where_the_user_chose_them(program, config, lightning, tmp_path, capsys):
+def test_the_trained_weights_are_imported_if_the_user_chooses_them(program, config, lightning, tmp_path, capsys):
     content = lightning.checkpoint()
     halved = {name: tensor / 2 if name != "china_mask" else tensor for name, tensor in content["state_dict"].items()}
     both = {"state_dict": halved, "current_model_state": content["state_dict"], "averaging_state": {}}

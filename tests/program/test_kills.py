@@ -1,6 +1,6 @@
-"""Killed at each place that benchmarks/kill_campaign.py draws from, and resumed: the bits of a run that never stopped.
+"""Runs killed at each place of benchmarks/kill_campaign.py and resumed are bit-identical to one that never stopped.
 
-The runs that these are held against were started as a user starts them, not forked.
+The runs that they are compared with are started as a user starts them, not forked.
 """
 
 import signal
@@ -12,7 +12,7 @@ from tests.support.kill_points import POINTS, Kill
 
 pytestmark = pytest.mark.slow
 
-# point, step from which on it counts, and where the process must stand then (of its call stack)
+# point, first step in which it counts, and a function on the stack of the killed process
 IN_STEPS = [
     ("in the forward pass", 1, "trainer.py:train_step"),
     ("in the backward pass", 2, "_tensor.py:backward"),
@@ -35,19 +35,19 @@ IN_SAVES_AND_RESUMES = [
     ("in the restore", 0, "resume.py:restore"),
     ("in the proof of the resume", 0, "certificate.py:probe"),
     ("between the pointers", 8, "directory.py:save"),
-    ("while an old checkpoint goes", 9, "directory.py:prune"),
+    ("while an old checkpoint is deleted", 9, "directory.py:prune"),
     ("between two steps", 11, "trainer.py:fit"),
     ("while metrics.jsonl is cut", 0, "logs.py:cut_metrics"),
 ]
 
 
 def kill_and_resume(forked, program, processes, kills, *overrides):
-    """Train, and let the run die at each of the kills in turn; then let it end."""
+    """Train and kill the run at each of the kills in turn; then let it finish."""
     arguments = program.command(*overrides)[2:]
     for point, step, place, *who in kills:
         rank, everyone = who or (0, False)
         ending = forked.run(arguments, processes, Attack(Kill(point, step), rank=rank, everyone=everyone))
-        assert ending.note is not None, f"not killed {point}: {ending.statuses}\n{ending.said}"
+        assert ending.note is not None, f"not killed {point}: {ending.statuses}\n{ending.output}"
         assert ending.note["point"] == point
         assert ending.note["step"] >= step
         assert place in ending.note["stack"]
@@ -55,8 +55,8 @@ def kill_and_resume(forked, program, processes, kills, *overrides):
         if point != "in a loader worker":
             assert ending.statuses[rank] == -signal.SIGKILL
     ending = forked.run(arguments, processes)
-    assert ending.done, ending.said
-    assert "resume from" in ending.said
+    assert ending.done, ending.output
+    assert "resume from" in ending.output
 
 
 def test_each_point_is_tried():

@@ -1,4 +1,4 @@
-"""Who opens which files when several ranks resume: counted in each process, and by the kernel for all of them."""
+"""Which rank opens which files in a resume: counted in each process, and by the kernel for all of them."""
 
 import ctypes
 import ctypes.util
@@ -23,9 +23,9 @@ ON_DISK = ("data.in_memory=false", "data.workers=0", "train.global_batch_size=12
 
 @contextmanager
 def opens_of(file: Path):
-    """A function that gives how often any process has opened `file` since (inotify, Linux).
+    """Return a function that returns how often any process has opened `file` since then (inotify, Linux).
 
-    The kernel makes one event of two that are alike and follow each other unread, so the closes between are asked for.
+    The kernel merges two equal consecutive unread events, so the close events in between are requested too.
     """
     libc = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True)
     descriptor = libc.inotify_init1(os.O_NONBLOCK)
@@ -37,7 +37,7 @@ def opens_of(file: Path):
         nonlocal count
         try:
             while events := os.read(descriptor, 2**16):
-                # of a watched file; no names follow
+                # events of a watched file have no name
                 count += sum(mask == IN_OPEN for _, mask, _, _ in struct.iter_unpack("iIII", events))
         except BlockingIOError:
             return count
@@ -50,9 +50,9 @@ def opens_of(file: Path):
 
 @pytest.fixture
 def saved_run(forked, program):
-    """A run of three ranks that has saved step 2."""
+    """A run of three ranks that saved step 2."""
     ending = forked.run(program.command("train.max_steps=2", *ON_DISK)[2:], 3)
-    assert ending.done, ending.said
+    assert ending.done, ending.output
     return program.folder / "run" / "checkpoints" / "step-00000002"
 
 
@@ -62,20 +62,20 @@ def test_one_rank_opens_checkpoint_and_metadata_once(forked, program, world, sav
         arguments = program.command("train.max_steps=4", *ON_DISK)[2:]
         ending = forked.run(arguments, 3, prepare=partial(record_phases, tmp_path))
         in_all = of_state(), of_metadata()
-    assert ending.done, ending.said
+    assert ending.done, ending.output
     ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text())[-1] for rank in range(3)]
     assert all(rank["phase"] == WHOLE for rank in ranks)
-    # the checkpoint that is restored, and the best one, whose content is verified before the first step
+    # the restored checkpoint, and the best one, which is verified before the first step
     assert [rank["opens"].get("checkpoint", 0) for rank in ranks] == [2, 0, 0]
     metadata = [rank["opens"].get("metadata", 0) for rank in ranks]
     assert metadata[0] > 0
     assert metadata[1:] == [0, 0]
-    assert in_all == (1, 1)  # none that a library opened past Python
+    assert in_all == (1, 1)  # no file was opened by a library without Python noticing
     assert all(rank["opens"]["chunks"] > 0 for rank in ranks)  # each reads its own samples from the files
 
 
 def see_another_copy(data: Path) -> None:
-    """Rank 1 is the first of another node, where the same path leads to another copy of the data."""
+    """Make rank 1 the first of another node, where the same path leads to another copy of the data."""
     if os.environ["RANK"] == "1":
         os.environ["LOCAL_RANK"] = "0"
         opened = Store.open
@@ -87,13 +87,13 @@ def test_a_node_that_sees_other_data_is_refused(forked, program, tmp_path, in_me
     make_demo_data(tmp_path / "data", days=10, grid=(8, 12), seed=1, progress=False)
     arguments = program.command(f"data.in_memory={in_memory}")[2:]
     ending = forked.run(arguments, 2, prepare=partial(see_another_copy, tmp_path / "data"))
-    assert ending.statuses == [5, 5], ending.said
-    assert "ranks disagree with the data open" in ending.said
-    assert "on rank(s) 1" in ending.said
+    assert ending.statuses == [5, 5], ending.output
+    assert "ranks disagree with the data open" in ending.output
+    assert "on rank(s) 1" in ending.output
 
 
 def see_nothing() -> None:
-    """Rank 1 is the first of another node, which does not see the file system."""
+    """Make rank 1 the first of another node, which does not see the file system."""
     if os.environ["RANK"] == "1":
         os.environ["LOCAL_RANK"] = "0"
         exists = Path.exists
@@ -102,14 +102,14 @@ def see_nothing() -> None:
 
 def test_a_node_that_does_not_see_the_data_is_named(forked, program, world):
     ending = forked.run(program.command(*ON_DISK)[2:], 2, prepare=see_nothing)
-    assert set(ending.statuses) == {2}, ending.said
+    assert set(ending.statuses) == {2}, ending.output
     (store,) = world.glob("*.zarr")
-    assert f"rank 1, data: data.path: {store} does not exist on this machine" in ending.said
+    assert f"rank 1, data: data.path: {store} does not exist on this machine" in ending.output
 
 
-def test_what_rank_0_refuses_is_said_once_and_in_its_own_words(forked, program):
+def test_a_refusal_by_rank_0_is_reported_once_and_unchanged(forked, program):
     ending = forked.run(program.command("data.path=nowhere")[2:], 2)
-    assert ending.statuses == [2, 2], ending.said
-    assert ending.said.count("nowhere") == 1
-    assert "data.path: nowhere does not exist" in ending.said
-    assert "rank 0" not in ending.said
+    assert ending.statuses == [2, 2], ending.output
+    assert ending.output.count("nowhere") == 1
+    assert "data.path: nowhere does not exist" in ending.output
+    assert "rank 0" not in ending.output

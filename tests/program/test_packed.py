@@ -1,4 +1,4 @@
-"""Runs on packed data are runs on the data that were packed."""
+"""Runs on packed data equal runs on the original data."""
 
 import subprocess
 import sys
@@ -19,14 +19,14 @@ def packed(world, tmp_path_factory):
 
 
 @pytest.mark.parametrize("order", ["packed first", "packed last"])
-def test_a_run_goes_on_with_the_same_bits_on_either(program, world, packed, assert_same_run, order):
+def test_a_run_resumes_bit_identically_on_either(program, world, packed, assert_same_run, order):
     first, last = (packed, world) if order == "packed first" else (world, packed)
     done = program.train(f"data.path={first}", "data.in_memory=false", "train.max_steps=9")
     assert done.returncode == 0, done.stderr
     resumed = program.train(f"data.path={last}", "data.in_memory=false", f"data.cache={program.folder / 'other'}")
     assert resumed.returncode == 0, resumed.stderr
     assert "next 32 samples match the certificate" in resumed.stderr
-    # the shorter run validated at its end too, which `progress` has counted
+    # the shorter run also validated at its end, which `progress` counts
     assert_same_run(1, parts=("model", "optimizer", "scheduler"))
 
 

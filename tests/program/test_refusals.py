@@ -1,4 +1,4 @@
-"""What a user meets: one line that says what, where and what was expected, and the exit status."""
+"""Errors that users see: one line with what, where and what was expected, and the exit status."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from topoflow import cli
 
 
 def refused(done, status, *words):
-    """One line on stderr after what the program said before, no traceback."""
+    """Check for one line on stderr, the last of the output, without a traceback; return it."""
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
@@ -52,10 +52,10 @@ def test_a_missing_config_file(program):
     refused(program.train(), 2, "nothing.yaml", "not found")
 
 
-def test_a_refusal_is_said_once_by_two_processes_and_its_status_is_in_exit_json(program):
+def test_a_refusal_is_reported_once_by_two_processes_and_its_status_is_in_exit_json(program):
     done = program.train("data.path=nowhere", processes=2)
-    said = [line for line in done.stderr.splitlines() if "nowhere" in line]
-    assert len(said) == 1, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "nowhere" in line]
+    assert len(lines) == 1, done.stderr
     assert program.exit_record()["status"] == 2
 
 
@@ -117,7 +117,7 @@ def test_another_batch_size_may_not_cut_a_batch_of_the_epoch(program):
     allowed = "checkpoint.allow_changed=[train.global_batch_size, data.validation]"
     done = program.train(allowed, "train.global_batch_size=8", "train.max_steps=32", "data.validation=[]")
     assert done.returncode == 0, done.stderr
-    progress = program.state(step=32)["progress"]  # 4 batches of 8 were done, 29 more end the epoch of 33
+    progress = program.state(step=32)["progress"]  # 4 batches of 8 were done, 29 more complete the epoch of 33
     assert (progress["epoch"], progress["samples_in_epoch"]) == (1, 8)
 
 
@@ -179,7 +179,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_step(program, proc
     assert "is not finite" in done.stderr
     assert "step 4" in done.stderr or "step 3" in done.stderr
     assert program.exit_record()["status"] == 4
-    assert 'train.py", line' not in done.stderr  # the only traceback is torchrun's own
+    assert 'train.py", line' not in done.stderr  # the only traceback is torchrun's
     again = program.train("train.max_steps=3", processes=processes)
     assert again.returncode == 0, again.stderr
 
@@ -188,10 +188,10 @@ def test_help_shows_every_key(capsys):
     for main, arguments in ((train.main, ["--help"]), (cli.main, ["evaluate", "--help"])):
         with pytest.raises(SystemExit) as ended:
             main(arguments)
-        said = capsys.readouterr().out
+        output = capsys.readouterr().out
         assert ended.value.code == 0
-        assert "optim.group_multipliers" in said
-        assert "Learning rate of each parameter group over the base rate." in said
+        assert "optim.group_multipliers" in output
+        assert "Learning rate of each parameter group over the base rate." in output
 
 
 def test_bad_usage_is_status_2(capsys):
@@ -230,7 +230,7 @@ def test_a_save_that_failed_stops_the_run(program, processes):
     program.train(*SAVE_EVERY_STEP, processes=processes)
     assert program.exit_record()["status"] == 2
     assert "checkpoints: not written: File exists" in program.exit_record()["reason"]
-    assert max(program.losses()) <= 2  # the next save waits for the first; the step after it knows
+    assert max(program.losses()) <= 2  # the next save waits for the first; the step after it sees the failure
 
 
 def test_a_save_that_failed_is_never_called_committed(program):

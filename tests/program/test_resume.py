@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed ends with the same bits as one that never stopped."""
+"""A run that was stopped and resumed ends bit-identical to one that never stopped."""
 
 import functools
 import json
@@ -18,39 +18,39 @@ from topoflow.trainer import Trainer
 
 
 def stop_after(process, step, number):
-    """Send a signal once the step has been logged; returns all that the process said."""
-    said = []
+    """Send a signal once the step has been logged; return the output of the process."""
+    output = []
     for line in process.stdout:
-        said.append(line)
+        output.append(line)
         if line.startswith(f"step {step}/"):
             process.send_signal(number)
             break
-    said.append(process.communicate()[0])
-    return "".join(said)
+    output.append(process.communicate()[0])
+    return "".join(output)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_stopped_at_a_step_and_resumed(program, assert_same_run, processes):
-    # step 13 of 7 an epoch: in the middle of an epoch, between two checkpoints; max_steps may be raised
+    # step 13, with 7 per epoch: in the middle of an epoch, between two checkpoints; max_steps may be raised
     first = program.train("train.max_steps=13", processes=processes)
     assert first.returncode == 0, first.stderr
     resumed = program.train(processes=processes)
     assert resumed.returncode == 0, resumed.stderr
     assert "weights 48/48" in resumed.stderr
     assert "moments 48/48" in resumed.stderr
-    # the shorter run validated at its end too, which `progress` has counted
+    # the shorter run also validated at its end, which `progress` counts
     assert_same_run(processes, parts=("model", "optimizer", "scheduler"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_commits_a_checkpoint_and_the_run_goes_on(program, undisturbed, number):
+def test_a_signal_commits_a_checkpoint_and_the_run_resumes(program, undisturbed, number):
     process = program.start("train.max_steps=100000")
-    said = stop_after(process, 9, number)
-    assert process.returncode == 75, said
-    assert f"stopped by {number.name} after step" in said
-    assert "Traceback" not in said
+    output = stop_after(process, 9, number)
+    assert process.returncode == 75, output
+    assert f"stopped by {number.name} after step" in output
+    assert "Traceback" not in output
     assert program.exit_record()["status"] == 75
     stopped = program.events(kind="end")[0]["step"]
     assert (program.folder / "run" / "checkpoints" / f"step-{stopped:08d}").is_dir()
@@ -63,15 +63,15 @@ def test_a_signal_commits_a_checkpoint_and_the_run_goes_on(program, undisturbed,
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_and_resumed(program, assert_same_run, processes):
     process = program.start("data.workers=0", processes=processes)
-    said = stop_after(process, 8, signal.SIGKILL)
-    assert process.returncode != 0, said
+    output = stop_after(process, 8, signal.SIGKILL)
+    assert process.returncode != 0, output
     wait_until_free(program.folder / "run")
     assert program.train(processes=processes).returncode == 0
     assert_same_run(processes)
 
 
 def wait_until_free(run):
-    """A killed launcher's processes may live on for a moment and hold the run directory."""
+    """Wait while the processes of a killed launcher still hold the run directory."""
     for _ in range(600):
         try:
             return Lease(run).check()
@@ -80,7 +80,7 @@ def wait_until_free(run):
     raise AssertionError("the run directory is still held")
 
 
-def test_the_report_says_what_was_restored(program):
+def test_the_report_lists_what_was_restored(program):
     assert program.train("train.max_steps=7").returncode == 0
     resumed = program.train("train.max_steps=8")
     report = json.loads((program.folder / "run" / "resume.json").read_text())
@@ -92,9 +92,9 @@ def test_the_report_says_what_was_restored(program):
     assert "lines after step 7 moved to metrics-abandoned.jsonl" in resumed.stderr
 
 
-def test_tensorboard_curves_go_on_without_overlap(program):
+def test_tensorboard_curves_continue_without_overlap(program):
     assert program.train("train.max_steps=9").returncode == 0
-    shutil.rmtree(program.folder / "run" / "checkpoints" / "step-00000009")  # so that steps 7-9 are done twice
+    shutil.rmtree(program.folder / "run" / "checkpoints" / "step-00000009")  # so that steps 7-9 run twice
     assert program.train("train.max_steps=12").returncode == 0
     reader = EventAccumulator(str(program.folder / "run" / "tensorboard"))
     reader.Reload()
@@ -125,8 +125,8 @@ def test_a_raised_length_keeps_the_schedule(program):
 
 
 @pytest.mark.slow
-def test_another_world_size_goes_on_with_the_same_samples(program, forked):
-    """Saved by 2 ranks in the middle of an epoch, resumed by 1 and by 4: what is next for them is next for 2."""
+def test_another_world_size_continues_with_the_same_samples(program, forked):
+    """Saved by 2 ranks in the middle of an epoch and resumed by 1 and by 4: the next samples are those of 2 ranks."""
 
     options = ("train.max_steps=30", "checkpoint.every_steps=10", "data.validation=[]", "data.workers=0")
 
@@ -135,7 +135,7 @@ def test_another_world_size_goes_on_with_the_same_samples(program, forked):
         folder.mkdir()
         arguments = program.command(*options, *overrides, run=run)[2:]
         ending = forked.run(arguments, processes, prepare=functools.partial(note_samples, folder))
-        assert ending.done, ending.said
+        assert ending.done, ending.output
         return noted_samples(folder), {step: float.fromhex(loss) for step, loss in program.losses(run).items()}
 
     seen, losses = train(2)
@@ -162,7 +162,7 @@ def test_the_best_pointer_survives_a_kill_before_it_was_written(program):
     assert not (folder / ".writing-step-00000010-1").exists()
 
 
-def test_the_best_is_the_lowest_validation_and_old_checkpoints_go(program):
+def test_the_best_is_the_lowest_validation_and_old_checkpoints_are_deleted(program):
     options = (
         "train.validate_every_steps=2",
         "checkpoint.every_steps=1",
@@ -216,7 +216,7 @@ def test_a_crash_in_the_middle_of_a_rewind_leaves_no_later_checkpoint_to_be_take
         assert sorted(program.losses()) == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_checkpoint_that_was_asked_for_before_is_said_not_to_be_taken_again(program):
+def test_a_warning_reports_that_a_checkpoint_requested_before_is_not_taken_again(program):
     assert program.train("train.max_steps=4", "checkpoint.every_steps=2").returncode == 0
     folder = program.folder / "run" / "checkpoints"
     rewind = f"checkpoint.resume={folder / 'step-00000002'}"
@@ -230,7 +230,7 @@ def test_a_checkpoint_that_was_asked_for_before_is_said_not_to_be_taken_again(pr
     state = folder / "step-00000005" / "state.pt"
     state.write_bytes(state.read_bytes()[:-1])
     damaged = program.train(newest, "train.max_steps=6")
-    assert damaged.returncode == 3  # an explicit path is never passed over
+    assert damaged.returncode == 3  # an explicit path is never skipped
     assert "step-00000005: state.pt has" in damaged.stderr
 
 
@@ -242,7 +242,7 @@ def test_a_report_of_an_earlier_resume_that_cannot_be_read(program):
     assert "resume.json: unreadable" in done.stderr
 
 
-def test_a_resume_of_another_run_with_no_step_left_stands_on_its_own(program):
+def test_a_resume_of_another_run_with_no_step_left_is_complete(program):
     test = ("data.test=[[2018-10-09, 2018-10-10]]", "train.max_steps=2")
     assert program.train(*test[1:]).returncode == 0
     done = program.train(*test, f"checkpoint.resume={program.folder / 'run'}", run="second")
@@ -274,7 +274,7 @@ def test_an_allowed_change_of_the_epochs_length_takes_the_schedule_of_the_config
     assert "from the config, as checkpoint.allow_changed permits" in done.stderr
 
 
-def test_a_run_that_began_with_an_empty_batch_goes_on(program, without_targets_in_step):
+def test_a_run_that_began_with_an_empty_batch_resumes(program, without_targets_in_step):
     without_targets_in_step(1)
     options = ("data.workers=0", "data.validation=[]")
     assert program.train(*options, "train.max_steps=1").returncode == 0
@@ -284,7 +284,7 @@ def test_a_run_that_began_with_an_empty_batch_goes_on(program, without_targets_i
     assert len(program.state(step=2)["optimizer"]["state"]) == 48
 
 
-def test_a_validation_that_a_signal_meets_is_made_after_the_resume(program, assert_same_run, monkeypatch):
+def test_a_validation_interrupted_by_a_signal_is_done_after_the_resume(program, assert_same_run, monkeypatch):
     to_device = Trainer._to_device
 
     def meet_signal(self, batch):

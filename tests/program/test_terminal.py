@@ -1,4 +1,4 @@
-"""What happens on the terminal of a run must not decide how the run ends."""
+"""What happens to the terminal of a run must not change how the run ends."""
 
 import os
 import signal

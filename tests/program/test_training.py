@@ -1,4 +1,4 @@
-"""What a step does, against a loop that is torch's own, and what the options of a run do."""
+"""Compare steps with a plain torch loop, and test the options of a run."""
 
 import json
 import re
@@ -21,7 +21,7 @@ PLAIN = (
 
 
 def plain_loop(program, steps):
-    """Weights after some steps on whole global batches, and the losses: torch's mean, clipping and AdamW."""
+    """Return weights and losses after some steps on whole global batches, with torch's mean, clipping and AdamW."""
     config = load_config(program.config, PLAIN)
     data = open_forecast_data(config.data, with_wind=True, with_terrain=True)
     train = data.dataset("train", data.build_normalization())
@@ -60,7 +60,7 @@ def test_the_step_is_that_of_a_plain_loop(program, processes):
     assert "3 steps, 16 an epoch, 0 done" in log
     saved = program.state(step=3)["model"]
     for name, weight in weights.items():
-        # the keys' bias has no gradient but rounding, which Adam makes a step of
+        # the gradient of the keys' bias is only rounding noise, which Adam turns into a step
         if not name.endswith(("qkv.bias", "in_proj_bias")):
             torch.testing.assert_close(saved[name], weight, rtol=1e-4, atol=1e-5)
 
@@ -92,7 +92,7 @@ def test_a_compiled_run_resumes_with_the_same_bits(program, undisturbed):
     assert program.losses() == program.losses("whole")
     ours, theirs = (program.state(run, step=3)["model"] for run in ("run", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    # the function that is not compiled, but for what drops
+    # the uncompiled function, apart from dropout
     losses, _ = undisturbed(1)
     assert float.fromhex(program.losses()[1]) == pytest.approx(float.fromhex(losses[1]), rel=0.05)
 
@@ -144,7 +144,7 @@ def test_validation_on_resume_repeats_the_checkpoints_loss(program):
     assert f"step 8: loss {loss:.6f}; in the checkpoint: {loss:.6f} after step 8" in done.stderr
 
 
-def test_the_manifest_and_state_hold_what_the_design_says(program):
+def test_the_manifest_and_state_hold_what_the_design_requires(program):
     assert program.train("train.max_steps=2").returncode == 0
     state = program.state(step=2)
     assert set(state) >= {

@@ -14,13 +14,13 @@ ENDLESS = ("train.max_steps=100000", "data.validation=[]", "checkpoint.every_ste
 
 
 def contents(run):
-    """Every file and its bytes, but for curves (each process has a file of its own) and what is being written."""
+    """Return the bytes of every file, except curves (each process has its own) and files being written."""
     paths = [str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()]
     return {path: (run / path).read_bytes() for path in paths if "tensorboard" not in path and ".writing-" not in path}
 
 
 def stopped_in_training(program, *overrides, **environ):
-    """A job that was stopped (not ended: it wakes on SIGCONT) once it has a checkpoint."""
+    """A job paused by SIGSTOP after its first checkpoint."""
     process = program.start(*ENDLESS, *overrides, env=environ)
     for line in process.stdout:
         if line.startswith("step 1/"):
@@ -56,14 +56,14 @@ def test_the_second_is_refused_and_follows_at_once_when_the_first_is_killed_and_
     assert [os.kill(worker, 0) for worker in workers] == [None, None]
     followed = program.train(*ENDLESS, f"train.max_steps={newest_step(program) + 2}")
     assert followed.returncode == 0, followed.stderr
-    first.stdout.close()  # not read to its end, which is that of the workers
+    first.stdout.close()  # not read to its end, because the workers keep it open
 
 
-def assert_ended_as_replaced(said, status):
-    assert status == 2, said
-    assert "Traceback" not in said
-    assert said.splitlines()[-1].endswith("generation 2; this process held generation 1: nothing was written")
-    assert len({line for line in said.splitlines() if "taken over by process" in line}) == 1
+def assert_ended_as_replaced(output, status):
+    assert status == 2, output
+    assert "Traceback" not in output
+    assert output.splitlines()[-1].endswith("generation 2; this process held generation 1: nothing was written")
+    assert len({line for line in output.splitlines() if "taken over by process" in line}) == 1
 
 
 def test_a_restart_takes_over_from_a_stopped_job_which_changes_nothing_when_it_wakes(program, monkeypatch):
@@ -73,9 +73,9 @@ def test_a_restart_takes_over_from_a_stopped_job_which_changes_nothing_when_it_w
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
         followed = program.train(*ENDLESS, "data.workers=0", f"train.max_steps={newest_step(program) + 2}")
         assert followed.returncode == 0, followed.stderr
-        said = f"warning: run.dir {program.folder / 'run'}: taken over from an earlier start of this job"
-        assert said in followed.stderr
-        assert said.partition(": ")[2] in (program.folder / "run" / "train.log").read_text()
+        warning = f"warning: run.dir {program.folder / 'run'}: taken over from an earlier start of this job"
+        assert warning in followed.stderr
+        assert warning.partition(": ")[2] in (program.folder / "run" / "train.log").read_text()
         before = contents(program.folder / "run")
         first.send_signal(signal.SIGCONT)
         assert_ended_as_replaced(first.communicate(timeout=60)[0], first.returncode)
@@ -84,7 +84,7 @@ def test_a_restart_takes_over_from_a_stopped_job_which_changes_nothing_when_it_w
     assert contents(program.folder / "run") == before
 
 
-# what comes first after another took over: a line of metrics.jsonl, or a checkpoint
+# the first write after the takeover: a line of metrics.jsonl, or a checkpoint
 @pytest.mark.parametrize("log_every_steps", [1, 1000])
 def test_a_job_that_was_replaced_between_two_steps_writes_nothing_more(program, monkeypatch, log_every_steps):
     successor, before, step = Lease(program.folder / "run", "17", 1), {}, Trainer.train_step

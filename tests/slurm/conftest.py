@@ -1,4 +1,4 @@
-"""A real SLURM of four nodes on this machine; where that cannot be, these tests skip and say so."""
+"""A real SLURM of four nodes on this machine; where that is impossible, these tests are skipped with the reason."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ CONFIG = {
 
 @dataclass
 class Cluster:
-    """The cluster, and a config for a small world; what is run writes below `folder`."""
+    """The cluster, and a config for a small world; everything writes to `folder`."""
 
     folder: Path
     config: Path
@@ -38,25 +38,25 @@ class Cluster:
         )
 
     def send(self, *command: str) -> str:
-        """Number of the job that `sbatch *command` made."""
+        """Submit `sbatch *command`; return the number of the job."""
         sent = self.run("sbatch", "--parsable", *command)
         assert sent.returncode == 0, sent.stderr
         return sent.stdout.strip()
 
     def wait_for(self, job: str) -> int:
-        """Exit status of a job, once it has ended (sbatch --wait looks only every ten seconds)."""
+        """Wait for the end of a job; return its exit status (sbatch --wait only polls every ten seconds)."""
         self.wait_until(lambda: self.describe(job, "EndTime") != "Unknown" and self.describe(job, "JobState") in ENDED)
         return int(self.describe(job, "ExitCode").split(":")[0])
 
     def wait_until(self, condition: Callable[[], bool], seconds: float = 180) -> None:
-        """Look five times a second."""
+        """Wait until the condition holds; poll five times per second."""
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, "waited in vain"
+            assert time.monotonic() < deadline, "timed out"
             time.sleep(0.2)
 
     def describe(self, job: str, key: str) -> str:
-        """One value of `scontrol show job`."""
+        """Return one value of `scontrol show job`."""
         shown = self.run("scontrol", "show", "job", job).stdout.split()
         return next(word.partition("=")[2] for word in shown if word.startswith(f"{key}="))
 
@@ -66,10 +66,10 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 @pytest.fixture(scope="session")
 def slurm_environ(shared_dir):
-    """Environment in which srun and sbatch find the cluster."""
+    """The environment in which srun and sbatch find the cluster."""
     script = shared_dir / "slurm_local.sh"
     if not script.exists() or os.geteuid() != 0:
-        pytest.skip("no SLURM: it takes slurm_local.sh in TOPOFLOW_SHARED, and root")
+        pytest.skip("no SLURM: expected slurm_local.sh in TOPOFLOW_SHARED, and root")
     was_up = subprocess.run(["bash", str(script), "status"], capture_output=True).returncode == 0
     up = subprocess.run(["bash", str(script), "up"], capture_output=True, text=True)
     if up.returncode != 0:
@@ -78,7 +78,7 @@ def slurm_environ(shared_dir):
         Path(os.environ.get("SLURM_LOCAL_DIR", Path(os.environ.get("TMPDIR", "/tmp")) / "slurm_local")) / "env.sh"
     )
     [line] = [line for line in env_file.read_text().splitlines() if "SLURM_CONF=" in line]
-    # the nodes take this interpreter where there is no .venv
+    # the nodes use this interpreter where there is no .venv
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     yield {**os.environ, "PATH": path, "SLURM_CONF": line.split("=", 1)[1]}
     if not was_up:
@@ -86,28 +86,28 @@ def slurm_environ(shared_dir):
 
 
 class Nodes:
-    """The machines of the cluster, to be broken and mended."""
+    """The machines of the cluster, to be broken and repaired."""
 
     def __init__(self, script: Path, environ: dict[str, str]):
         self._script, self._slurm = script, Slurm(environ)
         self._broken: dict[str, str] = {}
 
     def crash(self, node: str) -> None:
-        """Take its power."""
+        """Power it off."""
         self._broken[node] = "crash"
         self._call("crash", node)
 
     def cut(self, node: str) -> None:
-        """Unplug its network; what runs there runs on."""
+        """Cut off its network; its processes continue."""
         self._broken[node] = "cut"
         self._call("cut", node)
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Undo all that, and wait until every node can take jobs again."""
         for node, how in self._broken.items():
             if how == "cut":
                 self._call("join", node)
-                self._call("crash", node)  # the controller would not look for it for a minute; one that boots reports
+                self._call("crash", node)  # a booting node registers at once; else it takes a minute
             self._call("boot", node)
         self._broken = {}
         up = {"idle", "mixed", "allocated", "completing"}
@@ -119,7 +119,7 @@ class Nodes:
 
 @pytest.fixture(scope="session")
 def has_networks(slurm_environ):
-    """Whether each node has a network of its own, so that its cable can be cut (slurm_local.sh: MODE=netns)."""
+    """Whether each node has a network of its own, so that it can be cut off (slurm_local.sh: MODE=netns)."""
     return "MODE=netns" in (Path(slurm_environ["SLURM_CONF"]).parents[1] / "run/state").read_text()
 
 
@@ -127,7 +127,7 @@ def has_networks(slurm_environ):
 def nodes(slurm_environ, shared_dir):
     nodes = Nodes(shared_dir / "slurm_local.sh", slurm_environ)
     yield nodes
-    nodes.mend()
+    nodes.repair()
 
 
 @pytest.fixture(scope="session")

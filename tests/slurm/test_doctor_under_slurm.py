@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-# n2 has a file system of its own where the others share one, n3 a low limit and a variable that fits no interface
+# n2 has its own file system in place of the shared one, n3 a low limit and a variable that names no interface
 TASK = """#!/bin/bash
 export PYTHONPATH=PROJECT OMP_NUM_THREADS=1
 doctor=(INTERPRETER -m topoflow doctor run.yaml run.dir=runs/run train.global_batch_size=12 --json)
@@ -33,7 +33,7 @@ def test_the_faults_of_each_node_are_found(cluster):
     assert found["run directory"] == {("n2", "FAIL")}
     assert found["addresses"] == {("n3", "FAIL")}
     assert found["limits"] == {("n3", "FAIL")}
-    # the cluster's GPUs are not real: training would refuse to run on CPU in their place
+    # the cluster's GPUs are not real: training would refuse to run on CPU instead
     assert found["devices"] == {(node, "FAIL") for node in ("n1", "n2", "n3")}
     assert found["software"] == found["clocks"] == found["data"] == set()
     figures = {item["node"]: item["figures"] for item in report["nodes"]}

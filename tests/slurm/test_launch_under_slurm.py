@@ -34,7 +34,7 @@ def test_a_refusal_is_the_exit_status_of_srun(cluster):
 
 
 def groups_of(cluster, *command: str) -> list[dict]:
-    """What rank 0 of each group of processes said that the command started."""
+    """Return the output of rank 0 of each group of processes that the command started."""
     done = cluster.run(*command)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -71,7 +71,7 @@ def test_srun_starts_torchrun(cluster, command, said):
 
 
 def test_two_jobs_on_the_same_nodes_do_not_collide(cluster):
-    # each stays until both are there at once
+    # each waits until both are running
     command = ("srun", "-w", "n[1-2]", "-n2", *SAY_WHO, "2")
     with ThreadPoolExecutor(2) as pool:
         [[one], [other]] = pool.map(lambda _: groups_of(cluster, *command), range(2))
@@ -80,7 +80,7 @@ def test_two_jobs_on_the_same_nodes_do_not_collide(cluster):
     assert one["said"] != other["said"]
 
 
-def test_a_shell_or_batch_script_is_one_process_although_its_job_has_tasks_for_more(cluster):
+def test_a_shell_or_batch_script_is_one_process_although_its_job_has_more_tasks(cluster):
     [shell] = groups_of(cluster, "salloc", "-Q", "-N2", "-n4", *SAY_WHO)
     assert shell["said"] == "single process, 1 process(es)"
     assert shell["reason"].endswith(
@@ -111,27 +111,27 @@ EXPORTED = ("RANK=0", "WORLD_SIZE=2", "LOCAL_RANK=0", "MASTER_ADDR=n1", "MASTER_
     ids=["exported rank", "arbitrary"],
 )
 def test_a_contradiction_ends_a_step_at_once(cluster, command, words):
-    srun = cluster.run(*command, timeout=60)  # of the set-up's limit, too
+    srun = cluster.run(*command, timeout=60)  # shorter than the set-up's limit
     assert srun.returncode != 0
     for word in words:
         assert word in srun.stderr
 
 
-def test_a_rank_0_on_another_node_than_the_first_is_found_where_master_addr_says(cluster):
+def test_rank_0_on_another_node_than_the_first_is_found_by_master_addr(cluster):
     srun = ("srun", "-m", "arbitrary", "-w", "n2,n1", "-n2")
     [said] = groups_of(cluster, "env", "MASTER_ADDR=n2", *srun, *SAY_WHO)
     assert [who[4] for who in said["everyone"]] == ["n2", "n1"]
 
 
-def test_a_batch_script_that_was_sent_from_inside_a_step_does_not_wait_for_the_tasks_of_that(cluster):
-    """sbatch hands all variables on, those of the step too."""
+def test_a_batch_script_submitted_from_inside_a_step_does_not_wait_for_its_tasks(cluster):
+    """sbatch passes on all variables, including those of the step."""
     send = shlex.join(["sbatch", "--wait", "--output=job.out", "-w", "n1", "-n1", "--wrap", shlex.join(SAY_WHO)])
     cluster.run("srun", "-w", "n[3-4]", "-n2", "bash", "-c", f"[ $SLURM_PROCID = 1 ] || {send}")
     said = (cluster.folder / "job.out").read_text()
     assert "SLURMD_NODENAME=n1 with SLURM_STEP_NODELIST=n[3-4]" in said
 
 
-# the shipped job's lines for a site ask for more than these nodes have
+# the site settings of the shipped job request more than these nodes have
 SMALL = (
     "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--gpus-per-node=0", "--partition=main", "--mem=100",
 )  # fmt: skip
@@ -139,7 +139,7 @@ SMALL = (
 
 @pytest.fixture
 def project(cluster):
-    """A copy of the project, as a job is sent from there."""
+    """A copy of the project, to submit a job from."""
     project = cluster.folder / "a project"
     for name in ("launch", "topoflow"):
         shutil.copytree(LAUNCH.parent / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -147,12 +147,12 @@ def project(cluster):
     return project
 
 
-def send_shipped_job(cluster, project: Path, *overrides: str, script: str = "train.sbatch") -> str:
+def submit_shipped_job(cluster, project: Path, *overrides: str, script: str = "train.sbatch") -> str:
     script = str(project / "launch" / script)
     return cluster.send(*SMALL, f"--chdir={project}", script, str(cluster.config), "run.dir=run", *overrides)
 
 
-def test_the_shipped_job_sent_from_elsewhere_is_told_so(cluster):
+def test_the_shipped_job_submitted_from_another_folder_is_refused(cluster):
     job = cluster.send(*SMALL, str(LAUNCH / "train.sbatch"), "run.yaml")
     assert cluster.wait_for(job) == 2
     [said] = [path.read_text() for path in cluster.folder.glob("slurm-*.out")]
@@ -160,8 +160,8 @@ def test_the_shipped_job_sent_from_elsewhere_is_told_so(cluster):
     assert "no launch/srun.sh" in said
 
 
-def test_the_shipped_job_when_warned_goes_back_into_the_queue_and_finishes(cluster, project):
-    job, metrics = send_shipped_job(cluster, project, "train.max_steps=400"), project / "run/metrics.jsonl"
+def test_the_shipped_job_is_requeued_after_the_time_limit_signal_and_finishes(cluster, project):
+    job, metrics = submit_shipped_job(cluster, project, "train.max_steps=400"), project / "run/metrics.jsonl"
     cluster.wait_until(lambda: metrics.exists() and '"step": 5,' in metrics.read_text())
     cluster.run("scancel", "--signal=USR1", job)  # what --signal=USR1@300 sends before the time limit
     cluster.wait_until(lambda: '"event": "resume"' in metrics.read_text())
@@ -175,7 +175,7 @@ def test_the_shipped_job_when_warned_goes_back_into_the_queue_and_finishes(clust
 def test_the_job_for_lumi_trains_with_a_cache_on_each_node(cluster, project):
     script = project / "launch" / "lumi.sbatch"  # with the interface of this cluster's nodes
     script.write_text(script.read_text().replace("GLOO_SOCKET_IFNAME=hsn0", "GLOO_SOCKET_IFNAME=eth0"))
-    job = send_shipped_job(cluster, project, "train.max_steps=2", "run.device=cpu", script="lumi.sbatch")
+    job = submit_shipped_job(cluster, project, "train.max_steps=2", "run.device=cpu", script="lumi.sbatch")
     status, said = cluster.wait_for(job), "".join(path.read_text() for path in project.glob("slurm-*.out"))
     caches = sorted(Path("/tmp").glob(f"*-miopen-{job}-0-*"))
     for cache in caches:

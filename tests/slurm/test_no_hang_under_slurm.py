@@ -1,4 +1,4 @@
-"""A rank that is lost or stalls in a SLURM step: the others end, and say whose fault it was."""
+"""A rank is lost or stalls in a SLURM step: the others end and name it."""
 
 import json
 import re
@@ -8,31 +8,31 @@ from pathlib import Path
 
 import pytest
 
-MISFORTUNES = Path(__file__).parents[1] / "program" / "misfortunes.py"
+RANK_FAILURES = Path(__file__).parents[1] / "program" / "rank_failures.py"
 LIMIT = 5
 BUSY = 10.0
-"""What a machine that others use as well may take on top, in seconds."""
+"""Extra seconds allowed on a busy machine."""
 
 
-def meet(cluster, misfortune):
-    """Two tasks on two nodes, one of which meets with a misfortune: what ended, seconds it took, and exit.json."""
+def run_failing(cluster, failure):
+    """Run two tasks on two nodes, one of which fails; return the finished process, the seconds, and exit.json."""
     limits = [f"distributed.timeout_seconds={LIMIT}", f"run.dir={cluster.folder / 'run'}"]
     step = ["srun", "-N2", "-n2", "--kill-on-bad-exit=1"]
-    done = cluster.run(*step, sys.executable, str(MISFORTUNES), misfortune, str(cluster.config), *limits)
+    done = cluster.run(*step, sys.executable, str(RANK_FAILURES), failure, str(cluster.config), *limits)
     ended = time.time()
-    [befell] = re.findall(r"it befalls at ([\d.]+)", done.stderr)
-    return done, ended - float(befell), json.loads((cluster.folder / "run" / "exit.json").read_text())
+    [failed_at] = re.findall(r"fails at ([\d.]+)", done.stderr)
+    return done, ended - float(failed_at), json.loads((cluster.folder / "run" / "exit.json").read_text())
 
 
 @pytest.mark.parametrize(
-    ("misfortune", "words"),
+    ("failure", "words"),
     [
         ("killed:reduced:1", "lost while rank 0 was in step 3 (forward and backward)"),
-        ("raises:step:1", "step 3 (loading data): ZeroDivisionError: a misfortune"),
+        ("raises:step:1", "step 3 (loading data): ZeroDivisionError: an injected failure"),
     ],
 )
-def test_a_task_that_is_lost_or_fails_is_named(cluster, misfortune, words):
-    done, seconds, record = meet(cluster, misfortune)
+def test_a_task_that_is_lost_or_fails_is_named(cluster, failure, words):
+    done, seconds, record = run_failing(cluster, failure)
     assert done.returncode != 0
     assert re.search(rf"rank 1 on n\d(, |: ){re.escape(words)}", done.stderr), done.stderr
     assert record["status"] == 5
@@ -41,7 +41,7 @@ def test_a_task_that_is_lost_or_fails_is_named(cluster, misfortune, words):
 
 
 def test_a_task_that_stalls_is_named_and_all_end(cluster):
-    done, seconds, record = meet(cluster, "sleeps:step:1")
+    done, seconds, record = run_failing(cluster, "sleeps:step:1")
     assert done.returncode != 0
     assert "step 3 (forward and backward): rank 1 on n" in done.stderr
     assert f"did not arrive within {LIMIT} s" in record["reason"]

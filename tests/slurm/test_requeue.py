@@ -1,5 +1,5 @@
-"""Time limits, preemption, requeue and lost nodes: each job here resumes by itself, and its run ends with the bits of
-one that nothing disturbed (see also benchmarks/requeue_campaign.py).
+"""Time limits, preemption, requeue and lost nodes: each job here resumes by itself, and its run ends bit-identical to
+an undisturbed one (see also benchmarks/requeue_campaign.py).
 """
 
 import json
@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from tests.support.compare_runs import differences, losses
-from tests.support.dwelling import ROOT, Plan, PlanFolder, make_project
+from tests.support.pausing import ROOT, Plan, PlanFolder, make_project
 from tests.support.slurm_jobs import ENDED, Job, Slurm, job_options, wait_until
 
 STEPS = 60
@@ -44,7 +44,7 @@ SLOW = Plan(step_seconds=0.3)
 
 @dataclass
 class Bench:
-    """A project whose jobs train slowly where that is planned."""
+    """A project whose jobs train slowly if planned so."""
 
     folder: Path
     project: Path
@@ -55,7 +55,7 @@ class Bench:
         PlanFolder(self.folder / "plans", name, restart).write(plan)
 
     def started(self, name: str, restart: int, rank: int) -> dict:
-        """Node and process of a rank, as soon as it is there."""
+        """Wait for a rank to start; return its node and process."""
         files = PlanFolder(self.folder / "plans", name, restart)
         wait_until(lambda: files.started(rank) is not None, what=f"start {restart} of {name}")
         return files.started(rank)
@@ -83,7 +83,7 @@ class BenchJob(Job):
         self.run = run
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         return self.run.with_suffix(".out").read_text()
 
     @property
@@ -98,7 +98,7 @@ class BenchJob(Job):
 
     @property
     def step(self) -> int:
-        """The last one in metrics.jsonl."""
+        """Return the last step in metrics.jsonl."""
         return max((event["step"] for event in self.events if event["event"] == "train"), default=0)
 
     @property
@@ -113,11 +113,11 @@ class BenchJob(Job):
         wait_until(lambda: self.step >= step, what=f"step {step}: {self.describe()}")
 
     def wait_for_queue(self, restarts: int) -> None:
-        """Until the job is back in the queue, or runs again."""
+        """Wait until the job is back in the queue, or runs again."""
 
         def is_back() -> bool:
             now = self.describe()
-            assert now["JobState"] not in ENDED, self.said
+            assert now["JobState"] not in ENDED, self.output
             return now["JobState"] in ("PENDING", "RUNNING") and now["Restarts"] == str(restarts)
 
         wait_until(is_back, what=f"restart {restarts}")
@@ -128,7 +128,7 @@ def bench(tmp_path_factory, world, slurm_environ):
     folder = tmp_path_factory.mktemp("requeue")
     settings = {**SETTINGS, "data": {**SETTINGS["data"], "path": str(world)}}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    # the batch script asks the package for run.dir, and the project's train.py imports tests.support
+    # the batch script uses the package to find run.dir, and the project's train.py imports tests.support
     slurm = Slurm({**slurm_environ, "PYTHONPATH": str(ROOT)}, folder)
     bench = Bench(folder, make_project(folder), slurm)
     yield bench
@@ -140,17 +140,17 @@ def bench(tmp_path_factory, world, slurm_environ):
 
 @pytest.fixture(scope="module")
 def limited(bench):
-    """A job that is warned of the end of its first minute, and back in the queue. Returns a function that waits for it.
+    """A job that gets the time limit signal in its first minute and is requeued; a function that waits for this.
 
-    It is sent before it is needed: the warning comes after 20 to 50 s.
+    It is submitted before it is needed: the signal comes after 20 to 50 s.
     """
-    bench.plan("limited", 0, Plan(step_seconds=1.0))  # 60 s: it still runs when it is warned
-    bench.plan("limited", 1, Plan(step_seconds=3.0))  # what is left takes long: it still runs when it is cancelled
+    bench.plan("limited", 0, Plan(step_seconds=1.0))  # 60 s: it still runs when the signal comes
+    bench.plan("limited", 1, Plan(step_seconds=3.0))  # the rest takes long: it still runs when it is cancelled
     job = bench.send("limited", "--time=1", "--signal=USR1@40")
 
     def wait_for_warning() -> BenchJob:
         job.wait_for_queue(restarts=1)
-        job.extend(minutes=30)  # before the second start is warned as well
+        job.extend(minutes=30)  # before the second start gets the signal as well
         return job
 
     with ThreadPoolExecutor(1) as thread:
@@ -159,7 +159,7 @@ def limited(bench):
 
 @pytest.fixture(scope="module")
 def untouched(bench, limited):
-    """A run that nothing disturbed: one process, without SLURM."""
+    """An undisturbed run: one process, without SLURM."""
     run = bench.folder / "untouched"
     command = [sys.executable, str(ROOT / "train.py"), str(bench.folder / "config.yaml"), f"run.dir={run}"]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
@@ -167,7 +167,7 @@ def untouched(bench, limited):
     return run
 
 
-def test_one_signalled_rank_stops_all_and_the_job_resumes_as_often_as_it_is_put_back(bench, untouched):
+def test_one_signalled_rank_stops_all_and_the_job_resumes_after_each_requeue(bench, untouched):
     bench.plan("signalled", 0, SLOW)
     bench.plan("signalled", 1, SLOW)
     job = bench.send("signalled")
@@ -178,26 +178,26 @@ def test_one_signalled_rank_stops_all_and_the_job_resumes_as_often_as_it_is_put_
     assert job.exit["status"] == 75
     first = job.saved_step
     assert first == job.step  # no step was lost
-    assert first < 30  # and no validation waited for
+    assert first < 30  # and the save did not wait for a validation
     job.wait_for_step(first + 2)
     job.requeue()
     job.wait_for_queue(restarts=2)
     second = job.saved_step
     assert second == job.step > first
-    assert job.wait() == 0, job.said
+    assert job.wait() == 0, job.output
     assert [event["step"] for event in job.events if event["event"] == "resume"] == [first, second]
     assert differences(job.run, untouched, STEPS) == []
 
 
-def test_a_job_is_warned_before_its_time_limit_and_one_that_is_cancelled_saves_and_stays_away(limited, untouched):
+def test_a_job_is_requeued_before_its_time_limit_and_a_cancelled_one_saves_and_is_not(limited, untouched):
     job = limited()
-    assert "stopped by SIGUSR1" in job.said
+    assert "stopped by SIGUSR1" in job.output
     job.wait_for_step(job.step + 1)
     job.cancel()
     job.wait()
     assert (job.state, job.restarts) == ("CANCELLED", 1)
     assert job.exit["status"] == 75
-    *warned, cancelled = map(int, re.findall(r"stopped by SIG\w+ after step (\d+); its checkpoint", job.said))
+    *warned, cancelled = map(int, re.findall(r"stopped by SIG\w+ after step (\d+); its checkpoint", job.output))
     assert [event["step"] for event in job.events if event["event"] == "resume"] == warned  # empty if it was in set-up
     assert cancelled == job.saved_step == job.step
     assert losses(job.run) == losses(untouched)[: len(losses(job.run))]
@@ -207,13 +207,13 @@ def test_a_job_is_warned_before_its_time_limit_and_one_that_is_cancelled_saves_a
 def lost(bench, nodes, has_networks):
     """Two jobs that lost a node at the same time, after they have ended: {how: job}.
 
-    crash: its second node went out. cut: its only node was cut off the network; the file system is still there.
+    crash: its second node crashed. cut: its only node was cut off from the network, but not from the file system.
     """
     bench.plan("crash", 0, SLOW)
-    bench.plan("cut", 0, Plan(step_seconds=2.5))  # 150 s: this start is still there long after the other began
-    for job in bench.jobs:  # those of failed tests
+    bench.plan("cut", 0, Plan(step_seconds=2.5))  # 150 s: this start still runs long after the other began
+    for job in bench.jobs:  # jobs of failed tests
         job.cancel()
-    # n1 and n2 for the one, n3 for the other, so that n1 and n4 are left for both
+    # n1 and n2 for one job, n3 for the other, so that n1 and n4 remain for both
     jobs = {"crash": bench.send("crash")}
     if has_networks:
         jobs["cut"] = bench.send("cut", "--exclude=n1,n2", nodes=1)
@@ -226,16 +226,16 @@ def lost(bench, nodes, has_networks):
             getattr(nodes, how)(job.lost_node)
         for job in jobs.values():
             job.wait()
-        if has_networks:  # the stale process comes to the end of its step
-            wait_until(lambda: "nothing was written" in jobs["cut"].said, 30, "a refused write")
+        if has_networks:  # the stale process reaches the end of its step
+            wait_until(lambda: "nothing was written" in jobs["cut"].output, 30, "a refused write")
     finally:
-        nodes.mend()
+        nodes.repair()
     return jobs
 
 
-def test_a_job_whose_node_crashed_goes_on_elsewhere_from_its_last_checkpoint(bench, lost, untouched):
+def test_a_job_whose_node_crashed_resumes_elsewhere_from_its_last_checkpoint(bench, lost, untouched):
     job = lost["crash"]
-    assert job.describe()["ExitCode"] == "0:0", job.said
+    assert job.describe()["ExitCode"] == "0:0", job.output
     assert job.restarts == 1
     assert bench.started("crash", 1, rank=0)["node"] != job.lost_node != bench.started("crash", 1, rank=1)["node"]
     [resumed] = [event["step"] for event in job.events if event["event"] == "resume"]
@@ -245,13 +245,13 @@ def test_a_job_whose_node_crashed_goes_on_elsewhere_from_its_last_checkpoint(ben
 
 def test_a_process_on_a_node_that_was_cut_off_writes_nothing_once_the_job_runs_elsewhere(bench, lost, untouched):
     if "cut" not in lost:
-        pytest.skip("the nodes have no network of their own here, so no cable can be cut")
+        pytest.skip("the nodes have no network of their own here, so none can be cut off")
     job = lost["cut"]
-    assert job.describe()["ExitCode"] == "0:0", job.said
+    assert job.describe()["ExitCode"] == "0:0", job.output
     assert bench.started("cut", 1, rank=0)["node"] != job.lost_node
     [resumed] = [event["step"] for event in job.events if event["event"] == "resume"]
-    assert resumed > job.step_then  # it lived on, and what it saved until then counts
-    [refused] = [line for line in job.said.splitlines() if "nothing was written" in line]
+    assert resumed > job.step_then  # it survived, and what it had saved until then counts
+    [refused] = [line for line in job.output.splitlines() if "nothing was written" in line]
     assert f"(job {job.number}, restart 1)" in refused
     assert "this process held generation 1" in refused
     assert json.loads((job.run / ".lease").read_text())["generation"] == 2

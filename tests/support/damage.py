@@ -38,7 +38,7 @@ def damage_each(source: Path, work: Path, flips: int, others: int, seed: int) ->
     """Damage a copy of the checkpoint folder `source` at `work`, again and again, and count what loading finds.
 
     Args:
-        flips: bytes to change; every second one first draws a file, so that small files get their share.
+        flips: bytes to change; every second one chooses a file first, so that small files get their share.
         others: truncations and deletions.
     """
     shutil.copytree(source, work)
@@ -127,6 +127,6 @@ def loads_in_torch(path: Path) -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # noqa: BLE001 (damaged bytes make it raise anything)
+    except Exception:  # noqa: BLE001 (damaged bytes may raise any exception)
         return False
     return True

@@ -1,11 +1,11 @@
 """Runs of train.py as real processes that start in milliseconds, so that hundreds can be killed and resumed.
 
-Python's fork server (multiprocessing) imports torch and the program once and forks each process from there. It has made
-no tensor and started no thread by then, and OMP_NUM_THREADS is 1, so a fork is what a fresh process would be;
-tests/program/test_kills.py holds such runs against `python train.py` and torchrun.
+Python's fork server (multiprocessing) imports torch and the program once and forks each process from there. Until then
+it has created no tensor and no thread, and OMP_NUM_THREADS is 1, so a fork is equivalent to a fresh process;
+tests/program/test_kills.py compares such runs with `python train.py` and torchrun.
 
-The ranks get torchrun's variables, and end as torchrun ends them: when one is lost the others get SIGTERM, and SIGKILL
-after a grace period. Loader workers of a killed rank find out by themselves (within seconds), as they always do.
+The ranks get torchrun's variables, and are ended as by torchrun: when one is lost the others get SIGTERM, and SIGKILL
+after a grace period. Loader workers of a killed rank notice by themselves (within seconds), as always.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from tests.support.rendezvous import host_store, rank_variables
 ROOT = Path(__file__).parents[2]
 GRACE_SECONDS = 1.0
 
-# with what the program imports late; DDP imports torch's compiler
+# including lazy imports; DDP imports torch's compiler
 LATE = ["xarray", "zarr", "netCDF4", "topoflow.logs", "topoflow.plots", "torch._dynamo"]
 PRELOADED = ["tests.support.forked_runs", *LATE]
 AT_A_RANDOM_TIME = "at a random time"
@@ -41,12 +41,12 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THR
 class Ending:
     """How a run ended.
 
-    statuses: of each rank, negative for a signal. note: of the kill, if it happened. said: what all ranks said.
+    statuses: of each rank, negative for a signal. note: that of the kill, if it happened. output: of all ranks.
     """
 
     statuses: list[int]
     note: dict[str, Any] | None
-    said: str
+    output: str
 
     @property
     def done(self) -> bool:
@@ -55,7 +55,7 @@ class Ending:
 
 @dataclass(frozen=True)
 class Attack:
-    """Rank `rank` is killed at `kill` or after `seconds`; `everyone`: and all others with it."""
+    """Kill rank `rank` at `kill` or after `seconds`; `everyone`: together with all others."""
 
     kill: Kill | None = None
     seconds: float | None = None
@@ -70,11 +70,11 @@ class Attack:
 
 
 class ForkedRuns:
-    """Starts runs; `folder` takes what they say and the notes of those that were killed."""
+    """Starts runs; their output and the notes of killed ranks are in `folder`."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
-        self.log, self.note = folder / "said.log", folder / "killed.json"
+        self.log, self.note = folder / "output.log", folder / "killed.json"
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOADED)
         with mock.patch.dict(os.environ, ENVIRONMENT):
@@ -87,13 +87,13 @@ class ForkedRuns:
         attack: Attack | None = None,
         prepare: Callable[[], None] | None = None,
     ) -> Ending:
-        """Train with these arguments of train.py until it ends or is killed as `attack` says.
+        """Train with these arguments of train.py until the run ends or `attack` kills it.
 
         Args:
             prepare: called in each process, before it trains; pickled, so a function of a module.
         """
         attack = attack or Attack()
-        for file in (self.log, self.note):  # not emptied: workers that live on may still write
+        for file in (self.log, self.note):  # not emptied: surviving workers may still write
             file.unlink(missing_ok=True)
         self.log.touch()
         store, ranks = host_store(), []
@@ -120,7 +120,7 @@ class ForkedRuns:
 def _end_together(ranks: Sequence[Any], everyone: bool) -> None:
     """Wait for all; when one is lost, end the others as torchrun does, or at once.
 
-    One that ended by itself, with a status, has told the others why: they get the time to end by themselves too.
+    A rank that ended by itself, with a status, has told the others why: they get time to end by themselves too.
     """
     waiting = list(ranks)
     while waiting and all(process.exitcode in (0, None) for process in ranks):
@@ -148,8 +148,8 @@ def _run_rank(
     note: Path,
     prepare: Callable[[], None] | None,
 ) -> None:
-    """In the forked process: train as the rank that `variables` describe."""
-    multiprocessing.set_start_method("fork", force=True)  # what a process that no server made has here
+    """Train in the forked process as the rank that `variables` describe."""
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that was not forked by a server
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)

@@ -1,8 +1,8 @@
-"""What each part of a run costs one rank: recorded in the process itself, around the functions that train.py calls.
+"""Costs of each part of a run on one rank, recorded in the process itself, around the functions that train.py calls.
 
-For each phase: seconds by the clock; CPU seconds of all threads; calls of collective operations by name; and what the
-kernel says of all TCP sockets of the process together (gloo's, the store's, the watch's): bytes and segments. For the
-whole run: how often it opened files of a checkpoint and of a Zarr store to read them.
+For each phase: elapsed seconds; CPU seconds of all threads; calls of collective operations by name; and bytes and
+segments of all TCP sockets of the process together (gloo's, the store's, the watch's) as counted by the kernel. For the
+whole run: how often it opened files of a checkpoint and of a Zarr store for reading.
 """
 
 import collections
@@ -35,7 +35,7 @@ PHASES = {
     "verify_ranks": "verification",
     "build_reduction": "reduction",
 }
-"""Functions of train.py, and what the time in them is called."""
+"""Functions of train.py, and the phase that their time counts for."""
 
 STEP, VALIDATION, WHOLE = "step", "validation", "whole run"
 METHODS = {
@@ -64,7 +64,7 @@ _TCP_INFO = struct.Struct("=104x2Q2Q6I")
 
 
 class PhaseRecorder:
-    """Takes down what phases cost in this process, and writes it to a file when the run ends."""
+    """Records the costs of phases in this process, and writes them to a file when the run ends."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -74,7 +74,7 @@ class PhaseRecorder:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Take down what happens meanwhile."""
+        """Record the costs inside the block."""
         calls, traffic = self.collectives.copy(), _traffic()
         wall, cpu = time.perf_counter(), time.process_time()
         try:
@@ -93,7 +93,7 @@ class PhaseRecorder:
             )
 
     def record(self, owner: Any, function: str, name: str) -> None:
-        """Make a phase of each call of a function of `owner`; of a context manager, of its beginning."""
+        """Make each call of a function of `owner` a phase; for a context manager, only its entry."""
         whole = getattr(owner, function)
 
         @functools.wraps(whole)
@@ -122,7 +122,7 @@ class PhaseRecorder:
         setattr(dist, name, counted)
 
     def note_opens(self, event: str, arguments: tuple[Any, ...]) -> None:
-        """An audit hook: counts what is opened to be read, there or not."""
+        """Count files opened for reading, whether they exist or not; an audit hook."""
         if event != "open" or not isinstance(arguments[0], str | os.PathLike):
             return
         path, mode, flags = arguments
@@ -134,7 +134,7 @@ class PhaseRecorder:
                 self.opens["metadata" if name in _METADATA else "chunks"] += 1
 
     def write(self) -> None:
-        """The file: a list of phases, and at its end what the whole process has come to."""
+        """Write the file: a list of phases, and then the totals of the process."""
         whole = {"open_files": len(os.listdir("/proc/self/fd")), "opens": dict(self.opens)}
         peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         self.phases.append({"phase": WHOLE, "peak_bytes": peak_bytes, **whole})
@@ -142,7 +142,7 @@ class PhaseRecorder:
 
 
 def record_phases(folder: Path) -> None:
-    """Called in a process before it trains: its file in `folder` is named by its rank."""
+    """Record the phases of this process in `folder`, in a file named by its rank; call before training."""
     recorder = PhaseRecorder(folder / f"rank-{train.read_launch().rank}.json")
     for function, name in PHASES.items():
         recorder.record(train, function, name)
@@ -163,7 +163,7 @@ def _and_then(function: Callable[..., None], afterwards: Callable[[], None]) -> 
 
 
 def _traffic() -> dict[str, int]:
-    """Bytes and segments of all TCP sockets of this process since they were opened."""
+    """Return bytes and segments of all TCP sockets of this process since they were opened."""
     totals = {"bytes_sent": 0, "bytes_received": 0, "segments_sent": 0}
     for descriptor in os.listdir("/proc/self/fd"):
         try:

@@ -1,6 +1,6 @@
 """Where the ranks of a test meet: a store hosted by the test's own process, as torchrun's agent hosts one.
 
-The process that listens chooses the port, so no other process can take it first.
+The listening process chooses the port, so no other process can take it first.
 """
 
 import torch.distributed as dist
@@ -12,7 +12,7 @@ def host_store() -> dist.TCPStore:
 
 
 def rank_variables(port: int, rank: int, world_size: int) -> dict[str, str]:
-    """Return the environment of one rank that meets the others at a store on this machine."""
+    """Return the environment of one rank that connects to the others through a store on this machine."""
     return {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),

@@ -1,4 +1,4 @@
-"""Jobs of whatever SLURM the environment has: send them, watch them, signal them, put them back into the queue."""
+"""Submit, watch, signal and requeue jobs of the SLURM that the environment has."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL
 
 
 class NoSlurm(Exception):
-    """There is no SLURM to talk to: one line that says why."""
+    """No SLURM is available; the message has the reason in one line."""
 
 
 class Slurm:
@@ -21,7 +21,7 @@ class Slurm:
         self.environ, self.folder = dict(environ), folder
 
     def run(self, *command: str, timeout: float = 300) -> subprocess.CompletedProcess:
-        """What a command said, and its status."""
+        """Run a command; return its output and status."""
         return subprocess.run(
             command, cwd=self.folder, env=self.environ, capture_output=True, text=True, timeout=timeout
         )
@@ -29,21 +29,21 @@ class Slurm:
     def require(self) -> None:
         """Raise NoSlurm unless a controller answers."""
         if shutil.which("sbatch", path=self.environ.get("PATH")) is None:
-            raise NoSlurm("no sbatch on the PATH: expected a machine that can send jobs to SLURM")
+            raise NoSlurm("no sbatch on the PATH: expected a machine that can submit jobs to SLURM")
         ping = self.run("sinfo", "--noheader", "--format=%D", timeout=60)
         if ping.returncode != 0 or not ping.stdout.strip():
-            said = (ping.stderr.strip() or "no nodes").splitlines()[0]
-            raise NoSlurm(f"no SLURM that answers (SLURM_CONF names another cluster than the default): {said}")
+            reason = (ping.stderr.strip() or "no nodes").splitlines()[0]
+            raise NoSlurm(f"SLURM does not answer (set SLURM_CONF to use another cluster than the default): {reason}")
 
     def send(self, *command: str) -> "Job":
-        """The job that `sbatch *command` made."""
+        """Submit `sbatch *command`; return the job."""
         sent = self.run("sbatch", "--parsable", *command)
         if sent.returncode != 0:
             raise RuntimeError(f"sbatch: {sent.stderr.strip()}")
         return Job(self, sent.stdout.strip().partition(";")[0])
 
     def node_states(self) -> dict[str, str]:
-        """{node: state}, such as idle, mixed, down*."""
+        """Return {node: state}, such as idle, mixed, down*."""
         lines = self.run("sinfo", "--noheader", "--Node", "--format=%N %T").stdout.splitlines()
         return dict(line.split() for line in lines)
 
@@ -55,7 +55,7 @@ class Job:
         self.slurm, self.number = slurm, number
 
     def describe(self) -> dict[str, str]:
-        """The values of `scontrol show job`; empty if the controller did not answer."""
+        """Return the values of `scontrol show job`; empty if the controller did not answer."""
         shown = self.slurm.run("scontrol", "show", "job", "--oneliner", self.number).stdout.split()
         return {key: value for key, _, value in (word.partition("=") for word in shown)}
 
@@ -85,24 +85,24 @@ class Job:
         self.slurm.run("scancel", self.number)
 
     def wait(self, seconds: float = 300) -> int:
-        """Exit status of the job, once it has ended (sbatch --wait looks only every ten seconds)."""
+        """Wait for the end of the job; return its exit status (sbatch --wait only polls every ten seconds)."""
         wait_until(lambda: self.state in ENDED and self.describe().get("EndTime") != "Unknown", seconds)
         return int(self.describe()["ExitCode"].split(":")[0])
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 180, what: str = "") -> None:
-    """Look five times a second.
+    """Wait until the condition holds; poll five times per second.
 
     Raises:
-        TimeoutError: not in `seconds`.
+        TimeoutError: it did not hold within `seconds`.
     """
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {seconds:g} s in vain{what and ' for ' + what}")
+            raise TimeoutError(f"timed out after {seconds:g} s{what and ' waiting for ' + what}")
         time.sleep(0.2)
 
 
 def job_options(nodes: int, tasks_per_node: int) -> Sequence[str]:
-    """What a small job on CPU asks for in place of the shipped script's own lines for a site."""
+    """Return options for a small job on CPU, which override the site settings of the shipped script."""
     return (f"--nodes={nodes}", f"--ntasks-per-node={tasks_per_node}", "--cpus-per-task=1", "--gpus-per-node=0")

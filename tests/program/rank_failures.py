@@ -1,8 +1,8 @@
-"""What can befall one rank: `python misfortunes.py KIND:PHASE:RANK CONFIG ...` is train.py, and that rank meets it.
+"""Run train.py and make one rank fail: `python rank_failures.py KIND:PHASE:RANK CONFIG ...`
 
 KIND: raises | killed | exits | sleeps | stopped | other_config. PHASE: data | resume | step | reduced | validation |
-save. Whoever meets it in `reduced` has the sum of the gradients, to which each rank gave its part: the others are past
-loading data, and wait.
+save. In `reduced`, the rank fails after the gradients were summed: the other ranks have loaded their data and are
+waiting.
 """
 
 import os
@@ -21,14 +21,14 @@ from topoflow.resume import Resume
 from topoflow.trainer import Trainer
 
 STEP = 3
-"""The optimizer step, or the validation or save after it, that is met with."""
+"""The optimizer step, or the validation or save after it, in which the rank fails."""
 
 
-def befall(kind: str) -> None:
-    """Let this process end, or go no further."""
-    print(f"it befalls at {time.time()!r}", file=sys.stderr, flush=True)
+def fail(kind: str) -> None:
+    """End this process, or stop its progress."""
+    print(f"fails at {time.time()!r}", file=sys.stderr, flush=True)
     if kind == "raises":
-        raise ZeroDivisionError("a misfortune")
+        raise ZeroDivisionError("an injected failure")
     if kind == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "exits":
@@ -39,7 +39,7 @@ def befall(kind: str) -> None:
 
 
 def prepare(kind: str, phase: str, rank: int) -> None:
-    """Arrange for it, where this process is that rank."""
+    """Arrange the failure if this process is that rank."""
     launch = train.read_launch()
     if launch.rank != rank or launch.attempt > 0:  # torchrun's second attempt is spared
         return
@@ -47,7 +47,7 @@ def prepare(kind: str, phase: str, rank: int) -> None:
         load = train.load_config
         train.load_config = lambda path, overrides: load(path, [*overrides, "optim.learning_rate=0.5"])
         return
-    owner, name, is_there = {
+    owner, name, is_reached = {
         "data": (ForecastData, "summary" if rank == 0 else "dataset", lambda self: True),
         "resume": (Resume, "prove", lambda self: True),
         "step": (Trainer, "train_step", lambda self: self.state.progress.step + 1 == STEP),
@@ -57,16 +57,16 @@ def prepare(kind: str, phase: str, rank: int) -> None:
     }[phase]
     original = getattr(owner, name)
 
-    def meet(*arguments, **options):
-        if is_there(arguments[0]):
-            befall(kind)
+    def fail_or_call(*arguments, **options):
+        if is_reached(arguments[0]):
+            fail(kind)
         return original(*arguments, **options)
 
-    setattr(owner, name, meet)
+    setattr(owner, name, fail_or_call)
 
 
 def main(words: list[str]) -> int:
-    """Run train.py with the misfortune that the first word names."""
+    """Run train.py with the failure that the first argument names."""
     kind, phase, rank = words[0].split(":")
     prepare(kind, phase, int(rank))
     return train.main(words[1:])

@@ -1,8 +1,8 @@
-"""The program of a campaign's jobs: train.py, which dwells at a planned place until a disturbance was sent.
+"""The program of a campaign's jobs: train.py, which pauses at a planned place until a disturbance has been sent.
 
-A signal that comes from outside, by scancel, cannot be aimed at a few milliseconds. So a plan (a small file that the
-campaign writes before the job starts) names a place, and the process that comes to it leaves a note, and waits there
-until the campaign says that its signal is on its way. Nothing else differs from `python train.py`.
+A signal from outside, such as by scancel, cannot be timed to a few milliseconds. So a plan (a small file that the
+campaign writes before the job starts) names a place. The process that reaches it writes a note and waits there until
+the campaign reports that its signal is on its way. Nothing else differs from `python train.py`.
 """
 
 import dataclasses
@@ -18,19 +18,19 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 BEFORE_IMPORTS = "while Python is started"
 LONGEST_SECONDS = 30.0
-AFTERWARDS_SECONDS = 0.3  # from the campaign's word to the signal's arrival through SLURM's daemons
+AFTERWARDS_SECONDS = 0.3  # from the campaign's report to the signal's arrival through SLURM's daemons
 STARTER = """import sys
 sys.path[0] = {root!r}
-from tests.support.dwelling import main
+from tests.support.pausing import main
 sys.exit(main({plans!r}))
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Where one start of a job dwells; `point` is None for nowhere.
+    """Where one start of a job pauses; `point` is None for nowhere.
 
-    rank: that dwells. step, count: as for `kill_points.Kill`. step_seconds: added to each training step.
+    rank: the one that pauses. step, count: as for `kill_points.Kill`. step_seconds: added to each training step.
     """
 
     point: str | None = None
@@ -41,9 +41,9 @@ class Plan:
 
 
 class PlanFolder:
-    """The plans of all starts of all jobs, with what the processes note beside them.
+    """The plan of one start of a job, and the notes of its processes.
 
-    Args: job, the name of the job; restart, how often it was started before.
+    Args: folder, with all plans; job, the name of the job; restart, how often it was started before.
     """
 
     def __init__(self, folder: Path, job: str, restart: int):
@@ -63,21 +63,21 @@ class PlanFolder:
         _write(self._path(f"rank{rank}"), {"node": os.environ.get("SLURMD_NODENAME", ""), "pid": os.getpid()})
 
     def started(self, rank: int) -> dict[str, Any] | None:
-        """Node and process of a rank, once it runs."""
+        """Return the node and process of a rank, once it runs."""
         path = self._path(f"rank{rank}")
         return json.loads(path.read_text()) if path.exists() else None
 
     @property
-    def dwells(self) -> bool:
-        """Whether a process has come to the planned place."""
+    def is_pausing(self) -> bool:
+        """Whether a process has reached the planned place."""
         return self._path("at").exists()
 
-    def let_go(self) -> None:
-        """Say that the disturbance was sent."""
+    def release(self) -> None:
+        """Record that the disturbance was sent."""
         self._path("sent").touch()
 
-    def dwell(self) -> None:
-        """Wait for that; only the first process that comes here does."""
+    def pause(self) -> None:
+        """Wait for `release`; only the first process that gets here does."""
         try:
             with self._path("at").open("x") as note:
                 note.write(f"{os.getpid()} on {socket.gethostname()}\n")
@@ -90,9 +90,9 @@ class PlanFolder:
 
 
 def make_project(folder: Path) -> Path:
-    """Below `folder`: a project whose launch scripts are the shipped ones and whose train.py reads plans.
+    """Create a project in `folder` with the shipped launch scripts and a train.py that reads plans; return its path.
 
-    Returns it. Its jobs need ROOT in PYTHONPATH (the batch script asks topoflow.config for run.dir).
+    Its jobs need ROOT in PYTHONPATH (the batch script runs topoflow.config_io to find run.dir).
     """
     project, plans = folder / "project", folder / "plans"
     plans.mkdir(parents=True)
@@ -102,23 +102,23 @@ def make_project(folder: Path) -> Path:
 
 
 def main(plans: str) -> int:
-    """train.main, as the plan of this start of this job says."""
+    """Run train.main with the plan of this start of this job."""
     environ = os.environ
     job, restart = environ["SLURM_JOB_NAME"], int(environ.get("SLURM_RESTART_COUNT", "0"))
     rank, files = int(environ["SLURM_PROCID"]), PlanFolder(Path(plans), job, restart)
     plan = files.read()
     files.note_start(rank)
     if plan.point == BEFORE_IMPORTS and rank == plan.rank:
-        files.dwell()
-    import train as program  # here and not above: a signal may come before torch is there
-    from tests.support.dwelling_points import install
+        files.pause()
+    import train as program  # here and not above: a signal may arrive before torch is imported
+    from tests.support.pause_points import install
 
-    install(plan, files.dwell, dwells_here=rank == plan.rank)
+    install(plan, files.pause, pauses_here=rank == plan.rank)
     return program.main(sys.argv[1:])
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    """In one move, for readers on other nodes."""
+    """Write in one rename, for readers on other nodes."""
     temporary = path.with_name(f".{path.name}-{os.getpid()}-{socket.gethostname()}")
     temporary.write_text(json.dumps(content))
     os.replace(temporary, path)
