@@ -8,22 +8,22 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-# the bits of a sum depend on the number of threads, and the tests share the cores
+# the last bits of a sum depend on the number of threads, and the tests share the cores
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """Real measurements and golden checkpoints, which are no part of the project."""
+    """The folder of real measurements and golden checkpoints, which are not part of the project."""
     path = os.environ.get("TOPOFLOW_SHARED")
     if not path:
-        pytest.skip("TOPOFLOW_SHARED names no folder with the real data")
+        pytest.skip("TOPOFLOW_SHARED does not name a folder with the real data")
     return Path(path)
 
 
 @pytest.fixture
 def store_port() -> Iterator[int]:
-    """The port of a store such as torchrun's agent has. Its own process holds it: one with threads must not fork."""
+    """The port of a store like that of torchrun's agent, in a process of its own: one with threads must not fork."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -39,7 +39,7 @@ def store_port() -> Iterator[int]:
 
 @pytest.fixture
 def held_port() -> Iterator[int]:
-    """A port that nobody else is given, and on which a process that asks for it can listen."""
+    """A port that no other process gets by chance, and on which a process can listen explicitly."""
     with socket.socket(socket.AF_INET6) as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)

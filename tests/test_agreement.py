@@ -3,7 +3,7 @@ from topoflow.ranks import describe_differences
 USUAL = {"torch": "2.13.0", "numpy": "2", "python": "3.11"}
 
 
-def test_disagreement_is_a_table_of_who_has_what():
+def test_disagreement_is_a_table_of_values_per_rank():
     odd = {3: {"torch": "2.12.1"}, 5: {"torch": "2.12.1", "numpy": "1"}}
     gathered = [(f"n{rank // 4}", USUAL | odd.get(rank, {})) for rank in range(8)]
     assert describe_differences(gathered, "at the start").splitlines() == [

@@ -1,4 +1,4 @@
-"""Baselines equal loops that follow their definitions, and the published table for China 2019."""
+"""Compare baselines with loops that follow their definitions, and with the published table for China 2019."""
 
 from dataclasses import dataclass
 
@@ -203,8 +203,8 @@ PUBLISHED = {
 }
 
 
-# Here the last printed digit is one higher than that of our number: 16.9476 for 17.0, and 28.4496 for 28.5. Rounding to
-# one digit more first (16.95, 28.45) gives what is printed, there and in the 70 others.
+# Here the last printed digit is one higher than ours: 17.0 for 16.9476, and 28.5 for 28.4496. Rounding to one digit
+# more first (16.95, 28.45) gives the printed numbers, here and in the 70 others.
 PRINTED_ONE_HIGHER = {("persistence_rmse", "no2", 48), ("damped_persistence_rmse", "o3", 96)}
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def stations(tmp_path):
-    """Two stations of one cell and one of another, PM2.5 for two hours."""
+    """A file with two stations in one cell and one in another, PM2.5 for two hours."""
     path = tmp_path / "stations.nc"
     xr.Dataset(
         {"pm25": (("time", "station"), np.array([[10.0, 20.0, 7.0], [30.0, np.nan, 8.0]]), {"units": "ug m-3"})},

@@ -44,7 +44,7 @@ def plots_are_empty_files(request, monkeypatch):
 
 
 class Damped(nn.Module):
-    """Two thirds of the present (normalized) values, and a little for the lead: element by element."""
+    """Returns two thirds of the present (normalized) values, plus a little for the lead, element by element."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The command for a first GPU, on machines without one: what it runs on a CPU, and what it reports as not run."""
+"""The GPU benchmark on machines without a GPU: what it runs on a CPU, and what it reports as not run."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def test_a_part_that_fails_is_reported_with_status_1():
         (["--output", "no-such-folder/figures.json"], "--output no-such-folder/figures.json: No such file"),
     ],
 )
-def test_what_cannot_work_is_refused_at_the_start(arguments, reason):
+def test_unusable_options_are_refused_at_the_start(arguments, reason):
     done = run_benchmark(*arguments)
     assert done.returncode == 2
     assert reason in done.stderr

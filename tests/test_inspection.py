@@ -80,7 +80,7 @@ def changed(folder, name, change):
     return folder.with_name(name)
 
 
-def test_a_whole_checkpoint_is_described(folder, run_inspect):
+def test_an_intact_checkpoint_is_described(folder, run_inspect):
     state = make_state()
     for path in (folder, folder / "state.pt"):
         status, out, _ = run_inspect(path)

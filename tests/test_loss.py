@@ -65,7 +65,7 @@ def test_a_valid_value_that_is_not_finite_is_not_hidden():
     assert torch.isfinite(sums).tolist() == [True, False]
 
 
-def test_an_all_missing_batch_weighs_nothing():
+def test_a_batch_without_values_has_no_weight():
     prediction, _, _ = make_batch(4)
     x, y, valid = as_tensors(prediction, np.full(SHAPE, np.nan), np.zeros(SHAPE, dtype=bool))
     sums, counts = masked_squared_error(x, y, valid)
@@ -75,7 +75,7 @@ def test_an_all_missing_batch_weighs_nothing():
     assert not x.grad.any()
 
 
-def test_the_mean_does_not_depend_on_how_the_batch_is_cut():
+def test_the_mean_does_not_depend_on_how_the_batch_is_divided():
     prediction, y, valid = make_batch(5)
     batch = as_tensors(prediction, y, valid)
     whole_sums, whole_counts = masked_squared_error(*batch)

@@ -15,7 +15,7 @@ STARTS, SHAPE = 5, (4, 6)
 
 @pytest.fixture
 def world():
-    """15 samples of 2 targets on 4 x 6 cells, with holes in observations, present values and baselines' anomalies."""
+    """Return 15 samples of 2 targets on 4 x 6 cells, with gaps in observations, present values and anomalies."""
     rng = np.random.default_rng(3)
     shape = (STARTS * len(LEADS), len(TARGETS), *SHAPE)
     observed = rng.lognormal(3.0, 0.8, shape)

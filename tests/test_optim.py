@@ -21,7 +21,7 @@ RATES_AFTER_3 = {
 
 
 def add(module: nn.Module, name: str, shape=(2,)) -> None:
-    """Register a parameter under a dotted name, making modules on the way."""
+    """Register a parameter under a dotted name, and create the modules in it."""
     *path, last = name.split(".")
     for part in path:
         if not hasattr(module, part):
@@ -31,7 +31,7 @@ def add(module: nn.Module, name: str, shape=(2,)) -> None:
 
 
 def climax_names(depth: int = 6, decoder_depth: int = 2) -> list[str]:
-    """Parameter names of ClimaX as the design lists them, without terrain and wind."""
+    """Return the parameter names of ClimaX, without terrain and wind."""
     names = ["var_embed", "var_query", "pos_embed", "token_embeds.proj_weights", "token_embeds.proj_biases"]
     names += [f"var_agg.{n}" for n in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")]
     modules = ["lead_time_embed", "norm"] + [f"head.{2 * i}" for i in range(decoder_depth + 1)]
@@ -48,7 +48,7 @@ def make_model(names: list[str] | None = None) -> nn.Module:
 
 
 def run_schedule(config: OptimConfig, steps: int, steps_per_epoch: int, total_steps: int) -> list[dict[str, float]]:
-    """Rates of each group after 0, 1, ..., `steps` scheduler steps."""
+    """Return the rates of each group after 0, 1, ..., `steps` scheduler steps."""
     optimizer = build_optimizer(make_model(), config)
     scheduler = build_scheduler(optimizer, config, steps_per_epoch, total_steps)
     rates = [{group["name"]: group["lr"] for group in optimizer.param_groups}]
@@ -80,7 +80,7 @@ def test_group_of(name, group):
     assert group_of(name) == group
 
 
-def test_each_name_stands_beside_its_own_parameter():
+def test_each_name_matches_its_parameter():
     model = make_model()
     by_name = dict(model.named_parameters())
     for group in build_optimizer(model, PUBLISHED).param_groups:
@@ -159,7 +159,7 @@ def test_cosine_equals_torch_up_to_its_length_and_then_stays(eta_min):
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(reference, T_max=20, eta_min=eta_min)
         for step in range(21):
             expected = [group["lr"] for group in reference.param_groups]
-            # torch works recursively, so its own error grows
+            # torch computes recursively, so its error grows
             assert list(rates[step].values()) == pytest.approx(expected, rel=1e-9, abs=1e-18)
             scheduler.step()
     for step in range(20, 31):
@@ -198,7 +198,7 @@ def test_a_group_below_eta_min_rises_to_it_and_a_frozen_group_stays_at_zero():
     assert rates[12]["head"] == pytest.approx(1e-6, rel=1e-12)
 
 
-def test_a_restored_scheduler_continues_with_the_same_bits():
+def test_a_restored_scheduler_continues_bit_identically():
     config = replace(PUBLISHED, schedule_interval="step", schedule_length=20, warmup_steps=3)
     whole = run_schedule(config, 12, steps_per_epoch=5, total_steps=20)
     first = build_optimizer(make_model(), config)

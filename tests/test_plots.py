@@ -95,7 +95,7 @@ def test_maps_have_north_up_in_either_order_of_rows(tmp_path, drawn, flip):
     plot_case(case, tmp_path / "case.png")
     ax = drawn[0].axes[0]
     assert ax.get_ylim()[0] < ax.get_ylim()[1]
-    # the colour 5 % below the top and 5 % above the bottom of the first map: the 200 of the north is the darker one
+    # colours 5 % below the top and 5 % above the bottom of the first map: the 200 in the north is darker
     picture = matplotlib.image.imread(tmp_path / "case.png")[..., :3]
     box = ax.get_window_extent().transformed(drawn[0].dpi_scale_trans.inverted())
     column = int(plots.DPI * (box.x0 + box.width / 2))

@@ -28,7 +28,7 @@ def test_table_marks_the_wins_on_the_same_samples():
     lines = [" ".join(line.split()) for line in format_scores(records).splitlines()]
     assert lines[1] == "target unit lead model model* persistence climatology damped persistence"
     assert lines[2] == "PM2.5 ug m-3 12 h 20.00 19.00 30.00+ 25.00+ 18.50"
-    # 19.0 where the present value exists beats 19.5, 20.0 on all samples does not
+    # 19.0 where the present value exists beats 19.5; 20.0 on all samples does not
     assert lines[3] == "24 h 20.00 19.00 19.50+ 19.50 19.50+"
     assert lines[4] == "CO mg m-3 12 h 0.400 0.381 0.381 25.000+ 18.500+"
     assert lines[5] == "24 h - - - - 18.50"

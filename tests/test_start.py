@@ -1,4 +1,4 @@
-"""What starting the program imports, and what that costs: promises that one careless import would break."""
+"""What the program imports at its start, and the cost: promises that one careless import would break."""
 
 import json
 import os
@@ -31,14 +31,14 @@ sys.exit(status)
 
 
 def run_python(code, *arguments):
-    """A finished Python that ran `code`."""
+    """Run `code` in a Python process; return the finished process."""
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, "-c", code, *arguments], env=environ, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
 def imports():
-    """CPU seconds and modules of processes that import torch or the program, in turn."""
+    """CPU seconds and modules of processes that import torch or the program, alternating."""
     rounds = [{module: json.loads(run_python(IMPORT, module).stdout) for module in ("torch", "train")} for _ in "12345"]
     return {module: [processes[module] for processes in rounds] for module in ("torch", "train")}
 
@@ -52,7 +52,7 @@ def test_the_program_imports_little_beyond_torch(imports):
 
 
 def test_importing_the_program_takes_at_most_a_quarter_more_than_importing_torch(imports):
-    # the minimum, because other work on the machine only adds
+    # the minimum, because other load on the machine only adds time
     torch, train = (min(process["cpu"] for process in imports[module]) for module in ("torch", "train"))
     assert train <= 1.25 * torch
 

@@ -14,7 +14,7 @@ from topoflow.ranks import Context
 
 @pytest.fixture
 def times(monkeypatch):
-    """What the clock reads from now on, in seconds."""
+    """The list of times that the clock returns from now on, in seconds."""
     readings = iter([100.0, 101.0, 103.0, 103.5, 103.52, 103.54, 103.96])
     monkeypatch.setattr(start_clock, "time", SimpleNamespace(monotonic=readings.__next__))
 
@@ -34,7 +34,7 @@ def test_the_summary_of_what_took_long(times):
     assert clock.summary() == "first step after 4.0 s: set-up 1.0, data 2.0, model 0.9"
 
 
-def test_the_watch_tells_its_clock_until_the_first_step_is_done():
+def test_the_watch_updates_its_clock_until_the_first_step_is_done():
     watch = Context(Launch("a test", "a test"), torch.device("cpu")).watch
     assert watch.end_setup() is None
     watch.clock = StartClock(with_imports=False)

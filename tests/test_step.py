@@ -1,4 +1,4 @@
-"""What an optimizer step makes the host wait for, and what it says to other ranks."""
+"""What the host waits for in an optimizer step, and what it sends to other ranks."""
 
 import contextlib
 from collections import Counter
@@ -16,7 +16,7 @@ from topoflow.model.topoflow import build_model
 from topoflow.ranks import Context
 from topoflow.reduction import DdpReduction
 
-# operators whose result the host must look at, so that a GPU's queue runs dry
+# operators whose result the host must read, so that the queue of a GPU runs empty
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "allclose"}
 
 
@@ -38,7 +38,7 @@ class CountWaits(TorchDispatchMode):
 
 
 class CountedContext(Context):
-    """One process that counts what goes to other ranks, and to the host."""
+    """A single process that counts transfers to other ranks and to the host."""
 
     def __init__(self, device="cpu"):
         super().__init__(Launch("a test", "a test"), torch.device(device))
@@ -49,10 +49,10 @@ class CountedContext(Context):
         before = torch.cuda.get_sync_debug_mode() if torch.cuda.is_available() else None
         if before is not None:
             torch.cuda.set_sync_debug_mode("default")
-        said = super().agree(*tensors)
+        result = super().agree(*tensors)
         if before is not None:
             torch.cuda.set_sync_debug_mode(before)
-        return said
+        return result
 
     def gather_rows(self, rows):
         self.calls["gather_rows"] += 1
@@ -60,7 +60,7 @@ class CountedContext(Context):
 
 
 def trainer_and_batches(context, reduction="ddp", accumulation=2):
-    """A small network with terrain and wind, and the micro-batches of one step."""
+    """Return a small network with terrain and wind, and the micro-batches of one step."""
     generator = torch.Generator().manual_seed(1)
 
     def noise(*shape):
@@ -86,7 +86,7 @@ def trainer_and_batches(context, reduction="ddp", accumulation=2):
 def test_a_step_waits_once_and_reduces_its_loss_only_where_it_is_logged(reduction):
     context = CountedContext()
     trainer, batches = trainer_and_batches(context, reduction)
-    trainer.train_step(batches)  # the moments are there from now on
+    trainer.train_step(batches)  # from now on the moments exist
     context.calls.clear()
     with CountWaits() as waits:
         result = trainer.train_step(batches, with_loss=False)
@@ -146,11 +146,11 @@ def ddp_communicates_with_the_last_micro_batch_only(context):
         for index in range(accumulation):
             with reduction.micro_batch(index):
                 ddp(torch.full((1, 4), float(index + 1))).sum().backward()
-    # all in one bucket, once in each of two steps
+    # all in one bucket, once per step in two steps
     assert buckets == [accumulation - 1] * 2
-    # 1 + 2 + 3 of each of the ranks, in each of two steps
+    # 1 + 2 + 3 of the ranks, in each of two steps
     assert model[1].bias.grad.item() * reduction.finish() == 2 * accumulation * context.world_size
-    # the buckets are where the gradients are: nothing is copied
+    # gradients are views of the buckets: nothing is copied
     pieces = {parameter.grad.untyped_storage().data_ptr() for parameter in model.parameters()}
     assert len(pieces) == 1
 

@@ -1,6 +1,6 @@
-"""Killed before every single call that changes the file system: the old checkpoint or the new one, whole, and no third.
+"""Killed before each call that changes the file system: either the old or the new checkpoint is there, intact.
 
-A kill loses nothing that the kernel has; what a power failure could lose is in the test on the order of flushes.
+A kill loses nothing that the kernel has; the test of the order of flushes covers power failures.
 """
 
 import builtins
@@ -40,7 +40,7 @@ def value_of(state):
 
 
 def is_killed(action, number):
-    """Run `action` in a process that dies before its `number`-th call of CALLS; whether it got so far."""
+    """Run `action` in a process that dies before its `number`-th call of CALLS; return whether it got that far."""
     process = os.fork()
     if process == 0:
         count = itertools.count(1)
@@ -64,7 +64,7 @@ def is_killed(action, number):
 
 
 def killed_everywhere(template, action, check):
-    """`check(directory)` after `action(directory)` was killed at its first call, its second, ...; returns how many."""
+    """Kill `action(directory)` at its first call, its second, ..., and `check(directory)`; return the number."""
     for number in itertools.count(1):
         path = template.with_name("killed")
         shutil.copytree(template, path)
@@ -85,7 +85,7 @@ def template(tmp_path):
 
 
 def require_orderly(directory):
-    """All that is there is whole, the pointers can be used, and nothing is left over."""
+    """Check that all checkpoints are intact, the pointers work, and nothing is left over."""
     directory.clean_up()
     assert not list(directory.path.glob(".*"))
     for step in directory.steps():
@@ -99,7 +99,7 @@ def test_killed_while_a_checkpoint_is_written(template):
     newest = []
 
     def check(directory):
-        # no start in between: an evaluation reads what is there
+        # without a start in between: an evaluation reads the folder as it is
         assert value_of(read_checkpoint(find_checkpoint(directory.path))) in (10, 15)
         require_orderly(directory)
         path, state = directory.newest_whole()
@@ -111,7 +111,7 @@ def test_killed_while_a_checkpoint_is_written(template):
 
     calls = killed_everywhere(template, lambda directory: save(directory, 15), check)
     assert calls > 30
-    assert newest == sorted(newest)  # once the new one is there, it stays
+    assert newest == sorted(newest)  # once the new one exists, it stays
     assert set(newest) == {10, 15}
 
 
@@ -131,14 +131,14 @@ def test_killed_while_a_checkpoint_is_replaced(template):
     assert set(values) == {10, 11}
 
 
-def test_killed_while_old_checkpoints_are_deleted_or_rubbish_is_removed(template):
+def test_killed_while_old_checkpoints_or_leftovers_are_removed(template):
     for step in (15, 20):
         save(CheckpointDirectory(template), step, is_best=step == 15)
 
     def check(directory):
         assert directory.newest_whole()[0] == directory.folder(20)
         for step in directory.steps():
-            read_checkpoint(directory.folder(step))  # no half of one under its name
+            read_checkpoint(directory.folder(step))  # no incomplete checkpoint under its name
         require_orderly(directory)
         directory.prune(1)
         assert directory.steps() == [15, 20]
@@ -150,7 +150,7 @@ def test_killed_while_old_checkpoints_are_deleted_or_rubbish_is_removed(template
     assert killed_everywhere(template, lambda directory: directory.clean_up(), check) > 8
 
 
-def test_killed_while_later_checkpoints_are_set_aside(template):
+def test_killed_while_later_checkpoints_are_archived(template):
     for step in (15, 20):
         save(CheckpointDirectory(template), step)
 
@@ -169,13 +169,13 @@ def test_killed_while_later_checkpoints_are_set_aside(template):
 
 
 def test_all_is_flushed_before_it_is_relied_on(tmp_path, monkeypatch):
-    """A power failure may lose what was not flushed: so files and folder before the rename, its parent before the
-    pointers, and each pointer before it takes its name."""
+    """A power failure may lose what was not flushed. So files and folder are flushed before the rename, its parent
+    before the pointers, and each pointer before its rename."""
     done, sizes = [], {}
     rename, replace, flush = os.rename, os.replace, os.fsync
 
     def named(path):
-        """Relative, without numbers."""
+        """Return the relative path, without numbers."""
         return re.sub(r"(-[0-9a-f]{8})+(?=/|$)", "", os.path.relpath(path, tmp_path))
 
     def moved(move, source, target):
@@ -193,7 +193,7 @@ def test_all_is_flushed_before_it_is_relied_on(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", flushed)
     folder = save(CheckpointDirectory(tmp_path / "checkpoints"), 5)
     assert done == [
-        "flush .",  # there is a folder `checkpoints`
+        "flush .",  # the folder `checkpoints` was created
         "flush checkpoints/.writing-step/state.pt",
         "flush checkpoints/.writing-step/manifest.json",
         "flush checkpoints/.writing-step",

@@ -46,7 +46,7 @@ def test_an_empty_directory_has_nothing(tmp_path):
     assert directory.newest_whole() is None
 
 
-def test_a_damaged_newest_is_passed_over_loudly(directory, caplog):
+def test_a_damaged_newest_is_skipped_with_a_warning(directory, caplog):
     (directory.folder(15) / "state.pt").write_bytes(b"x")
     path, state = directory.newest_whole()
     assert path == directory.folder(10)
@@ -112,7 +112,7 @@ def test_nothing_starts_from_scratch_where_checkpoints_were(directory):
     (directory.path / "last").write_text("step-00000015\n")
     with pytest.raises(ResumeRefused, match="holds last, but no"):
         directory.newest_whole()
-    # what a killed first save leaves was never committed
+    # leftovers of a killed first save were never committed
     (directory.path / "last").unlink()
     (directory.path / ".writing-step-00000005-1a2b3c4d").mkdir()
     assert directory.newest_whole() is None
@@ -172,7 +172,7 @@ def test_a_resume_of_own_checkpoints_is_a_record_and_one_of_another_run_is_not(d
 
 @contextmanager
 def as_another_user(folder):
-    """Without permission to read `folder`; root, whom permissions do not bind, becomes another user."""
+    """Run without permission to read `folder`; root, which ignores permissions, becomes another user."""
     folder.chmod(0)
     is_root = os.geteuid() == 0
     if is_root:
@@ -236,14 +236,14 @@ def test_pruning_keeps_the_newest_and_the_best(directory):
     assert sorted(entry.name for entry in directory.path.iterdir() if entry.is_file()) == ["best", "last"]
 
 
-def test_nothing_goes_while_it_is_unknown_which_is_the_best(directory, caplog):
+def test_nothing_is_deleted_while_the_best_is_unknown(directory, caplog):
     (directory.path / "best").write_text("step-00000015\n")
     assert directory.prune(1) == []
     assert directory.steps() == [5, 10, 15]
     assert "best: does not match its own hash" in caplog.text
 
 
-def test_later_checkpoints_are_set_aside(directory):
+def test_later_checkpoints_are_archived(directory):
     assert [path.name for path in directory.archive_after(5)] == [
         "abandoned-step-00000010",
         "abandoned-step-00000015",
@@ -256,7 +256,7 @@ def test_later_checkpoints_are_set_aside(directory):
     assert [path.name for path in directory.archive_after(5)] == ["abandoned-step-00000010-2"]
 
 
-def test_what_a_killed_process_left_goes_and_what_it_was_replacing_comes_back(directory):
+def test_leftovers_of_a_killed_process_are_removed_and_what_it_was_replacing_is_restored(directory):
     for name in (".writing-step-00000020-1", ".deleting-step-00000001-2", ".replaced-step-00000010-3"):
         (directory.path / name).mkdir()
     (directory.path / ".writing-last-4").write_text("step-0000")
@@ -275,7 +275,7 @@ def test_what_a_killed_process_left_goes_and_what_it_was_replacing_comes_back(di
 CHANGES = ("rename", "replace", "unlink", "rmdir")
 
 
-def test_every_change_of_what_others_see_is_guarded(directory, monkeypatch):
+def test_every_visible_change_is_guarded(directory, monkeypatch):
     held, changes = [], []
 
     @contextmanager
@@ -310,7 +310,7 @@ def test_every_change_of_what_others_see_is_guarded(directory, monkeypatch):
     assert [change for change in changes if not change[2]] == []
 
 
-def test_a_guard_that_refuses_lets_nothing_happen(directory):
+def test_a_guard_that_refuses_prevents_every_change(directory):
     @contextmanager
     def refuse():
         raise RunDirectoryError("run: taken over")
@@ -331,7 +331,7 @@ def test_a_guard_that_refuses_lets_nothing_happen(directory):
     assert directory.pointer("last") == directory.folder(15)
 
 
-def test_a_run_directory_that_vanished_is_not_made_anew(directory):
+def test_a_run_directory_that_vanished_is_not_created_again(directory):
     shutil.rmtree(directory.path.parent)
     with pytest.raises(FileNotFoundError):
         save(directory, 20)
@@ -365,8 +365,8 @@ def test_a_path_without_checkpoints(tmp_path):
         find_checkpoint(tmp_path)
 
 
-def test_what_cannot_be_read_just_now_is_not_passed_over(directory, monkeypatch):
-    """A file system that is away for a moment, or a newer program's format, is no damage."""
+def test_what_is_temporarily_unreadable_is_not_skipped(directory, monkeypatch):
+    """A file system that is briefly unavailable, or a newer program's format, is not damage."""
     stale = OSError(errno.ESTALE, "Stale file handle")
     with monkeypatch.context() as patch:
         patch.setattr("topoflow.checkpoint.file.torch.load", mock.Mock(side_effect=MemoryError))

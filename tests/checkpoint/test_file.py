@@ -102,7 +102,7 @@ def test_hashes_are_those_of_the_bytes(tmp_path):
 
 
 def sign(folder, content, entry=None):
-    """Write `content` as the checkpoint's state.pt, with a manifest that matches it, or has `entry` for it."""
+    """Write `content` as state.pt of the checkpoint, with a manifest that matches it or has `entry` for it."""
     (folder / "state.pt").write_bytes(content)
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["manifest_sha256"]
@@ -135,11 +135,11 @@ def test_no_code_of_a_checkpoint_runs(tmp_path, folder, form):
         read_checkpoint(folder)
     assert not trap.exists()
     torch.load(folder / "state.pt", weights_only=False) if form is zipped else pickle.loads(content)
-    assert trap.exists()  # it would have been sprung
+    assert trap.exists()  # unrestricted loading would run it
 
 
 def test_what_misleads_the_loader_is_refused_in_one_line(folder):
-    """Signed files that torch.load answers with all kinds of errors."""
+    """Files with valid hashes for which torch.load raises various errors."""
     whole = (folder / "state.pt").read_bytes()
     with zipfile.ZipFile(io.BytesIO(whole)) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
@@ -157,7 +157,7 @@ def test_what_misleads_the_loader_is_refused_in_one_line(folder):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 torch.load(io.BytesIO(file.getvalue()), map_location="cpu", weights_only=True)
-        except Exception as error:  # noqa: BLE001 (which they are is what this is about)
+        except Exception as error:  # noqa: BLE001 (any of them is fine)
             kinds.add(type(error))
             sign(folder, file.getvalue())
             with pytest.raises(ResumeRefused) as refusal:
@@ -183,7 +183,7 @@ def test_a_signed_file_that_is_no_checkpoint_is_refused(folder, content, words):
         read_checkpoint(folder)
 
 
-def test_parts_that_a_reader_needs_are_asked_for(folder):
+def test_parts_that_a_reader_needs_are_required(folder):
     with pytest.raises(ResumeRefused, match=r"state\.pt has no data, config: expected a TopoFlow checkpoint"):
         read_checkpoint(folder, ("model", "data", "config"))
 
@@ -205,14 +205,14 @@ def test_a_signed_manifest_that_does_not_describe_the_file_is_refused(folder, en
 
 
 @pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, '{"a": 1}', "\x00", '{"files": {}}'])
-def test_a_manifest_that_says_nothing_is_refused(folder, text):
+def test_an_empty_manifest_is_refused(folder, text):
     (folder / "manifest.json").write_text(text)
     with pytest.raises(ResumeRefused, match=r"manifest\.json does not match its own hash"):
         read_checkpoint(folder)
 
 
 def pieces_of(content):
-    """The entry of state.pt as format 1.1 first had it: a hash for each piece."""
+    """Return the entry of state.pt as in early format 1.1: a hash for each piece."""
     cuts = [0, 100, 700, len(content)]
     pieces = [content[start:end] for start, end in itertools.pairwise(cuts)]
     return {
@@ -263,7 +263,7 @@ def test_a_renamed_checkpoint_is_refused_by_name(folder, read):
         read(renamed)
     aside = renamed.rename(folder.with_name("abandoned-step-00000003-2"))
     read(aside)
-    read(aside.rename(folder.with_name("pretrained")))  # a user's copy under a name without a step
+    read(aside.rename(folder.with_name("pretrained")))  # a copy by a user, under a name without a step
 
 
 def test_a_state_of_another_step_than_its_manifest_is_refused(folder):
@@ -337,7 +337,7 @@ def read_only_disk(tmp_path):
 
 @contextmanager
 def no_permission(tmp_path):
-    """A folder that others may look into, and write only its owner; root, whom permissions do not bind, is not that."""
+    """A folder that only its owner may write; root, which ignores permissions, becomes another user."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_checkpoint(folder / "step-00000003", make_state())
@@ -362,7 +362,7 @@ def no_permission(tmp_path):
         (no_permission, "Permission denied"),
     ],
 )
-def test_what_the_operating_system_refuses_is_said_in_its_words(tmp_path, place, words):
+def test_errors_of_the_operating_system_are_reported_in_its_words(tmp_path, place, words):
     with place(tmp_path) as parent:
         if not list(parent.glob("step-*")):
             write_checkpoint(parent / "step-00000003", make_state())

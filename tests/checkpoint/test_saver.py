@@ -1,4 +1,4 @@
-"""Saving while training goes on: what is written, when the loop waits, and what becomes of a failure."""
+"""Saving during training: what is written, when the loop waits, and how failures are handled."""
 
 import os
 import resource
@@ -26,7 +26,7 @@ SECONDS = 30
 
 
 class HeldDirectory(CheckpointDirectory):
-    """Writes when it is let; raises the next of `errors` that is not None in place of a write."""
+    """Writes when it is allowed to; raises the next of `errors`, if not None, in place of a write."""
 
     def __init__(self, path, errors=()):
         super().__init__(path)
@@ -43,7 +43,7 @@ class HeldDirectory(CheckpointDirectory):
 
 
 class Run:
-    """A state of one tensor, live, and its saver. held: writes wait until `directory.go` is set."""
+    """A live state of one tensor, and its saver. held: writes wait until `directory.go` is set."""
 
     def __init__(self, path, errors=(), held=False, **config):
         self.step, self.weight = 0, torch.zeros(1000)
@@ -78,7 +78,7 @@ class Run:
         self.saver.save(self.step, is_best)
 
     def wait(self):
-        """Until the write has ended; returns whether it failed."""
+        """Wait for the end of the write; return whether it failed."""
         self.directory.go.set()
         self.saver._write.exception(SECONDS)
         return self.saver.poll()
@@ -98,7 +98,7 @@ def start(tmp_path):
         run.saver.close()
 
 
-def test_training_goes_on_while_the_state_as_it_was_is_written(start):
+def test_training_continues_while_the_earlier_state_is_written(start):
     run = start(held=True)
     run.save()
     assert run.directory.started.wait(SECONDS)
@@ -113,7 +113,7 @@ def test_training_goes_on_while_the_state_as_it_was_is_written(start):
 
 
 def test_memory_that_was_prepared_is_enough_for_the_first_copy(start, monkeypatch):
-    """Weights and two moments were announced; the optimizer's counts of steps come on top."""
+    """Memory for weights and two moments was prepared; the optimizer's step counts are additional."""
     run = start()
     run.saver.prepare(run.weight.nbytes)
     run.saver._reserved.result(SECONDS)
@@ -156,7 +156,7 @@ def test_a_failed_write_stops_the_run(start):
     assert run.commits == []
 
 
-def test_a_failed_write_is_said_and_training_goes_on(start, caplog):
+def test_a_failed_write_is_reported_and_training_continues(start, caplog):
     run = start(errors=[FULL], on_error="continue")
     run.save()
     assert run.wait()
@@ -179,7 +179,7 @@ def test_a_later_save_that_works_clears_a_failure_that_was_not_acted_on(start, c
     assert "No space left on device; checkpoints there: step 2; the later save of step 2 succeeded" in caplog.text
 
 
-def test_the_end_tries_a_failed_step_once_more_and_then_refuses(start):
+def test_the_end_retries_a_failed_step_once_and_then_refuses(start):
     run = start(errors=[FULL, None], on_error="continue")
     run.save(is_best=True)
     run.saver.require_saved(1, "the end of the run")
@@ -193,7 +193,7 @@ def test_the_end_tries_a_failed_step_once_more_and_then_refuses(start):
     assert run.directory.steps() == [1]
 
 
-def test_a_run_that_is_not_ours_any_more_stops_whatever_on_error_says(start):
+def test_a_run_that_was_taken_over_stops_for_any_on_error(start):
     run = start(errors=[RunDirectoryError("run: taken over by process 7")], on_error="continue")
     run.save()
     run.save()
@@ -202,7 +202,7 @@ def test_a_run_that_is_not_ours_any_more_stops_whatever_on_error_says(start):
         run.saver.handle_failed_save()
 
 
-def test_a_defect_comes_out_with_the_traceback_of_the_thread(start):
+def test_a_defect_is_raised_with_the_traceback_of_the_thread(start):
     run = start(errors=[KeyError("a defect")], on_error="continue")
     run.save()
     assert run.wait()
@@ -220,7 +220,7 @@ def test_no_memory_for_the_copy_is_a_failed_save(start, monkeypatch):
         run.saver.handle_failed_save()
 
 
-def test_close_waits_and_says_what_nobody_asked_for(start, caplog):
+def test_close_waits_and_logs_a_failure_that_was_not_handled(start, caplog):
     run = start(errors=[None, FULL], held=True)
     run.save()
     threading.Timer(0.2, run.directory.go.set).start()
@@ -267,7 +267,7 @@ def test_old_checkpoints_stay_until_the_new_one_is_whole(start, caplog):
     assert run.directory.steps() == [4]
 
 
-def test_the_copy_uses_its_memory_again_and_has_storages_of_its_own():
+def test_the_copy_reuses_its_memory_and_has_storages_of_its_own():
     buffer = HostBuffer(pinned=False)
     tree = {
         "a": {"w": torch.randn(5, 7), "half": torch.randn(3).bfloat16(), "step": torch.tensor(4.0)},
@@ -293,7 +293,7 @@ def test_the_copy_uses_its_memory_again_and_has_storages_of_its_own():
 
 
 def test_a_copy_duplicates_no_page_because_a_loader_worker_was_forked():
-    """Else the next copy takes 1.4 s in place of 0.05 s for 600 MB."""
+    """Otherwise the next copy takes 1.4 s instead of 0.05 s for 600 MB."""
     tree = {"w": torch.ones(4 * 2**20, dtype=torch.uint8)}
     buffer = HostBuffer(pinned=False)
     buffer.copy(tree)
@@ -322,7 +322,7 @@ def alarm(seconds):
 
 
 def test_workers_forked_while_a_checkpoint_is_written_work(start):
-    """The thread holds what locks it may; a child that needs one of them would wait for ever."""
+    """The thread may hold locks; a child that needs one of them would wait forever."""
     run = start()
     run.weight = torch.zeros(500_000)
     with alarm(60):
@@ -335,7 +335,7 @@ def test_workers_forked_while_a_checkpoint_is_written_work(start):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_the_thread_that_writes_brings_no_threads_of_torch_into_being():
+def test_the_writing_thread_starts_no_threads_of_torch():
     code = """
 import os, threading
 import torch
@@ -354,7 +354,7 @@ def work():
     HostBuffer(pinned=False).reserve(2**22)
     fingerprints({"tensor": tensor})
     done.set()
-    over.wait()  # a team would end with the thread that it is of
+    over.wait()  # a thread team would end with its thread
 
 threading.Thread(target=work).start()
 done.wait()

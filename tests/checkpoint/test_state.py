@@ -1,4 +1,4 @@
-"""Restore by name, against torch's own optimizer as the judge of what the next step does."""
+"""Restore by name: the next step of torch's own optimizer must be the same."""
 
 import copy
 
@@ -59,7 +59,7 @@ def named(parts):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_a_restored_run_goes_on_with_the_same_bits_in_any_order_of_parameters(reverse):
+def test_a_restored_run_continues_bit_identically_in_any_order_of_parameters(reverse):
     original, state = saved_after()
     resumed = build(seed=1, reverse=reverse)
     report = restore_state(state, *resumed)
@@ -74,7 +74,7 @@ def test_a_restored_run_goes_on_with_the_same_bits_in_any_order_of_parameters(re
     assert [group["lr"] for group in original[1].param_groups] == [group["lr"] for group in resumed[1].param_groups]
 
 
-def test_a_parameter_that_moved_to_another_group_takes_its_moments_along(monkeypatch):
+def test_a_parameter_that_moved_to_another_group_keeps_its_moments(monkeypatch):
     _, state = saved_after()
     monkeypatch.setattr("topoflow.optim.group_of", lambda name: "head" if name == "norm.bias" else original_group(name))
     resumed = build(seed=1)

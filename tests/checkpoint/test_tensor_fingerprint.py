@@ -1,4 +1,4 @@
-"""Fingerprints against the formula in Python's integers, and what they must notice."""
+"""Compare fingerprints with the formula in Python integers, and test which changes they detect."""
 
 import pytest
 import torch

@@ -15,7 +15,7 @@ UNITS = {
 
 
 def _make_fields(names=("u", "v", "pm25", "co"), start="2019-01-01", hours=48, shape=(4, 6), seed=0, north_first=True):
-    """A Dataset with random fields, 10 % of them NaN, elevation and population, on a regular grid."""
+    """Return a Dataset with random fields (10 % NaN), elevation and population on a regular grid."""
     rng = np.random.default_rng(seed)
     lat = np.linspace(20, 50, shape[0])
     coords = {
@@ -41,13 +41,13 @@ def _write_store(dataset, path, kind="zarr3"):
         dataset.to_netcdf(path)
         return path
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # zarr: consolidated metadata are no part of format 3 yet
+        warnings.simplefilter("ignore")  # zarr warns that consolidated metadata are not part of format 3 yet
         dataset.to_zarr(path, zarr_format=int(kind[4]), consolidated=not kind.endswith("plain"))
     return path
 
 
 def _make_config(path, **changes):
-    """Data section over the fields of `make_fields`."""
+    """Return a data section over the fields of `make_fields`."""
     defaults = {
         "train": (("2019-01-01", "2019-01-01"),),
         "variables": ("u", "v", "pm25", "co", "elevation", "population"),

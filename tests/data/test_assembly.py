@@ -90,7 +90,7 @@ def test_refusals(folder, make_config, changes, kind, message):
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
-def test_what_is_held_of_long_data_is_a_few_bytes_an_hour(make_fields, write_store, make_config, tmp_path, is_packed):
+def test_long_data_take_only_a_few_bytes_per_hour_in_memory(make_fields, write_store, make_config, tmp_path, is_packed):
     def held(hours):
         path = write_store(make_fields(hours=hours, shape=(2, 2)), tmp_path / f"{hours}.zarr")
         if is_packed:
@@ -98,7 +98,7 @@ def test_what_is_held_of_long_data_is_a_few_bytes_an_hour(make_fields, write_sto
             path = tmp_path / f"packed-{hours}"
         options = {"in_memory": False, "normalization": dict.fromkeys(NAMES, (0.0, 1.0)), "train": (2019,)}
         config = make_config(path, **options)
-        open_forecast_data(config, True, True)  # what is made once in a process
+        open_forecast_data(config, True, True)  # exclude what is created once per process
         tracemalloc.start()
         data = open_forecast_data(config, True, True)
         dataset = data.dataset("train", data.build_normalization())

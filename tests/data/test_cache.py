@@ -1,4 +1,4 @@
-"""Constants of normalization that are kept between runs: found again to the bit, or not at all."""
+"""The cache of normalization constants: found again bit for bit, or not at all."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ def folder(make_fields, write_store, tmp_path):
 
 @pytest.fixture
 def open_counted(make_config, tmp_path):
-    """Opens data from disk; returns them with the list of what `read` is asked for."""
+    """Open data from disk; return them with the list of names that `read` is called with."""
 
     def opened(path, **changes):
         options = {"in_memory": False, "cache": str(tmp_path / "cache"), **changes}
@@ -68,7 +68,7 @@ def test_files_that_were_written_again_are_read_again(make_fields, write_store, 
     data, _ = open_counted(path.parent)
     first = data.build_normalization()
     data.source.close()
-    dataset.u[5] += 3  # an hour that the fingerprint does not look at
+    dataset.u[5] += 3  # an hour that the fingerprint does not cover
     path.unlink() if kind == "netcdf" else shutil.rmtree(path)
     write_store(dataset, path, kind)
     data, reads = open_counted(path.parent)
@@ -85,7 +85,7 @@ def test_a_touched_chunk_folder_is_enough(folder, open_counted):
 
 
 @pytest.mark.parametrize("harm", ["{", "[]", "{}", '{"pairs": 3, "fingerprint": ""}', "a digit", "binary"])
-def test_a_damaged_entry_is_as_good_as_none(folder, open_counted, tmp_path, harm):
+def test_a_damaged_entry_counts_as_missing(folder, open_counted, tmp_path, harm):
     first = open_counted(folder)[0].build_normalization()
     (entry,) = entries(tmp_path)
     if harm == "a digit":
@@ -100,7 +100,7 @@ def test_a_damaged_entry_is_as_good_as_none(folder, open_counted, tmp_path, harm
     data, reads = open_counted(folder)
     assert data.build_normalization() == first
     assert reads
-    data, reads = open_counted(folder)  # and it was mended
+    data, reads = open_counted(folder)  # and it was replaced
     assert data.build_normalization() == first
     assert not reads
 
@@ -135,7 +135,7 @@ def test_packed_data_need_no_cache(folder, open_counted, tmp_path):
     assert len(entries(tmp_path)) == 1
 
 
-def test_the_cache_is_free_to_change_on_resume():
+def test_the_cache_may_change_on_resume():
     assert alters_of("data.cache") == NOTHING
 
 

@@ -1,4 +1,4 @@
-"""Samples against xarray's own selection."""
+"""Compare samples with xarray's own selection."""
 
 import numpy as np
 import pytest
@@ -153,7 +153,7 @@ def test_samples_end_where_the_data_set_ends(build):
 
 
 def as_it_was(dataset, i):
-    """A sample as it was made before samples were made in batches: each field by itself, with plain numpy."""
+    """Return a sample computed field by field with plain numpy, as before samples were made in batches."""
     start, lead = STARTS[i // 2], (1, 3)[i % 2]
     source, mean, std = dataset.source, NORMALIZATION.mean, NORMALIZATION.std
     x, missing = [], []
@@ -211,14 +211,14 @@ def test_a_batch_holds_its_samples_in_any_order(build, order, size):
         for name, values in batch.items():
             assert values.dtype == expected[name].dtype
             assert torch.equal(values, expected[name])
-            values.zero_()  # the batch is the caller's: later ones do not look into it
+            values.zero_()  # the batch belongs to the caller: later ones do not use it
 
 
 def test_inputs_of_one_start_are_read_once_for_all_leads(build, monkeypatch):
     dataset, read = build(with_wind=True), []
     hour = dataset.source.hour
     monkeypatch.setattr(dataset.source, "hour", lambda names, i: read.append((names, i)) or hour(names, i))
-    for indices in ([0, 1, 2], [3, 4, 5], [6, 7]):  # in order, a start's leads fall into two batches
+    for indices in ([0, 1, 2], [3, 4, 5], [6, 7]):  # in order, the leads of a start are in two batches
         dataset.batch(indices)
     inputs, targets = ([i for names, i in read if ("u" in names) is is_input] for is_input in (True, False))
     assert inputs == STARTS.tolist()

@@ -26,7 +26,7 @@ def geography() -> Geography:
 
 
 def closed_flow(depth: np.ndarray, speed_ms: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """A random flow without divergence that crosses no edge."""
+    """Return a random flow without divergence that crosses no edge."""
     rows, columns = depth.shape
     psi = np.zeros((rows + 1, columns + 1))
     psi[1:-1, 1:-1] = np.random.default_rng(seed).normal(size=(rows - 1, columns - 1))
@@ -36,7 +36,7 @@ def closed_flow(depth: np.ndarray, speed_ms: float, seed: int = 0) -> tuple[np.n
 
 
 def random_blobs(shape: tuple[int, int]) -> np.ndarray:
-    """Three tracers, nothing in most cells, sharp edges."""
+    """Return three tracers, zero in most cells, with sharp edges."""
     generator = np.random.default_rng(1)
     return np.where(generator.random((3, *shape)) < 0.2, generator.uniform(0, 100, (3, *shape)), 0.0)
 
@@ -53,7 +53,7 @@ def test_advection_and_diffusion_conserve_mass_over_uneven_terrain(geography):
     np.testing.assert_allclose((mixed * depth).sum(axis=(1, 2)), before, rtol=1e-12)
 
 
-def test_no_value_leaves_the_range_of_what_is_there(geography):
+def test_no_value_leaves_the_initial_range(geography):
     tracers = random_blobs((24, 32))
     carried = advect(
         tracers, geography.depth, 5 * geography.flow_x[0], 5 * geography.flow_y[0], np.zeros(3), CELL_M, DAY_S / 4
@@ -64,7 +64,7 @@ def test_no_value_leaves_the_range_of_what_is_there(geography):
         assert result.max() <= tracers.max() * (1 + 1e-12)
 
 
-def test_even_air_stays_even(geography):
+def test_uniform_air_stays_uniform(geography):
     even = np.full((2, 24, 32), 7.0)
     steering = np.array([3.0, -2.0])
     flow_x, flow_y = (np.einsum("k,kij->ij", steering, flow) for flow in (geography.flow_x, geography.flow_y))
@@ -107,14 +107,14 @@ def test_flow_has_no_divergence_and_obeys_its_drag_law(geography):
     for flow_x, flow_y in zip(geography.flow_x, geography.flow_y, strict=True):
         divergence = np.diff(flow_x, axis=1) * dy + np.diff(flow_y, axis=0) * dx
         assert np.abs(divergence).max() < 1e-10 * dx
-        # wind / depth = flow / depth**2 is a gradient: its circulation round an inner corner vanishes
+        # wind / depth = flow / depth**2 is a gradient: its circulation around an inner corner vanishes
         force_x = flow_x[:, 1:-1] / np.minimum(depth[:, 1:], depth[:, :-1]) ** 2
         force_y = flow_y[1:-1] / np.minimum(depth[1:], depth[:-1]) ** 2
         circulation = np.diff(force_y, axis=1) * dy - np.diff(force_x, axis=0) * dx
         assert np.abs(circulation).max() < 1e-6 * np.abs(force_x).max() * dx
 
 
-def test_wind_is_even_over_flat_ground_and_bends_round_a_hill():
+def test_wind_is_uniform_over_flat_ground_and_bends_around_a_hill():
     flat_x, flat_y = build_flow(np.ones((12, 16)), *CELL_M)
     np.testing.assert_allclose(flat_x, np.array([1.0, 0.0])[:, None, None] * np.ones((2, 12, 17)), atol=1e-9)
     np.testing.assert_allclose(flat_y, np.array([0.0, 1.0])[:, None, None] * np.ones((2, 13, 16)), atol=1e-9)
@@ -122,12 +122,12 @@ def test_wind_is_even_over_flat_ground_and_bends_round_a_hill():
     depth[5:8, 7:10] = 0.15
     flow_x, flow_y = build_flow(depth, *CELL_M)
     assert np.abs(flow_x[0, 6, 7:11]).max() < 0.2  # little passes over the hill
-    assert flow_x[0, 3, 8] > 1.1  # more passes beside it
+    assert flow_x[0, 3, 8] > 1.1  # more passes around it
     assert flow_y[0, 10, 6] > 0.1  # north of the axis it turns north before the hill, south of it south
     np.testing.assert_allclose(flow_y[0], -flow_y[0, ::-1], atol=1e-7)
 
 
-def test_terrain_holds_tracers_back():
+def test_terrain_blocks_tracers():
     passed = {}
     for name, lowest in (("plain", 1.0), ("ridge", 0.12)):
         depth = np.ones((20, 30))
@@ -162,13 +162,13 @@ def test_nitrogen_oxides_and_ozone_are_in_photostationary_balance(sun, nox, ox):
     np.testing.assert_allclose((nox - no2) * o3, 18.0 * sun * no2)  # k NO O3 = J NO2, J / k = 18 ppb at full sun
 
 
-def test_at_night_nitric_oxide_eats_the_ozone():
+def test_at_night_nitric_oxide_consumes_the_ozone():
     ground = dict(zip(POLLUTANTS, near_ground(air(nox=200.0, ox=50.0), calm_fields(0.0)), strict=True))
     np.testing.assert_allclose(ground["o3"], 0.0, atol=1e-9)
     np.testing.assert_allclose(ground["no2"], 50.0 * 1.88)
 
 
-def test_sun_makes_ozone_of_nitrogen_oxides_and_sulphur_turns_into_particles():
+def test_sunlight_forms_ozone_from_nitrogen_oxides_and_sulphur_turns_into_particles():
     before = air(so2=20.0, nox=20.0, ox=40.0)
     by_day, by_night = react(before, calm_fields(0.7)), react(before, calm_fields(0.0))
     ox, so2, nox, fine = (TRACERS.index(name) for name in ("ox", "so2", "nox", "fine"))
@@ -188,7 +188,7 @@ def test_rain_washes_particles_out_and_not_carbon_monoxide():
     assert (dry[TRACERS.index("coarse")] < dry[TRACERS.index("fine")]).all()  # coarse particles settle faster
 
 
-def test_wind_turns_over_days_through_all_directions_at_no_fixed_pace():
+def test_wind_turns_over_days_through_all_directions_at_a_varying_rate():
     times = np.datetime64("2019-01-01T00", "h") + np.arange(24 * 120) * np.timedelta64(1, "h")
     weather = draw_weather(times, np.random.default_rng(0))
     u, v = weather.steering_ms.T
@@ -197,7 +197,7 @@ def test_wind_turns_over_days_through_all_directions_at_no_fixed_pace():
     days_a_turn = np.diff(turns) / 24
     assert 3 < days_a_turn.mean() < 9
     assert days_a_turn.std() > 0.5
-    assert np.hypot(*np.diff(weather.steering_ms, axis=0).T).max() < 4  # m/s an hour
+    assert np.hypot(*np.diff(weather.steering_ms, axis=0).T).max() < 4  # m/s per hour
 
 
 def test_towns_emit_by_the_hour_of_day():

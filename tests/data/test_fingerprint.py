@@ -1,4 +1,4 @@
-"""The fingerprint of a data set: the same for the same data, wherever and however they lie."""
+"""The fingerprint of a data set: the same for the same data in any place and format."""
 
 import os
 import shutil

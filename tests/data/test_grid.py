@@ -1,4 +1,4 @@
-"""Where cells and patches stand, and the mask."""
+"""Positions of cells and patches, and the mask."""
 
 import numpy as np
 import pytest
@@ -43,14 +43,14 @@ def test_patches_of_one_row_or_column_tie_exactly():
 
 
 def test_flipping_the_rows_flips_the_patches():
-    rng = np.random.default_rng(1)  # sums over these differ in the last bit when taken from north to south
+    rng = np.random.default_rng(1)  # sums of these differ in the last bit if taken from north to south
     lat, lon = np.sort(rng.uniform(20, 50, 12)), np.sort(rng.uniform(73, 134, 8))
     south, north = regular_grid(lat, lon), regular_grid(lat[::-1], lon)
     for first, second in zip(south.patch_centres_km(4), north.patch_centres_km(4), strict=True):
         np.testing.assert_array_equal(first.reshape(3, 2), second.reshape(3, 2)[::-1])
 
 
-def test_the_date_line_is_no_gap():
+def test_the_date_line_is_not_a_gap():
     x, _ = regular_grid([0, 1], [178, 179, -180, -179]).patch_centres_km(1)
     np.testing.assert_allclose(np.diff(x[:4]), 111.195, rtol=1e-3)
 
@@ -70,7 +70,7 @@ def test_patch_that_does_not_divide_is_refused_with_the_sizes():
         ([10], [100, 101], "1 x 2"),
     ],
 )
-def test_coordinates_that_are_no_grid(lat, lon, message):
+def test_coordinates_that_are_not_a_grid(lat, lon, message):
     with pytest.raises(DataError, match=f"here: .*{message}"):
         regular_grid(np.array(lat, float), np.array(lon, float))
 

@@ -1,4 +1,4 @@
-"""What one process finds in the files and another reads by."""
+"""The index that one process makes of the files and another reads with."""
 
 import multiprocessing
 import pickle
@@ -15,12 +15,12 @@ KINDS = ("zarr2", "zarr2-plain", "zarr3", "zarr3-plain", "netcdf")
 
 
 def read_all(indices):
-    """Every field of every index, and its fingerprint as this process sees it."""
+    """Return every field of every index, and its fingerprint as seen by this process."""
     sources = [open_indexed(index, in_memory=False) for index in indices]
     return [({n: s.read(n, slice(None)) for n in s.dynamic}, s.compute_fingerprint(), s.fingerprint) for s in sources]
 
 
-def test_another_process_reads_the_same_by_an_index_that_it_is_sent(make_fields, write_store, tmp_path):
+def test_another_process_reads_the_same_with_an_index_that_it_is_sent(make_fields, write_store, tmp_path):
     indices = []
     for kind in KINDS:
         path = tmp_path / kind / ("data_2019.nc" if kind == "netcdf" else "data_2019.zarr")

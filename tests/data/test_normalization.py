@@ -1,4 +1,4 @@
-"""Constants against plain numpy in float64."""
+"""Compare constants with plain numpy in float64."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def test_in_memory_or_not_gives_the_same_bits(fields, write_store, tmp_path):
 
 
 def ways_to_hold(dataset, write_store, path):
-    """The same data as Zarr, NetCDF, in memory and packed."""
+    """Return the same data as Zarr, NetCDF, in memory and packed."""
     write_store(dataset, path / "zarr" / "data_2019.zarr")
     write_store(dataset, path / "netcdf" / "data_2019.nc", "netcdf")
     pack(str(path / "zarr"), path / "packed", PackOptions(), progress=False)
@@ -70,13 +70,13 @@ def ways_to_hold(dataset, write_store, path):
 
 
 @pytest.mark.parametrize("hours", [np.arange(60), TRAIN, np.r_[0:24, 36:48], np.arange(24, 48)])
-def test_however_the_data_are_held_the_bits_are_the_same(fields, write_store, tmp_path, hours):
+def test_every_format_gives_the_same_bits(fields, write_store, tmp_path, hours):
     sources = ways_to_hold(fields, write_store, tmp_path)
     found = {way: compute_normalization(source, NAMES, hours).fingerprint for way, source in sources.items()}
     assert len(set(found.values())) == 1, found
 
 
-def test_of_packed_data_only_days_that_are_cut_are_read(fields, write_store, tmp_path, monkeypatch):
+def test_of_packed_data_only_partial_days_are_read(fields, write_store, tmp_path, monkeypatch):
     source = ways_to_hold(fields, write_store, tmp_path)["packed"]
     read = []
     monkeypatch.setattr(

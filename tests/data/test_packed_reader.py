@@ -1,4 +1,4 @@
-"""Reading packed data: mapped and not loaded, cheap to open, and refused where files are not what they should be."""
+"""Packed data are mapped and not loaded, cheap to open, and refused if files are damaged."""
 
 import json
 import tracemalloc
@@ -37,7 +37,7 @@ def test_an_hour_of_neighbours_is_a_view_that_cannot_be_changed(packed):
     np.testing.assert_array_equal(source.hour(("pm25", "co"), 30), before)
 
 
-def test_what_was_read_outlives_the_closing(packed):
+def test_what_was_read_stays_valid_after_closing(packed):
     source = open_source(str(packed), NAMES)
     hour = source.hour(("u", "v"), 3)
     before = hour.copy()
@@ -103,7 +103,7 @@ def test_verify_names_what_is_damaged(packed):
     assert verify(packed, progress=False)[1] == []
     array = packed / "fields_2018.npy"
     data = bytearray(array.read_bytes())
-    data[128 + 30 * 4 * 4 * 24] ^= 4  # in the second day, which nothing but its hash tells
+    data[128 + 30 * 4 * 4 * 24] ^= 4  # in the second day, which only its hash detects
     array.write_bytes(data)
     (packed / "elevation.npy").write_bytes((packed / "population.npy").read_bytes())
     assert open_source(str(packed), ("u", "v")).times.size == 100

@@ -1,4 +1,4 @@
-"""Packed data: what is in them, how they come about, and what is refused."""
+"""Packed data: contents, packing, and refusals."""
 
 import json
 import os
@@ -24,7 +24,7 @@ START = "2018-12-29T05"
 
 @pytest.fixture
 def fields(make_fields):
-    """From the end of 2018 to the beginning of 2019, with a gap."""
+    """Fields from the end of 2018 to the beginning of 2019, with a gap."""
     dataset = make_fields(names=NAMES, start=START, hours=150, shape=(6, 8))
     dataset["psfc"] = (dataset.psfc * 50 + 90000).assign_attrs(dataset.psfc.attrs)
     return dataset.isel(time=np.r_[:20, 23:150])
@@ -50,7 +50,7 @@ def test_anyone_can_read_the_arrays(store, fields, tmp_path):
     assert report.written == (2018, 2019)
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     order = [variable["name"] for variable in manifest["variables"]]
-    assert order == ["u", "v", "psfc", "pm25", "co"]  # the pollutants last, so that targets lie in a row too
+    assert order == ["u", "v", "psfc", "pm25", "co"]  # the pollutants last, so that targets are contiguous too
     for year, part in fields.groupby("time.year"):
         array = np.load(tmp_path / "out" / f"fields_{year}.npy", mmap_mode="r")
         assert array.flags.c_contiguous
@@ -99,7 +99,7 @@ def test_an_index_is_sent_to_another_process(store, tmp_path):
     assert open_indexed(index).compute_fingerprint() == open_source(str(store), ALL).fingerprint
 
 
-def test_netcdf_is_packed_alike(store, fields, write_store, tmp_path):
+def test_netcdf_is_packed_in_the_same_way(store, fields, write_store, tmp_path):
     write_store(fields, tmp_path / "one.nc", "netcdf")
     pack_quietly(tmp_path / "one.nc", tmp_path / "from_netcdf")
     pack_quietly(store, tmp_path / "from_zarr")
@@ -107,13 +107,13 @@ def test_netcdf_is_packed_alike(store, fields, write_store, tmp_path):
     manifests = [json.loads(held.pop("manifest.json")) for held in (one, other)]
     assert one == other
     differing = {key for key in manifests[0] if manifests[0][key] != manifests[1][key]}
-    assert differing == {"years", "manifest_sha256"}  # the files that they came from
+    assert differing == {"years", "manifest_sha256"}  # except the source files
 
 
 # ---- precision
 
 
-def test_float16_says_what_it_costs(store, fields, tmp_path):
+def test_float16_reports_its_error(store, fields, tmp_path):
     report = pack_quietly(store, tmp_path / "half", dtype="float16")
     source = open_source(str(tmp_path / "half"), ALL, in_memory=False)
     for variable in report.manifest.variables:
@@ -136,7 +136,7 @@ def test_float16_refuses_what_it_cannot_hold(store, fields, write_store, tmp_pat
     with pytest.raises(ConfigError, match=r"--dtype float16: variable 'co' has values up to 1e\+09 ug m-3"):
         pack_quietly(tmp_path / "far.zarr", tmp_path / "half", dtype="float16")
     assert not (tmp_path / "half").exists()
-    pack_quietly(tmp_path / "far.zarr", tmp_path / "half", dtype="float32")  # nothing of the first try is in the way
+    pack_quietly(tmp_path / "far.zarr", tmp_path / "half", dtype="float32")  # leftovers do not matter
 
 
 # ---- grid and mask
@@ -184,11 +184,11 @@ def test_the_mask_that_was_packed_is_used(store, make_config, tmp_path):
 
 
 class Interrupted(BaseException):
-    """What a test raises in place of a kill."""
+    """Raised by a test in place of a kill."""
 
 
 def interrupt_at(event, act):
-    """Call `act` when so many lines of the packing modules have been run; returns how many were, if that was not it."""
+    """Call `act` after so many lines of the packing modules have run; return the number that ran in total."""
     count = 0
     folder, files = str(Path(packing.__file__).parent), str(Path(packing.__file__).parents[1] / "files.py")
 
@@ -209,14 +209,14 @@ def interrupt_at(event, act):
 
 @pytest.fixture
 def lines_run(store, tmp_path):
-    """How many lines of ours a whole packing runs, and what it makes."""
+    """The number of our lines that a whole packing runs, and its result."""
     counted = interrupt_at(-1, None)
     pack_quietly(store, tmp_path / "whole")
     return counted()
 
 
 @pytest.mark.parametrize("way", ["killed", "interrupted"])
-def test_interrupted_anywhere_the_same_command_goes_on(store, tmp_path, lines_run, way):
+def test_interrupted_anywhere_the_same_command_resumes(store, tmp_path, lines_run, way):
     whole = contents(tmp_path / "whole")
     output = tmp_path / "out"
     for event in np.linspace(lines_run // 4, lines_run - 3, 16 if way == "killed" else 40).astype(int):
@@ -236,7 +236,7 @@ def test_interrupted_anywhere_the_same_command_goes_on(store, tmp_path, lines_ru
             with pytest.raises(Interrupted):
                 pack_quietly(store, output)
             stopped()
-        if output.exists():  # it is whole as soon as it is there
+        if output.exists():  # as soon as it exists it is complete
             assert verify(output, progress=False)[1] == []
         pack_quietly(store, output)
         assert contents(output) == whole
@@ -245,7 +245,7 @@ def test_interrupted_anywhere_the_same_command_goes_on(store, tmp_path, lines_ru
 
 
 def begin(store, output, days=3):
-    """A packing that ends after so many days have been written; returns its folder."""
+    """Start a packing that ends after so many days have been written; return its folder."""
     written = packing.YearWriter.write
 
     def write(self, *arguments):
@@ -273,7 +273,7 @@ def test_days_that_are_there_are_not_read_again(store, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("harm", ["flip a byte", "cut the array", "cut the journal", "other journal", "no journal"])
-def test_what_was_left_is_verified_and_not_trusted(store, tmp_path, harm):
+def test_leftovers_are_verified_and_not_trusted(store, tmp_path, harm):
     pack_quietly(store, tmp_path / "whole")
     work = begin(store, tmp_path / "out")
     array, journal = work / "fields_2018.npy", work / "fields_2018.journal"
@@ -331,7 +331,7 @@ def test_years_are_appended_and_the_others_stay(store, fields, write_store, tmp_
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert pack_quietly(store, tmp_path / "out").written == ()
-    shutil.rmtree(store / "data_2018.zarr")  # the source need not have what is packed
+    shutil.rmtree(store / "data_2018.zarr")  # the source does not need to have the packed years
     assert pack_quietly(store, tmp_path / "out").written == ()
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -366,7 +366,7 @@ def test_a_year_that_changed_is_refused(store, fields, write_store, tmp_path):
     before = contents(tmp_path / "out")
     group = xr.open_zarr(store / "data_2018.zarr", chunks=None).load()
     copied = tmp_path / "copy"
-    shutil.copytree(store, copied)  # other times of change, the same values
+    shutil.copytree(store, copied)  # other modification times, the same values
     assert pack_quietly(copied, tmp_path / "out").written == ()
     group.co[41, 2, 3] = 1.0
     shutil.rmtree(copied / "data_2018.zarr")
@@ -391,13 +391,13 @@ def test_a_year_that_changed_is_refused(store, fields, write_store, tmp_path):
         ({"variables": ("co",)}, "--variables co: .* with --variables u,v,psfc,pm25,co,elevation,population"),
     ],
 )
-def test_years_are_appended_with_the_same_options_alone(store, tmp_path, options, message):
+def test_years_are_appended_only_with_the_same_options(store, tmp_path, options, message):
     pack_quietly(store, tmp_path / "out")
     with pytest.raises(ConfigError, match=message):
         pack_quietly(store, tmp_path / "out", **options)
 
 
-def test_another_place_is_not_appended(store, fields, write_store, tmp_path):
+def test_another_region_is_not_appended(store, fields, write_store, tmp_path):
     pack_quietly(store, tmp_path / "out")
     moved = fields.assign_coords(lat=fields.lat - 1, time=fields.time + np.timedelta64(365, "D"))
     write_store(moved, tmp_path / "moved.zarr")
@@ -440,7 +440,7 @@ def test_what_is_there_already_is_not_touched(store, tmp_path):
         pack_quietly(tmp_path / "nowhere", tmp_path / "out")
 
 
-def test_a_full_disk_is_said_in_one_line_and_the_same_command_goes_on(store, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_in_one_line_and_the_same_command_resumes(store, tmp_path, monkeypatch):
     def full(self, *_):
         raise OSError(28, "No space left on device")
 

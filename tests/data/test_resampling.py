@@ -1,4 +1,4 @@
-"""Other grids against torch, xarray and sums."""
+"""Compare resampled grids with torch, xarray and sums."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_bilinear_is_linear_between_centres():
 
 @pytest.mark.parametrize("shape", [(6, 10), (5, 7), (12, 20), (12, 7), (2, 3)])
 def test_area_is_the_integral_over_the_new_cell(shape):
-    """Against cells cut into so many pieces that both grids are made of whole ones."""
+    """Compare with cells cut into pieces so small that both grids consist of whole pieces."""
     fine = np.repeat(np.repeat(FIELDS.astype(np.float64), shape[0], axis=1), shape[1], axis=2)
     weight = np.repeat(np.repeat(np.cos(np.deg2rad(GRID.lat2d)), shape[0], axis=0), shape[1], axis=1)
     blocks = (shape[0], 12, shape[1], 20)
@@ -51,7 +51,7 @@ def test_missing_cells_do_not_count(method):
     np.testing.assert_array_equal(~np.isnan(mean[0]), has_any)
 
 
-def test_people_are_neither_lost_nor_made():
+def test_people_are_neither_lost_nor_created():
     people = np.random.default_rng(2).uniform(0, 1e6, (12, 20)).astype(np.float32)
     for shape in ((6, 10), (5, 7), (12, 20)):
         shared = build_resampling(GRID, shape, "area").share_out(people)

@@ -1,4 +1,4 @@
-"""The order of samples, its division among ranks and workers, and what loaders make of it."""
+"""The order of samples, its division among ranks and workers, and the loaders."""
 
 import itertools
 import multiprocessing
@@ -20,7 +20,7 @@ def plan_of(num_samples=50, seed=3, global_batch_size=8, micro_batch_size=2, ran
 
 
 def global_batches(world_size, epoch=0, first_step=0):
-    """The global batch of each step, put together from what the ranks take."""
+    """Return the global batch of each step, assembled from those of the ranks."""
     ranks = [plan_of(rank=rank, world_size=world_size) for rank in range(world_size)]
     taken = [list(plan.micro_batches(epoch, first_step)) for plan in ranks]
     accumulation = ranks[0].accumulation
@@ -50,12 +50,12 @@ def test_order_is_a_permutation_that_changes_with_epoch_and_seed():
     np.testing.assert_array_equal(plan_of().order(7), plan_of().order(7))
 
 
-def test_order_is_the_same_for_all_time():
+def test_order_never_changes():
     # NumPy keeps the stream of Philox; another order here would break every resume
     assert plan_of(num_samples=12, seed=3).order(1).tolist() == [8, 0, 6, 11, 5, 3, 9, 4, 1, 2, 7, 10]
 
 
-def test_order_is_not_partial_to_any_place():
+def test_order_is_uniform():
     places = np.array([np.flatnonzero(plan_of(num_samples=20).order(epoch) == 0)[0] for epoch in range(2000)])
     counts = np.bincount(places, minlength=20)
     assert np.sum((counts - 100) ** 2 / 100) < 43.8  # chi-squared, 19 degrees of freedom, p = 0.001
@@ -74,15 +74,15 @@ def test_an_epoch_continues_at_any_step(world_size):
     assert global_batches(world_size, epoch=2, first_step=6) == []
 
 
-def test_batches_go_on_from_epoch_to_epoch():
+def test_batches_continue_from_epoch_to_epoch():
     plan = plan_of(rank=1, world_size=2)
     batches = itertools.islice(TrainBatches(plan, epoch=3, first_step=4), 2 * 2 + 12 + 12 + 1)
     expected = [*plan.micro_batches(3, 4), *plan.micro_batches(4), *plan.micro_batches(5), next(plan.micro_batches(6))]
     assert list(batches) == expected
 
 
-def test_what_is_held_of_the_order_is_a_few_bytes_a_sample():
-    """Not a list of all batches of an epoch, which took about 70."""
+def test_the_order_takes_a_few_bytes_per_sample():
+    """A list of all batches of an epoch would take about 70."""
 
     def held(num_samples):
         tracemalloc.start()
@@ -95,7 +95,7 @@ def test_what_is_held_of_the_order_is_a_few_bytes_a_sample():
     assert (held(400_000) - held(100_000)) / 300_000 <= 8.1
 
 
-def test_world_sizes_that_do_not_divide_are_told_those_that_do():
+def test_world_sizes_that_do_not_divide_are_refused_with_those_that_do():
     with pytest.raises(
         ConfigError, match=r"world size 5 .*global_batch_size = 24.*expected a world size of 1, 2, 3, 4, 6, 12"
     ):
@@ -118,7 +118,7 @@ NORMALIZATION = Normalization(dict.fromkeys(NAMES, 1.0), dict.fromkeys(NAMES, 2.
 
 @pytest.fixture
 def build(make_fields, write_store, make_config, tmp_path):
-    """A data set of 50 samples over a store of the given kind."""
+    """Return a data set of 50 samples over a store of the given kind."""
 
     def build_dataset(kind="zarr3", in_memory=True, change=lambda dataset: dataset):
         path = tmp_path / f"store-{kind}{'.nc' if kind == 'netcdf' else '.zarr'}"
@@ -163,7 +163,7 @@ def test_evaluation_counts_every_sample_once(build, world_size, workers):
     assert seen == {j: list(range(7 * j, min(7 * j + 7, 50))) for j in range(8)}
 
 
-def test_a_rank_without_evaluation_batches_gets_none(build):
+def test_a_rank_may_have_no_evaluation_batches(build):
     assert list(build_eval_loader(build(), 50, rank=1, world_size=2)) == []
 
 
@@ -191,7 +191,7 @@ def test_loading_leaves_the_global_random_state_alone(build, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_refusal_in_a_worker_arrives_as_itself(build, workers):
+def test_a_refusal_in_a_worker_is_raised_unchanged(build, workers):
     def add_infinity(dataset):
         dataset.u[5, 0, 0] = np.inf
         return dataset

@@ -1,4 +1,4 @@
-"""The reader against xarray, in every format, and each of its refusals."""
+"""Compare the reader with xarray in every format, and test each of its refusals."""
 
 import logging
 import warnings
@@ -53,7 +53,7 @@ def test_stores_are_put_in_the_order_of_their_times(make_fields, write_store, tm
     np.testing.assert_array_equal(source.read("u", [48])[0], make_fields(seed=1).u.values[0])
 
 
-def test_a_snapshot_is_the_callers_to_change(make_fields, write_store, tmp_path):
+def test_a_snapshot_may_be_changed_by_the_caller(make_fields, write_store, tmp_path):
     write_store(make_fields(), tmp_path / "data_2019.zarr")
     source = open_source(str(tmp_path), NAMES, in_memory=True)
     before = source.read("u", [5])
@@ -89,7 +89,7 @@ def test_packed_integers_and_doubles_are_decoded(make_fields, tmp_path):
     assert np.isnan(source.read("co", slice(None))).any()
 
 
-def test_rows_stay_as_they_lie(make_fields, write_store, tmp_path):
+def test_rows_keep_their_order(make_fields, write_store, tmp_path):
     for north_first in (True, False):
         dataset = make_fields(north_first=north_first)
         path = write_store(dataset, tmp_path / f"{north_first}.zarr")

@@ -1,4 +1,4 @@
-"""Which hours a split holds, and where a forecast can start, against plain loops over dates."""
+"""Compare the hours of a split, and the starts of forecasts, with plain loops over dates."""
 
 import datetime
 
@@ -10,12 +10,12 @@ from topoflow.errors import ConfigError, DataError
 
 
 def hours(start, end):
-    """datetime64[h] from start to end, both included."""
+    """Return datetime64[h] from start to end, both included."""
     return np.arange(np.datetime64(start, "h"), np.datetime64(end, "h") + 1)
 
 
 def expected_starts(times, first, last, window):
-    """Hours of [first, last] from which `window` hours on all are in the data and in the range: one by one."""
+    """Return the hours of [first, last] whose next `window` hours are all in the data and in the range."""
     present = {time.item() for time in times}
     first, last, hour = np.datetime64(first, "h").item(), np.datetime64(last, "h").item(), datetime.timedelta(hours=1)
     return [
@@ -80,7 +80,7 @@ def test_test_split_of_the_real_run_has_888_starts():
     index = split_starts(times, even, [12, 24, 48, 96])
     assert (len(index.starts), index.dropped_for_gaps) == (888, 0)
     april = split_starts(times, [("2019-04-01", "2019-04-20")], [12, 24, 48, 96])
-    # 7 and 12 unbroken days stand on the two sides of the gap; hours up to 04-16T23 would fit, but for the gap
+    # 7 and 12 complete days on the two sides of the gap; hours up to 04-16T23 would fit without the gap
     assert (len(april.starts), april.dropped_for_gaps) == (7 * 24 - 96 + 12 * 24 - 96, 96)
 
 

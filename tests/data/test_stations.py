@@ -14,7 +14,7 @@ BOX = (30.0, 33.0, 100.0, 104.0)
 
 
 def write_stations(path: Path, start: str = "2019-12-31T00", hours: int = 30, seed: int = 0, **units: str) -> Path:
-    """A CF timeSeries file of nine random stations in BOX, a fifth of the values missing."""
+    """Write a CF timeSeries file of nine random stations in BOX, a fifth of the values missing."""
     generator = np.random.default_rng(seed)
     units = units or {"pm25": "ug m-3", "co": "mg m-3"}
     values = generator.uniform(1, 90, (len(units), hours, 9))
@@ -48,7 +48,7 @@ def read_years(folder: Path) -> xr.Dataset:
 
 
 def long_table(path: Path, name: str, degrees: float = 1.0) -> pd.DataFrame:
-    """One row per report: time, row, column, value."""
+    """Return one row per report: time, row, column, value."""
     with xr.open_dataset(path) as dataset:
         table = dataset[[name]].to_dataframe().reset_index().dropna(subset=name)
     table["row"] = ((table["lat"] - BOX[0]) // degrees).astype(int)
@@ -180,7 +180,7 @@ def test_stations_outside_are_counted_and_skipped_variables_named(tmp_path, capl
     assert "rain" in caplog.text
 
 
-def test_longitudes_of_another_turn_are_the_same_place(tmp_path):
+def test_longitudes_that_differ_by_360_degrees_are_the_same_place(tmp_path):
     path = write_stations(tmp_path / "in.nc")
     grid_stations([path], tmp_path / "east", 1.0, BOX, progress=False)
     grid_stations([path], tmp_path / "west", 1.0, (30, 33, -260, -256), progress=False)
@@ -283,7 +283,7 @@ def test_real_china_has_323_cells_and_their_means(shared, tmp_path):
         assert np.isnan(gridded["pm25"].sel(time="2019-04-08")).all()
 
 
-def test_real_beijing_brings_its_wind(shared, tmp_path):
+def test_real_beijing_has_wind(shared, tmp_path):
     path = shared / "beijing_12_stations_2013_2017_hourly.nc"
     summary = grid_stations([path], tmp_path / "out", 0.5, progress=False)
     assert summary.skipped == ("dew_point", "rain", "wind_speed")

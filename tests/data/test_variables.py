@@ -74,6 +74,6 @@ def test_the_table_is_consistent():
         (("u", "available"), ("o3",), "data.variables: 'available'.*data.availability"),
     ],
 )
-def test_names_that_cannot_stand_there(inputs, targets, message):
+def test_names_that_are_not_allowed_there(inputs, targets, message):
     with pytest.raises(ConfigError, match=message):
         check_names(inputs, targets)

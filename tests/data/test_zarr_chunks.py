@@ -1,4 +1,4 @@
-"""Chunk files that are read directly, against zarr-python."""
+"""Compare chunk files that are read directly with zarr-python."""
 
 import json
 import warnings
@@ -41,7 +41,7 @@ def values(noisy=True):
 
 
 def assert_reads_as_zarr(array, folder):
-    """Hours one by one and together, to the bit."""
+    """Check hours one by one and together, bit for bit."""
     direct = chunked_array(array, folder)
     for positions in POSITIONS:
         expected = np.stack([array[position] for position in positions])
@@ -82,14 +82,14 @@ def test_every_compressor_of_format_2(tmp_path, codec, separator):
     assert_reads_as_zarr(array, tmp_path / "a")
 
 
-def test_a_chunk_that_is_not_there_is_the_fill_value(tmp_path):
+def test_a_missing_chunk_is_the_fill_value(tmp_path):
     array = zarr.create_array(tmp_path / "a", shape=SHAPE, chunks=(4, 12, 10), dtype="float32", fill_value=7.5)
     array[8:12] = 1.0
     direct = assert_reads_as_zarr(array, tmp_path / "a")
     assert direct.read(np.array([0]))[0, 0, 0] == 7.5
 
 
-def test_of_a_blosc_chunk_only_the_blocks_of_the_hour_are_decoded(tmp_path):
+def test_only_the_blocks_of_the_hour_of_a_blosc_chunk_are_decoded(tmp_path):
     shape = (6, 64, 64)
     codec = zarr.codecs.BloscCodec(cname="zstd", clevel=1, shuffle="shuffle", blocksize=4 * 64 * 64)
     array = zarr.create_array(tmp_path / "a", shape=shape, chunks=shape, dtype="float32", compressors=codec)
@@ -108,7 +108,7 @@ def test_of_a_blosc_chunk_only_the_blocks_of_the_hour_are_decoded(tmp_path):
 
 
 def test_the_blocks_of_a_blosc_chunk_may_lie_in_any_order(tmp_path):
-    """As they do where several threads compressed them."""
+    """They do if several threads compressed them."""
     shape = (6, 64, 64)
     codec = zarr.codecs.BloscCodec(cname="zstd", clevel=1, shuffle="shuffle", blocksize=4 * 64 * 64)
     array = zarr.create_array(tmp_path / "a", shape=shape, chunks=shape, dtype="float32", compressors=codec)
@@ -123,7 +123,7 @@ def test_the_blocks_of_a_blosc_chunk_may_lie_in_any_order(tmp_path):
         moved += blocks[number]
     before = array[:]
     chunk.write_bytes(data[:16] + table.tobytes() + moved)
-    np.testing.assert_array_equal(array[:], before)  # numcodecs thinks so too
+    np.testing.assert_array_equal(array[:], before)  # numcodecs agrees
     direct, out = chunked_array(array, tmp_path / "a"), np.empty(shape[1:], np.float32)
     for hour in range(6):
         direct.read_hour(hour, out)
@@ -158,7 +158,7 @@ def test_a_chunk_that_is_cut_off_is_refused(tmp_path, codec, cut):
         {"zarr_format": 2, "compressors": numcodecs.BZ2()},
     ],
 )
-def test_what_is_not_that_simple_is_left_to_zarr(tmp_path, options):
+def test_other_arrays_are_left_to_zarr(tmp_path, options):
     common = {"shape": SHAPE, "chunks": (4, 12, 10), "dtype": "float32", "fill_value": np.nan}
     array = zarr.create_array(tmp_path / "a", **{**common, **options})
     assert chunked_array(array, tmp_path / "a") is None
@@ -175,7 +175,7 @@ CODINGS = {
 
 @pytest.mark.parametrize("zarr_format", [2, 3])
 @pytest.mark.parametrize("coding", CODINGS)
-def test_values_that_stand_for_others_are_decoded(make_fields, tmp_path, coding, zarr_format):
+def test_encoded_values_are_decoded(make_fields, tmp_path, coding, zarr_format):
     dataset = make_fields(names=("u",))
     dataset["u"] = (dataset.u.dims, np.round(dataset.u.values), dataset.u.attrs)
     encoding, is_direct = CODINGS[coding]
@@ -189,7 +189,7 @@ def test_values_that_stand_for_others_are_decoded(make_fields, tmp_path, coding,
     np.testing.assert_array_equal(source.snapshot(("u",), 5)[0], reference[5])
 
 
-def test_the_fill_value_of_format_2_is_a_mark_of_missing_values(make_fields, tmp_path):
+def test_the_fill_value_of_format_2_marks_missing_values(make_fields, tmp_path):
     dataset = make_fields(names=("u",))
     dataset.to_zarr(tmp_path / "a.zarr", zarr_format=2)
     metadata = tmp_path / "a.zarr" / "u" / ".zarray"

@@ -16,7 +16,7 @@ LAUNCH = Path(__file__).parents[2] / "launch"
 BATCH = ("train.sbatch", "lumi.sbatch")
 USER = f"tester{os.getpid()}"
 
-# runs what it is told to as the second task of two on a node, and notes its own options and the signals it gets
+# runs its command as the second task of two on a node, and records its options and the signals that it gets
 SRUN = """#!/usr/bin/env bash
 printf '%s\\n' "$SRUN_CPUS_PER_TASK" >> "$NOTES/cpus"
 while [[ $1 = -* ]]; do echo "$1" >> "$NOTES/options"; shift; done
@@ -27,7 +27,7 @@ status=0
 while wait $task || status=$?; [ $status -gt 128 ] && kill -0 $task 2>/dev/null; do status=0; done
 exit "${SRUN_STATUS:-$status}"
 """
-# stands for the program: it tells what it was given
+# a mock of the program that records its arguments and environment
 PYTHON = f"""#!/usr/bin/env bash
 case "$*" in
   *topoflow.config*) echo "$RUN_DIR" ;;
@@ -52,7 +52,7 @@ echo "$*" >> "$NOTES/{name}"
 
 
 class Machine:
-    """A project's folder with copies of the scripts, and a PATH on which SLURM's commands and Python are stand-ins."""
+    """A project's folder with copies of the scripts, and a PATH with mocks of SLURM's commands and Python."""
 
     def __init__(self, folder: Path):
         self.folder, self.notes, self.run_dir = folder / "a project", folder / "notes", folder / "run"
@@ -83,8 +83,8 @@ class Machine:
 
     def run(self, script: str, **environ: str) -> tuple[int, str]:
         process = self.start(script, **environ)
-        _, said = process.communicate(timeout=60)
-        return process.returncode, said
+        _, output = process.communicate(timeout=60)
+        return process.returncode, output
 
     def read(self, name: str) -> list[str]:
         path = self.notes / name
@@ -102,7 +102,7 @@ def machine(tmp_path):
 
 
 @pytest.mark.parametrize("name", [path.name for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch")])
-def test_shellcheck_has_nothing_to_say(name):
+def test_shellcheck_passes(name):
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
     checked = subprocess.run(["shellcheck", "-x", f"launch/{name}"], cwd=LAUNCH.parent, capture_output=True, text=True)
@@ -110,7 +110,7 @@ def test_shellcheck_has_nothing_to_say(name):
 
 
 def directives(name: str) -> list[str]:
-    """The #SBATCH lines that SLURM heeds: those above the first command."""
+    """Return the #SBATCH lines that SLURM reads: those above the first command."""
     found = []
     for line in (LAUNCH / name).read_text().splitlines():
         if line.startswith("#SBATCH "):
@@ -121,7 +121,7 @@ def directives(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", BATCH)
-def test_a_batch_script_asks_slurm_for_what_the_program_relies_on(name):
+def test_a_batch_script_has_the_settings_that_the_program_requires(name):
     assert {"--requeue", "--open-mode=append", "--signal=USR1@300", "--output=slurm-%j.out"} <= set(directives(name))
     assert any(option.startswith("--time=") for option in directives(name))
     assert len(directives(name)) == len(re.findall("^#SBATCH ", (LAUNCH / name).read_text(), re.MULTILINE))
@@ -137,13 +137,13 @@ SITE_BLOCK = re.compile(
 OF_A_SITE = ("hsn", "lumi", "miopen", "rocr_", "mask_cpu", "partition", "account", "gpus-per-node", "module load")
 NEVER = (
     "NCCL_NET_GDR_LEVEL",
-    # off-switches of torch's watchdog, the net below the program's own
+    # would disable torch's watchdog, the safety net below the program's own
     "TORCH_NCCL_ENABLE_MONITORING", "ERROR_HANDLING:-0", "NCCL_BLOCKING_WAIT", "TORCH_DISABLE", "NCCL_IB_DISABLE",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["env.sh", "srun.sh", "torchrun.sh", *BATCH])
-def test_nothing_of_a_site_stands_outside_its_block_and_nothing_forced_anywhere(name):
+def test_site_settings_are_only_in_their_block_and_none_is_forced(name):
     text = (LAUNCH / name).read_text()
     assert not [word for word in NEVER if word in text]
     outside = re.sub(
@@ -156,7 +156,7 @@ def test_nothing_of_a_site_stands_outside_its_block_and_nothing_forced_anywhere(
 def test_each_device_of_lumi_has_seven_cores_of_its_own():
     masks = re.search("^cpu_bind=mask_cpu:(.*)$", (LAUNCH / "lumi.sbatch").read_text(), re.MULTILINE)[1].split(",")
     cores = [[core for core in range(64) if int(mask, 16) >> core & 1] for mask in masks]
-    # docs.lumi-supercomputer.eu: devices 0-7 are next to these groups of eight cores, of which the first is reserved
+    # docs.lumi-supercomputer.eu: devices 0-7 are closest to these groups of 8 cores, of which the first is reserved
     assert cores == [list(range(8 * group + 1, 8 * group + 8)) for group in (6, 7, 2, 3, 0, 1, 4, 5)]
 
 
@@ -168,8 +168,8 @@ def test_a_task_is_the_program_itself(machine):
     assert machine.read_environ()["OMP_NUM_THREADS"] == "1"
 
 
-def test_a_signal_to_a_starting_task_waits_until_the_program_asks_for_it(machine):
-    """A Python that takes a while to start would die of it."""
+def test_a_signal_to_a_starting_task_is_held_until_the_program_unblocks_it(machine):
+    """It would kill a Python that is still starting."""
     (machine.folder / "train.py").write_text(
         "import os, pathlib, signal, sys, time\n"
         "pathlib.Path(os.environ['NOTES'], 'starting').touch()\n"
@@ -190,7 +190,7 @@ def test_a_signal_to_a_starting_task_waits_until_the_program_asks_for_it(machine
 def wait_for(path: Path) -> None:
     deadline = time.monotonic() + 60
     while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not come"
+        assert time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.02)
 
 
@@ -222,12 +222,12 @@ ARRAY = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
     [
         ("RUNNING", {"TASK_STATUS": "75"}, 75, ["requeue 17"]),
         ("RUNNING", {"TASK_STATUS": "75", **ARRAY}, 75, ["requeue 12_3"]),
-        # a task was killed because another had ended; rank 0 says why
+        # a task was killed because another had ended; exit.json of rank 0 has the reason
         ("RUNNING", {"SRUN_STATUS": "137", "EXIT_JSON": json.dumps({"status": 75})}, 75, ["requeue 17"]),
         ("RUNNING", {"SRUN_STATUS": "137", "EXIT_JSON": json.dumps({"status": 5})}, 5, []),
         ("RUNNING", {"TASK_STATUS": "2"}, 2, []),
         ("RUNNING", {}, 0, []),
-        # cancelled, or requeued by SLURM: scontrol would bring a cancelled job back to life
+        # cancelled, or requeued by SLURM: scontrol would restart a cancelled job
         ("COMPLETING", {"TASK_STATUS": "75"}, 75, []),
         ("CANCELLED", {"TASK_STATUS": "75"}, 75, []),
         # the controller does not answer at first
@@ -235,7 +235,7 @@ ARRAY = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
         ("RUNNING", {"TASK_STATUS": "75", "SCONTROL_STATUS": "1"}, 75, ["requeue 17"] * 3),
     ],
 )  # fmt: skip
-def test_a_job_that_was_stopped_goes_back_into_the_queue(machine, state, environ, status, requeued):
+def test_a_job_that_was_stopped_is_requeued(machine, state, environ, status, requeued):
     (machine.run_dir / "exit.json").write_text(json.dumps({"status": 75}))  # of an earlier start
     (machine.notes / "state").write_text(state)
     assert machine.run("train.sbatch", **environ)[0] == status
@@ -249,6 +249,6 @@ def test_a_signal_to_the_batch_script_alone_stops_its_tasks(machine, sent):
     process = machine.start("train.sbatch", WAIT_FOR_USR1="1")
     wait_for(machine.notes / "waiting")
     process.send_signal(getattr(signal, f"SIG{sent}"))
-    _, said = process.communicate(timeout=60)
+    _, output = process.communicate(timeout=60)
     assert (process.returncode, machine.read("signals"), machine.read("scontrol")) == (75, ["USR1"], ["requeue 17"])
-    assert said == ""
+    assert output == ""

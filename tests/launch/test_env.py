@@ -1,4 +1,4 @@
-"""The set-up that launch/demo.sh and launch/test.sh share, on machines made of a few programs."""
+"""The set-up that launch/demo.sh and launch/test.sh share, on machines with only a few programs."""
 
 import ast
 import shutil
@@ -20,7 +20,7 @@ case "$*" in
   *ensurepip*) exit 1 ;;
 esac
 """
-# stands for Python, venv and pip: it notes its calls, and "installs" nothing
+# a mock of Python, venv and pip: it records its calls and installs nothing
 FAKE_PYTHON = """#!/bin/sh
 echo "$*" >> "$CALLS"
 case "$*" in
@@ -65,7 +65,7 @@ def run(machine: Path, command: str, **environ: str) -> tuple[int, str, str]:
 
 
 def read_calls(machine: Path) -> list[str]:
-    """Calls of Python that set something up."""
+    """Return the calls of Python that install something."""
     return [line for line in (machine.parent / "calls").read_text().splitlines() if line.startswith("-m ")]
 
 
@@ -85,14 +85,14 @@ MAKE = '. launch/env.sh; make_venv test; echo "$root|$python"'
     ],
     ids=["no Python", "old Python", "no venv"],
 )
-def test_a_machine_that_cannot_make_a_venv_is_told_so_in_one_line(machine, script, python, line):
+def test_a_machine_that_cannot_create_a_venv_gets_one_line(machine, script, python, line):
     if python:
         install_python(machine, "python3", python)
     assert run(machine, f"bash launch/{script}") == (2, "", line)
     assert not (machine / ".venv").exists()
 
 
-def test_a_newer_python_beside_an_old_python3_is_found(machine):
+def test_a_newer_python_next_to_an_old_python3_is_found(machine):
     install_python(machine, "python3", OLD_PYTHON)
     install_python(machine, "python3.12", FAKE_PYTHON)
     status, out, err = run(machine, MAKE)
@@ -100,7 +100,7 @@ def test_a_newer_python_beside_an_old_python3_is_found(machine):
     assert "with python3.12" in err
 
 
-def test_a_second_run_sets_nothing_up_and_says_nothing(machine):
+def test_a_second_run_installs_nothing_and_prints_nothing(machine):
     install_python(machine, "python3", FAKE_PYTHON)
     run(machine, MAKE)
     first = read_calls(machine)
@@ -110,7 +110,7 @@ def test_a_second_run_sets_nothing_up_and_says_nothing(machine):
     assert read_calls(machine) == first
 
 
-def test_changed_versions_are_installed_into_the_venv_that_is_there(machine):
+def test_changed_versions_are_installed_into_the_existing_venv(machine):
     install_python(machine, "python3", FAKE_PYTHON)
     run(machine, MAKE)
     with (machine / "launch/constraints.txt").open("a") as file:
@@ -119,7 +119,7 @@ def test_changed_versions_are_installed_into_the_venv_that_is_there(machine):
     assert [call.split()[1] for call in read_calls(machine)] == ["venv", "pip", "pip"]
 
 
-def test_a_moved_project_makes_its_venv_again(machine):
+def test_a_moved_project_recreates_its_venv(machine):
     install_python(machine, "python3", FAKE_PYTHON)
     run(machine, MAKE)
     moved = machine.rename(machine.parent / "moved here")
@@ -127,7 +127,7 @@ def test_a_moved_project_makes_its_venv_again(machine):
     assert [call.split()[1] for call in read_calls(moved)] == ["venv", "pip", "venv", "pip"]
 
 
-def test_a_venv_whose_python_is_gone_is_made_again(machine):
+def test_a_venv_whose_python_is_gone_is_recreated(machine):
     install_python(machine, "python3", FAKE_PYTHON)
     run(machine, MAKE)
     (machine / ".venv/bin/python").unlink()
@@ -135,7 +135,7 @@ def test_a_venv_whose_python_is_gone_is_made_again(machine):
     assert [call.split()[1] for call in read_calls(machine)] == ["venv", "pip", "venv", "pip"]
 
 
-def test_a_failed_installation_is_told_and_tried_again(machine):
+def test_a_failed_installation_is_reported_and_retried(machine):
     install_python(machine, "python3", FAKE_PYTHON)
     status, out, err = run(machine, MAKE, PIP_STATUS="1")
     assert (status, out) == (2, "")
@@ -144,12 +144,12 @@ def test_a_failed_installation_is_told_and_tried_again(machine):
     assert [call.split()[1] for call in read_calls(machine)] == ["venv", "pip", "pip"]
 
 
-def test_two_at_once_set_up_once(machine):
+def test_two_concurrent_calls_install_once(machine):
     install_python(machine, "python3", FAKE_PYTHON.replace("exit", "sleep 1; exit"))
     both = [start(machine, MAKE), start(machine, MAKE)]
-    said = [process.communicate(timeout=60) for process in both]
+    output = [process.communicate(timeout=60) for process in both]
     assert [process.returncode for process in both] == [0, 0]
-    assert {out for out, _ in said} == {f"{machine}|{machine}/.venv/bin/python\n"}
+    assert {out for out, _ in output} == {f"{machine}|{machine}/.venv/bin/python\n"}
     assert [call.split()[1] for call in read_calls(machine)] == ["venv", "pip"]
 
 

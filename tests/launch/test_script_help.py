@@ -1,4 +1,4 @@
-"""Every launch script answers --help before it does anything, and none removes what it did not make."""
+"""Every launch script prints --help before it does anything, and none removes what it did not create."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ def project(tmp_path):
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["configs/demo.yaml", "run.seed=1", "--help"]])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_is_printed_and_nothing_is_done(project, script, arguments):
-    tools = project.parent / "bin"  # no Python, no rm, nothing but what prints the text
+    tools = project.parent / "bin"  # no Python, no rm: only what is needed to print the text
     tools.mkdir()
     (tools / "sed").symlink_to(shutil.which("sed"))
     command = [shutil.which("bash"), f"launch/{script}", *arguments]

@@ -11,8 +11,8 @@ from topoflow.model.attention import Attention, Block, drop_path
 
 @pytest.fixture(scope="module")
 def timm_block():
-    """timm's Block. Its import wants torchvision, whose operators do not load beside a CPU build of torch (PyPI's wheel
-    is linked to CUDA); none of them is used here, so the registration that fails is left out."""
+    """timm's Block. It imports torchvision, whose operators do not load with a CPU build of torch (PyPI's wheel is
+    linked to CUDA); none of them is used here, so the registration that fails is skipped."""
     name = "torchvision._meta_registrations"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, name, types.ModuleType(name))
@@ -41,7 +41,7 @@ def outputs_and_gradients(block, x, seed):
 
 @pytest.mark.parametrize(("drop_rate", "drop_path_rate"), [(0.0, 0.0), (0.3, 0.0), (0.2, 0.5)])
 def test_block_is_timms_block(timm_block, drop_rate, drop_path_rate):
-    # in training mode with the same random state: dropouts are at the same places and draw in the same order
+    # in training mode with the same random state: dropouts are in the same places and draw in the same order
     ours, reference = same_blocks(timm_block, drop_rate, drop_path_rate)
     x, seed = torch.randn(6, 10, 32, requires_grad=True), torch.randn(6, 10, 32)
     for modes in (True, False):

@@ -1,4 +1,4 @@
-"""Attention with biases against the plain formula in float64, torch's own gradients and finite differences."""
+"""Compare attention with biases with the plain formula in float64, torch's gradients and finite differences."""
 
 import math
 from dataclasses import dataclass
@@ -96,7 +96,7 @@ def test_only_the_lowest_query_sees_higher_keys(kernel):
 
 @dataclass(frozen=True)
 class DistanceBias:
-    """A strength per head, and a direction per sample: what other biases need."""
+    """A bias with a strength per head and a direction per sample, as other biases may have."""
 
     along: torch.Tensor  # [B, N]
     per_head: torch.Tensor  # [heads, 1]
@@ -139,7 +139,7 @@ def test_the_plain_path_is_the_same_function():
     layer, x = Attention(12, 3, 0.0).double(), torch.randn(2, 23, 12, dtype=torch.float64)
     heights = inputs()[4]
     found = []
-    for rate in (0.0, 1e-300):  # dropout on attention weights takes the plain path; at this rate nothing drops
+    for rate in (0.0, 1e-300):  # dropout on attention weights takes the plain path; at this rate nothing is dropped
         alpha = torch.tensor([MIDDLE], dtype=torch.float64, requires_grad=True)
         layer.attn_drop_rate = rate
         y = layer(x, TerrainBias(heights, alpha))

@@ -64,19 +64,19 @@ def test_threads_do_not_change_the_bits():
     assert_same(*states)
 
 
-def test_draws_that_nothing_cuts_have_the_bits_of_those_that_are_looked_at(monkeypatch):
+def test_skipping_a_truncation_that_cuts_nothing_keeps_the_bits(monkeypatch):
     drawn = build(embed_dim=256).state_dict()
     monkeypatch.setattr(initialization, "LARGEST_DEVIATION", float("inf"))
     assert_same(drawn, build(embed_dim=256).state_dict())
 
 
-def test_draws_that_may_be_cut_are():
+def test_draws_beyond_the_truncation_are_cut():
     far = initialization._truncated_normal(torch.empty(100_000), 0.7, torch.Generator().manual_seed(0))
     assert 1.9 < far.abs().max() <= 2
 
 
 def sincos_of_mae(embed_dim, positions):
-    """As MAE and ClimaX write it (facebookresearch/mae, util/pos_embed.py)."""
+    """Compute the embedding as in MAE and ClimaX (facebookresearch/mae, util/pos_embed.py)."""
     omega = 1.0 / 10000 ** (np.arange(embed_dim // 2, dtype=float) / (embed_dim / 2.0))
     angles = np.einsum("m,d->md", positions.reshape(-1), omega)
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)

@@ -1,4 +1,4 @@
-"""Forms of the network that only imported weights need, against naive loops over the words of their definition."""
+"""Compare variants of the network that only imported weights need with naive loops from their definition."""
 
 import math
 from collections import Counter
@@ -24,7 +24,7 @@ def build(img_size=(8, 12), inputs=("u", "v", "pm25"), targets=("pm25",), **mode
 
 
 def order_by_loops(u, v):
-    """The predecessor's order of tokens for one sample, region by region."""
+    """Return the predecessor's order of tokens for one sample, region by region."""
     order = []
     for region in range(1024):
         row, column = region // 32, region % 32
@@ -61,7 +61,7 @@ def test_the_regional_order_is_that_of_loops_in_calm_and_along_the_axes_too():
 
 
 def test_tokens_are_sorted_and_all_else_stays_in_raster_order():
-    """A network whose one block adds nothing, against the predecessor's restatement with tokens permuted by loops."""
+    """Compare a network whose one block adds nothing with the predecessor's reimplementation, permuted by loops."""
     torch.manual_seed(0)
     names = ("u", "v", "pm25")
     plain = Network(False, (128, 256), width=8, depth=0, terrain=False, variables=names)
@@ -103,7 +103,7 @@ def test_the_position_bias_of_each_pair_is_its_row_of_the_table():
 
 @pytest.mark.parametrize("terrain", ["endpoint", "none"])
 def test_position_and_norm_are_the_published_networks(terrain):
-    """Output and gradients of the whole network; the golden checkpoints say the same of one size."""
+    """Compare output and gradients of the whole network; the golden checkpoints do so at one size."""
     torch.manual_seed(0)
     variables = ("u", "pm25", "elevation")
     plain = Network(

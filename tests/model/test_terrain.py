@@ -17,7 +17,7 @@ def test_five_heights_up_at_alpha_one_is_minus_five():
     assert bias([0.0, 5.0], 1.0) == [[0.0, -5.0], [0.0, 0.0]]  # row = query: climbing costs, descending does not
 
 
-def test_bias_is_clamped_at_minus_ten_and_at_nothing():
+def test_bias_is_clamped_at_minus_ten_and_at_zero():
     assert bias([0.0, 5.0], 3.0) == [[0.0, -10.0], [0.0, 0.0]]
     assert bias([0.0, 5.0], -3.0) == [[0.0, 0.0], [0.0, 0.0]]
 
@@ -34,7 +34,7 @@ def test_patch_heights_are_in_raster_order():
 
 
 def plain_attention(attention, x, heights_m):
-    """The plain formula, one head and query at a time."""
+    """Compute the plain formula, one head and query at a time."""
     (B, N, D), heads = x.shape, attention.num_heads
     q, k, v = attention.qkv(x).reshape(B, N, 3, heads, D // heads).unbind(2)
     rows = []
@@ -99,7 +99,7 @@ def test_a_training_step_takes_few_operators_however_many_tokens():
 def test_block_zero_compiles_as_one_graph_at_2048_tokens():
     block, step = block_zero(64, 4, 2048)
     expected = step(block)
-    # inductor takes half a minute more to build its kernels; test_topoflow.py compiles a whole network with it
+    # building kernels with inductor would take half a minute more; test_topoflow.py compiles a whole network with it
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     for ours, eager in zip(step(compiled), expected, strict=True):
         assert (ours - eager).norm() < 1e-4 * eager.norm()

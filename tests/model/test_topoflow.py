@@ -21,7 +21,7 @@ def build(img_size=(8, 12), activation_checkpointing=False, **options):
 
 
 def randomize(model):
-    """Weights at which every part has a say in the output."""
+    """Set weights with which every part affects the output."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         scale = 0.01 if name == "lead_time_embed.weight" else 0.3
@@ -139,7 +139,7 @@ def test_wind_rank_starts_as_plain_climax_to_the_bit(batch):
 
 
 def gradients(model, batch, call=None):
-    """Output and gradients of the model, or of another form of it to call."""
+    """Return output and gradients of the model, or of a wrapper of it."""
     torch.manual_seed(0)
     y = (model if call is None else call)(*batch)
     model.zero_grad()
@@ -162,7 +162,7 @@ def test_activation_checkpointing_gives_the_same_bits(batch):
         assert torch.equal(checkpointed[name], value), name
 
 
-# inductor takes half a minute to build its kernels, so it is tried once
+# inductor takes half a minute to build its kernels, so it is tested once
 @pytest.mark.parametrize(("backend", "activation_checkpointing"), [("inductor", False), ("aot_eager", True)])
 def test_compiled_it_is_the_same_function(batch, backend, activation_checkpointing):
     model = randomize(build(activation_checkpointing=activation_checkpointing, depth=1, decoder_depth=0))

@@ -7,7 +7,7 @@ from topoflow.model.wind import WindRank, rank_along_wind
 
 
 def centres(rows, columns, dx_km=100.0, dy_km=80.0, north_first=True):
-    """Patch centres about the grid's centre in raster order."""
+    """Return patch centres relative to the grid's centre, in raster order."""
     x = (torch.arange(columns, dtype=torch.float64) - (columns - 1) / 2) * dx_km
     y = (torch.arange(rows, dtype=torch.float64) - (rows - 1) / 2) * dy_km
     y = y.flip(0) if north_first else y
@@ -50,7 +50,7 @@ def test_ties_off_the_axes_survive_rounding():
 
 
 @pytest.mark.parametrize("wind", [(2.0, 0.0), (0.0, -3.0), (1.0, 1.0), (-0.3, 4.7), (0.0, 0.0)])
-def test_turning_the_wind_round_reverses_the_rank(wind):
+def test_reversing_the_wind_reverses_the_rank(wind):
     x, y = centres(6, 8, dx_km=50.0, dy_km=50.0)
     field = uniform(*wind) + torch.tensor([1e-3, -1e-3, 0.5, -0.5]).reshape(1, 1, 4, 1)  # varies, same mean
     forth, back = rank_along_wind(field, x, y), rank_along_wind(-field, x, y)
