@@ -12,7 +12,7 @@ from topoflow.errors import DataError
 
 @dataclass(frozen=True)
 class DayRecord:
-    """One day (UTC) as it stands in the year's array.
+    """One day (UTC) of the year's array.
 
     sha256: of its bytes. moments: of the values as they are read back. errors: by name, the largest difference from the
     values that were packed and the sum of its squares; empty where the array holds those values themselves.

@@ -1,4 +1,4 @@
-"""manifest.json: what the files of a packed data set must be, and what their numbers stand for."""
+"""manifest.json: the files of a packed data set, and the meaning of their numbers."""
 
 import hashlib
 import json

@@ -92,7 +92,7 @@ def _choose_names(data: str, options: PackOptions) -> tuple[str, ...]:
 
 @contextmanager
 def _work_folder(output: Path) -> Iterator[Path]:
-    """The hidden folder beside `output`, held by this process alone."""
+    """The hidden folder next to `output`, held only by this process."""
     import fcntl
 
     work = output.absolute().with_name(f".{output.absolute().name}.packing")
