@@ -1,4 +1,8 @@
-"""The canonical tree, by ranks that are threads here, against its definition in NumPy float32."""
+"""How gradients are summed over ranks.
+
+The canonical tree is run by ranks that are threads here, and compared with its definition in NumPy float32. DDP is run
+by three real processes.
+"""
 
 import queue
 import threading
@@ -10,13 +14,14 @@ import pytest
 import torch
 from torch import nn
 
+from tests.test_ranks import run_on_ranks
 from topoflow.build import build_plan
 from topoflow.config import DistributedConfig
 from topoflow.config_io import config_from_dict
 from topoflow.errors import ConfigError
 from topoflow.launch import Launch
 from topoflow.ranks import Context
-from topoflow.reduction import CanonicalReduction, require_whole_subtrees
+from topoflow.reduction import CanonicalReduction, DdpReduction, require_whole_subtrees
 from topoflow.rendezvous import distributed_context
 
 SHAPES = ((3, 5), (1,), (), (2, 17), (16,))
@@ -221,3 +226,108 @@ def test_gloo_on_gpus_is_refused(monkeypatch):
         distributed_context(launch, config, torch.device("cuda")),
     ):
         pass
+
+
+WIDTH = 600
+"""A layer has 1.4 MB, more than DDP's first bucket takes."""
+
+
+class Layers(nn.Module):
+    """Four layers with dropout between them, and a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(4)])
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = nn.functional.dropout(layer(x), 0.1, self.training)
+        return self.scale * x
+
+
+def warm_up(reduction):
+    reduction.warm_up(lambda network: network(torch.zeros(4, WIDTH)).square().sum())
+
+
+def a_resumed_run_adds_gradients_in_the_same_order(context):
+    accumulation = 2
+
+    def train(steps, weights=None):
+        torch.manual_seed(0)
+        model = Layers()
+        if weights is not None:
+            model.load_state_dict(weights)
+        reduction = DdpReduction(model, context, accumulation)
+        warm_up(reduction)
+        for step in steps:
+            for index in range(accumulation):
+                torch.manual_seed(1000 * step + 10 * context.rank + index)
+                with reduction.micro_batch(index):
+                    reduction.forward(torch.randn(4, WIDTH)).square().mean().backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter -= 0.1 * reduction.finish() * parameter.grad
+            model.zero_grad()
+        return model.state_dict()
+
+    whole, resumed = train(range(4)), train(range(2, 4), weights=train(range(2)))
+    for name, tensor in whole.items():
+        assert torch.equal(resumed[name], tensor), name
+
+
+def gradients_are_summed_in_several_buckets_in_the_order_in_which_they_are_ready(context):
+    model, buckets = Layers(), []
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    reduction = DdpReduction(model, context, 1)
+
+    def average(state, bucket):
+        buckets.append([names[parameter] for parameter in bucket.parameters()])
+        done = torch.futures.Future()
+        done.set_result(context.all_reduce_sum(bucket.buffer()) / context.world_size)
+        return done
+
+    reduction.forward.register_comm_hook(None, average)
+    warm_up(reduction)
+    buckets.clear()
+    ready = []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda parameter: ready.append(names[parameter]))
+    for _ in range(2):
+        with reduction.micro_batch(0):
+            reduction.forward(torch.ones(4, WIDTH)).sum().backward()
+    first, second = buckets[: len(buckets) // 2], buckets[len(buckets) // 2 :]
+    assert first == second
+    assert len(first) > 1
+    assert [name for bucket in buckets for name in bucket] == ready
+
+
+def the_warm_up_leaves_everything_as_it_was(context):
+    torch.manual_seed(0)
+    model = Layers()
+    before, random = {name: tensor.clone() for name, tensor in model.state_dict().items()}, torch.get_rng_state()
+    reduction = DdpReduction(model, context, 3)
+    warm_up(reduction)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def a_parameter_that_the_loss_does_not_use_is_named(context):
+    model = Layers()
+    model.forgotten = nn.Linear(2, 1, bias=False)
+    model.frozen = nn.Linear(2, 1).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"^parameters without a gradient: forgotten\.weight: expected"):
+        warm_up(DdpReduction(model, context, 2))
+
+
+def ddp_adds_in_the_same_order_from_the_first_step_on(context):
+    a_resumed_run_adds_gradients_in_the_same_order(context)
+    gradients_are_summed_in_several_buckets_in_the_order_in_which_they_are_ready(context)
+    the_warm_up_leaves_everything_as_it_was(context)
+    a_parameter_that_the_loss_does_not_use_is_named(context)
+
+
+def test_ddp_between_three_processes(store_port):
+    run_on_ranks(store_port, ddp_adds_in_the_same_order_from_the_first_step_on)

@@ -1,43 +1,34 @@
 """Sums the gradients of a step's micro-batches over all ranks: by DDP, or along one fixed tree.
 
-Both reductions have `forward` (the module that training calls), `micro_batch(index)` (a context manager around forward
-and backward of this rank's micro-batch number `index`) and `finish()` (after the last one: completes the sum over
-ranks, and returns the factor by which .grad must be multiplied to be that sum).
+Both reductions have `forward` (the module that training calls), `warm_up(compute_loss)` (call it once, before the first
+step), `micro_batch(index)` (a context manager around forward and backward of this rank's micro-batch number `index`)
+and `finish()` (after the last one: completes the sum over ranks, and returns the factor by which .grad must be
+multiplied to be that sum).
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from topoflow.config import DistributedConfig
 from topoflow.errors import ConfigError
 from topoflow.ranks import Context
+from topoflow.text import shorten
 
 _ALIGNMENT = 16
 """Elements to which parameters are aligned in a flat gradient (64 bytes in float32): kernels take their wide loads."""
 
 
-class _WithUnusedParameter(nn.Module):
-    """A model and a parameter that no forward pass uses, so that DDP keeps its buckets and does not warn."""
-
-    def __init__(self, model: nn.Module, device: torch.device):
-        super().__init__()
-        self.model = model
-        self.unused = nn.Parameter(torch.zeros(1, device=device))
-
-    def forward(self, *arguments: torch.Tensor | None) -> torch.Tensor:
-        return self.model(*arguments)
-
-
 class DdpReduction:
     """DDP around the model, or the bare model where there is one process. Bits depend on the number of ranks.
 
-    After the first backward pass DDP re-orders its buckets, unless it looks for unused parameters; a resumed run would
-    then add gradients in another order than one that never stopped, and on more than two ranks differ in the last
-    bits. So it looks for them, and finds one (without any, it warns on every rank).
+    The order in which gradients are added depends on DDP's buckets, and DDP fills those anew, in the order in which
+    gradients become ready, after its first backward pass. `warm_up` is that pass: all steps then use the same buckets,
+    whether a run is new or resumed.
     """
 
     def __init__(self, model: nn.Module, context: Context, accumulation: int):
@@ -45,21 +36,46 @@ class DdpReduction:
         self.forward = model
         if context.world_size > 1:
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # torch 2.6 knows no other name
-            self.forward = nn.parallel.DistributedDataParallel(
-                _WithUnusedParameter(model, context.device),
+            self.forward = DistributedDataParallel(
+                model,
                 device_ids=[context.device.index] if context.device.type == "cuda" else None,
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
-                find_unused_parameters=True,
             )
             for parameter in model.parameters():  # a backward pass may be long: others see how far it is
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(lambda _: context.watch.tick())
 
+    def warm_up(self, compute_loss: Callable[[nn.Module], torch.Tensor]) -> None:
+        """Make DDP fill its buckets in their final order; gradients, weights and random state are as before.
+
+        It takes the time of one micro-batch and a forward pass, and none where there is one process.
+
+        Args:
+            compute_loss: runs the module on a micro-batch, in training mode and with the shapes of training, and
+                returns its loss. Its values do not matter.
+
+        Raises:
+            ValueError: on every rank, if a parameter that requires a gradient gets none: DDP would wait for it.
+        """
+        if not isinstance(self.forward, DistributedDataParallel):
+            return
+        device = self.context.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            with self.micro_batch(self.accumulation - 1):
+                compute_loss(self.forward).backward()
+            named = self.forward.module.named_parameters()
+            unused = [name for name, parameter in named if parameter.requires_grad and parameter.grad is None]
+            if unused:
+                raise ValueError(f"parameters without a gradient: {shorten(unused)}: expected the loss to use all")
+            with self.forward.no_sync(), self.context.watch.waiting():
+                compute_loss(self.forward)  # DDP fills its buckets anew before a forward pass
+        self.forward.zero_grad()
+
     @contextmanager
     def micro_batch(self, index: int) -> Iterator[None]:
         """Gradients add up in .grad, and over ranks with the last micro-batch only."""
-        if not isinstance(self.forward, nn.parallel.DistributedDataParallel):
+        if not isinstance(self.forward, DistributedDataParallel):
             yield
         elif index < self.accumulation - 1:
             with self.forward.no_sync():
@@ -116,8 +132,8 @@ class CanonicalReduction:
     Memory: log2(accumulation) flat gradients where m = 1, log2(accumulation / m) + 1 where not, never less than one;
     and half of one to receive into, where there is more than one rank.
 
-    A parameter that a micro-batch does not use has a zero gradient there, on any number of ranks (with DDP, one that no
-    micro-batch of the step uses has none); one that does not require a gradient is left alone.
+    A parameter that a micro-batch does not use has a zero gradient there, on any number of ranks; one that does not
+    require a gradient is left alone.
 
     Args:
         model: its parameters that require gradients must be of one dtype and on one device.
@@ -135,6 +151,9 @@ class CanonicalReduction:
         self._partial_sums = [_FlatGradient(self.parameters, context.world_size) for _ in range(runs.bit_length())]
         if context.world_size > 1:
             self._received = torch.empty_like(self._partial_sums[0].flat.chunk(2)[0])
+
+    def warm_up(self, compute_loss: Callable[[nn.Module], torch.Tensor]) -> None:
+        """Do nothing: the order of additions is fixed from the start."""
 
     @contextmanager
     def micro_batch(self, index: int) -> Iterator[None]:

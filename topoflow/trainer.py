@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from topoflow.checkpoint.saver import CheckpointSaver
 from topoflow.config import TrainConfig
@@ -221,6 +222,8 @@ class Trainer:
         try:
             if owed:
                 self._validate_and_save(is_stopping=False)
+            if not self._is_over():
+                self._warm_up()
             while not self._is_over():
                 before = progress.step
                 for batches in self._steps_of_epoch():
@@ -237,6 +240,21 @@ class Trainer:
             self._micro_batches = None  # ends the loader's workers
             self.output.saver.close()
             bar.close()
+
+    def _warm_up(self) -> None:
+        """Warm the reduction up with a micro-batch of zeros, in which no target counts."""
+        self.context.watch.enter("warm-up")
+        self.state.model.train()
+        size = self.data.plan.micro_batch_size
+        batch = {
+            name: torch.zeros(size, *shape, dtype=dtype, device=self.context.device)
+            for name, (dtype, shape) in self.data.train.layout.items()
+        }
+
+        def compute_loss(network: nn.Module) -> torch.Tensor:
+            return loss_sums(network, batch, self.data.elevation_m, self.config.precision)[0].sum()
+
+        self.reduction.warm_up(compute_loss)
 
     def _is_over(self) -> bool:
         patience = self.config.early_stopping_patience
