@@ -90,7 +90,7 @@ def measure_step(device: str, size: dict[str, Any], train: dict[str, Any], deter
     size: the fields of a Size. train: keys of TrainConfig. deterministic: as run.deterministic.
     """
     measured, config = parse_size(size), TrainConfig(max_steps=1, **train)
-    set_deterministic(RunConfig(deterministic=deterministic), config.compile)
+    set_deterministic(RunConfig(deterministic=deterministic))
     set_tf32(config.tf32)
     alone = read_launch({})
     own_device = choose_device(device, alone)
@@ -108,7 +108,7 @@ def measure_ranks(device: str, size: dict[str, Any]) -> dict[str, Any]:
     """Return seconds of each all-reduce of a flat gradient in float32 and of each step in bf16; call on all ranks."""
     measured, launch = parse_size(size), read_launch()
     own_device = choose_device(device, launch)
-    set_deterministic(RunConfig(), compile=False)
+    set_deterministic(RunConfig())
     with distributed_context(launch, DistributedConfig(), own_device) as context:
         if context.world_size == 1:  # the program does not create a group of one
             if device == "cuda":

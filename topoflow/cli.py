@@ -220,7 +220,7 @@ def _import_lightning(options: argparse.Namespace) -> int:
     if launch.world_size > 1:
         raise ConfigError(f"import-lightning: started as {launch.world_size} processes: expected one")
     _log_to_terminal()
-    set_deterministic(config.run, config.train.compile)
+    set_deterministic(config.run)
     with distributed_context(launch, config.distributed, choose_device(config.run.device, launch)) as context:
         print("\n".join(import_run(options.source, config, context, options.weights)))
     words = ["python", "train.py", options.config, *options.overrides, f"run.dir={options.output}"]

@@ -12,21 +12,15 @@ import topoflow
 from topoflow.config import RunConfig
 
 
-def set_deterministic(config: RunConfig, compile: bool) -> None:
-    """Set the number of threads and, if configured, demand algorithms that give the same bits each time.
-
-    compile: whether torch.compile will be used; it is told as well (which costs an import of seconds).
-    """
+def set_deterministic(config: RunConfig) -> None:
+    """Set the number of threads and, if configured, demand algorithms that give the same bits each time."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if not config.deterministic:
         return
     # cuBLAS needs a fixed workspace for this, and reads the variable when it is first used
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if compile:
-        torch.use_deterministic_algorithms(True)
-    else:
-        torch.set_deterministic_debug_mode("error")  # the same, without the import of the compiler
+    torch.use_deterministic_algorithms(True)
     # filling costs time, and nothing here reads uninitialized memory; torch sets the attribute through a module class
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     torch.backends.cudnn.benchmark = False

@@ -49,7 +49,7 @@ def score_checkpoint(
     with context.together("config"):
         config = override_config(saved["config"], overrides, f"the checkpoint {path}")
         _require_same_network(saved["config"], config, path)
-        set_deterministic(config.run, compile=False)
+        set_deterministic(config.run)
     data = open_data(config, context, only=(split,))
     with context.together("model"):
         if split not in data.splits:

@@ -60,7 +60,7 @@ def doctor(path: Path | None, overrides: Sequence[str] = (), as_json: bool = Fal
     report = Report(
         {"config": str(path) if path else None, **dict(zip(FACTS, facts, strict=True))}, launch.is_main, as_json
     )
-    set_deterministic(config.run, compile=False)
+    set_deterministic(config.run)
     setup_logging(None, is_main=False)  # only errors
     probe = Probe(launch, config, device, run_dir, path is not None, (config_refusal, device_refusal))
     handler = signal.signal(signal.SIGTERM, _interrupt)  # so that the files in the run directory are removed
