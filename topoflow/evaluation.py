@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,6 +117,23 @@ class PhysicalSamples(torch.utils.data.Dataset):
                 batch[name].numpy()[row] = self.source.hour(self.dataset.target_names, int(hour))
 
 
+class HostCopy:
+    """A copy of a tensor on the host. A GPU makes it when it has computed the tensor, and the host works meanwhile."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self._copy = tensor.to("cpu", non_blocking=True)  # from a GPU, torch copies into page-locked memory
+        self._done = None
+        if tensor.device.type == "cuda":
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def wait(self) -> torch.Tensor:
+        """Return the tensor, once it has arrived."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._copy
+
+
 @dataclass(frozen=True)
 class Evaluator:
     """Evaluates a model on the samples of one split.
@@ -187,7 +204,6 @@ class Evaluator:
 
         Raises:
             TrainingDiverged: a forecast is not finite.
-        RunDirectoryError: on rank 0, if `output` cannot be written.
         """
         context, dataset = self.context, self.dataset
         scale = np.array([VARIABLES[name].display_scale for name in dataset.target_names])[:, None, None]
@@ -201,28 +217,39 @@ class Evaluator:
         )
         shown = context.is_main and sys.stderr.isatty()
         with context.together("evaluation"):
-            for _, batch in tqdm(loader, desc="evaluation", unit="batch", leave=False, disable=not shown):
+            progress = tqdm(loader, desc="evaluation", unit="batch", leave=False, disable=not shown)
+            for batch, forecast in self.forecasts(batch for _, batch in progress):
                 self.report_progress_or_stop()
-                normalized = self.forward(batch)  # a GPU computes while the baselines are computed here
                 samples = batch["index"].numpy()
                 starts, lead_hours = start_and_lead(dataset, samples)
                 lead = samples % len(dataset.lead_times_hours)
-                forecasts, filled = baselines.forecast(
+                baseline_forecasts, filled = baselines.forecast(
                     batch["present"].double().numpy(), hours[starts], lead, lead_hours
                 )
                 sums.add(
                     samples,
-                    scale * self.to_physical(normalized),
+                    scale * self.to_physical(forecast),
                     scale * batch["observed"].double().numpy(),
                     batch["valid"].numpy(),
-                    {name: scale * values for name, values in forecasts.items()},
+                    {name: scale * values for name, values in baseline_forecasts.items()},
                     filled,
                 )
         context.all_reduce_sum(torch.from_numpy(sums.rows))
         return sums.finish()
 
-    def forward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return normalized forecasts [B, T, H, W] on the device, without waiting for it to finish."""
+    def forecasts(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, HostCopy]]:
+        """Yield each batch and its forecast after the next one was queued: a GPU computes while the host scores."""
+        before = None
+        for batch in batches:
+            queued = batch, self.forward(batch)
+            if before is not None:
+                yield before
+            before = queued
+        if before is not None:
+            yield before
+
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> HostCopy:
+        """Return normalized forecasts [B, T, H, W], without waiting for the device."""
         device, was_training = self.elevation_m.device, self.model.training
         x, lead_time_hours = (batch[name].to(device, non_blocking=True) for name in ("x", "lead_time_hours"))
         wind_ms = batch["wind_ms"].to(device, non_blocking=True) if "wind_ms" in batch else None
@@ -230,14 +257,14 @@ class Evaluator:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             normalized = self.model(x, lead_time_hours, self.elevation_m, wind_ms)
         self.model.train(was_training)
-        return normalized
+        return HostCopy(normalized)
 
-    def to_physical(self, normalized: torch.Tensor) -> np.ndarray:
-        """Return forecasts [B, T, H, W] in the units of the data, float64; waits for the device.
+    def to_physical(self, forecast: HostCopy) -> np.ndarray:
+        """Return forecasts [B, T, H, W] in the units of the data, float64; waits for the copy.
 
         Negative concentrations are kept as the network gives them.
         """
-        values = normalized.double().cpu().numpy()
+        values = forecast.wait().double().numpy()
         names, denormalize = self.dataset.target_names, self.dataset.normalization.denormalize
         return np.stack([denormalize(name, values[:, t]) for t, name in enumerate(names)], axis=1)
 

@@ -180,8 +180,9 @@ class Trainer:
                     break
                 batch = self._to_device(batch)
                 sums, counts = loss_sums(self.state.model, batch, self.data.elevation_m, self.config.precision)
-                mine[index] = torch.stack([sums.double(), counts.double()]).cpu()
-        parts = self.context.gather_objects(mine)
+                mine[index] = torch.stack([sums.double(), counts.double()])
+        # copied here and not above, where the host would wait for the device in each batch
+        parts = self.context.gather_objects(mine and {index: row.cpu() for index, row in mine.items()})
         if None in parts:
             return None
         rows = {index: row for part in parts for index, row in part.items()}
