@@ -251,6 +251,9 @@ With --json, rank 0 prints the object for each of these, except for bad usage.""
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    from topoflow.environment import silence_torch
+
+    silence_torch()  # before its import
     from topoflow.tools.doctor.command import doctor
 
     return doctor(Path(options.config) if options.config else None, options.overrides, options.json)

@@ -51,6 +51,11 @@ def forget_interface(name: str) -> None:
     os.environ.pop(name, None)
 
 
+def silence_torch() -> None:
+    """Suppress torch's C++ warnings, such as the stack of a lost connection. Call it before torch is imported."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
 def set_torch_defaults() -> None:
     """Set torch's variables for process groups, where the user has not."""
     for name, value in {

@@ -13,10 +13,7 @@ import topoflow
 from topoflow import cli
 from topoflow.lease import Lease
 from topoflow.reproducibility import hash_sources
-from topoflow.tools.doctor.command import default_config
-from topoflow.tools.doctor.judge import Group, judge_data, judge_devices, judge_storage
-from topoflow.tools.doctor.probe import Answer, Token, missing_interfaces
-from topoflow.tools.doctor.trial import pair_up
+from topoflow.tools.doctor.network import missing_interfaces
 
 ROOT = Path(__file__).parents[2]
 FAIL, WARNING = "FAIL", "WARNING"
@@ -85,36 +82,6 @@ def test_a_run_directory_that_cannot_be_written_fails(place, own_mounts):
     [(verdict, text)] = findings(report, "run directory")
     assert (status, verdict) == (1, FAIL)
     assert "Read-only file system" in text
-
-
-def group_of(measurement, *values):
-    return Group(["a", "b", "c"], [{measurement: Answer(value)} for value in values])
-
-
-def places(check):
-    return [(finding.verdict, finding.node, finding.ranks) for finding in check.findings]
-
-
-def test_ranks_that_share_a_gpu_fail():
-    found = {"kind": "cuda", "name": "cuda:0 GPU", "visible": {}, "assigned": None, "built_for": ""}
-    answers = [{"device": Answer({**found, "identity": identity})} for identity in "011"]
-    check = judge_devices(Group(["a", "b", "b"], answers), {})
-    assert places(check) == [(FAIL, "b", (1, 2))]
-    assert check.figures["b"]["devices"] == ["cuda:0 GPU"] * 2
-
-
-def test_a_node_that_reads_or_writes_slowly_is_named(tmp_path):
-    look = {"shape": (8, 12), "fingerprint": "1", "open_seconds": 1.0, "bytes_per_second": 1.0}
-    looks = [{**look, "samples_per_second": rate} for rate in (100.0, 20.0, 90.0)]
-    check, shape = judge_data(group_of("data", *looks), default_config(), is_configured=True)
-    assert (places(check), shape) == ([(WARNING, "b", (1,))], (8, 12))
-    seen = {"sees": True, "folder": str(tmp_path), "free_bytes": 10**12}
-    for rank in range(3):
-        (tmp_path / f"node-{rank}").touch()
-    looks = [{**seen, "write_bytes_per_second": rate} for rate in (1e8, 1e9, 1e9)]
-    token = Answer(Token(tmp_path, "", None))
-    check = judge_storage(group_of("storage", *looks), token, tmp_path.parent, 1000, 3)
-    assert places(check) == [(WARNING, "a", (0,))]
 
 
 def test_any_change_of_the_source_files_is_another_version(tmp_path, monkeypatch):
@@ -242,13 +209,3 @@ def test_help_lists_the_statuses(capsys):
 )
 def test_interface_variables_are_read_as_nccl_and_gloo_read_them(name, value, missing, is_fatal):
     assert missing_interfaces(name, value, ["lo", "hsn0", "hsn1"]) == (missing, is_fatal)
-
-
-@pytest.mark.parametrize("count", range(2, 10))
-def test_in_each_round_a_node_meets_one_other_and_in_all_rounds_everyone(count):
-    rounds = pair_up(list(range(count)))
-    assert all(
-        len({rank for pair in pairs for rank in pair}) == 2 * len(pairs) == count - count % 2 for pairs in rounds
-    )
-    met = [frozenset(pair) for pairs in rounds for pair in pairs]
-    assert len(met) == len(set(met)) == count * (count - 1) // 2

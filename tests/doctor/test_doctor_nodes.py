@@ -31,15 +31,42 @@ int clock_gettime(clockid_t clock, struct timespec *now) {
 """
 
 
+SLOW_DISK = """
+#include <stdio.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+ssize_t pread64(int file, void *buffer, size_t count, off_t offset) {
+    char link[64], path[4096] = "";
+    snprintf(link, sizeof link, "/proc/self/fd/%d", file);
+    if (readlink(link, path, sizeof path - 1) > 0 && strstr(path, "/world/"))
+        usleep(10000);
+    return syscall(SYS_pread64, file, buffer, count, offset);
+}
+ssize_t pread(int file, void *buffer, size_t count, off_t offset) {
+    return pread64(file, buffer, count, offset);
+}
+int fsync(int file) {
+    sleep(5);
+    return syscall(SYS_fsync, file);
+}
+"""
+
+
+def compile_library(folder, source):
+    """Variables that put C functions before those of the C library, for all programs of a process."""
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler, so no node with such a fault")
+    (folder / "fault.c").write_text(source)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", "fault.so", "fault.c"], cwd=folder, check=True)
+    return {"LD_PRELOAD": str(folder / "fault.so")}
+
+
 @pytest.fixture(scope="module")
 def clock(tmp_path_factory):
     """Variables that put a process's clock so many seconds ahead: all its programs and libraries see that time."""
-    folder = tmp_path_factory.mktemp("clock")
-    if shutil.which("cc") is None:
-        pytest.skip("no C compiler, so no node with a wrong clock")
-    (folder / "clock.c").write_text(CLOCK)
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", "clock.so", "clock.c"], cwd=folder, check=True)
-    return lambda seconds: {"LD_PRELOAD": str(folder / "clock.so"), "CLOCK_OFFSET": str(seconds)}
+    library = compile_library(tmp_path_factory.mktemp("clock"), CLOCK)
+    return lambda seconds: {**library, "CLOCK_OFFSET": str(seconds)}
 
 
 def copy_of_the_program(folder):
@@ -116,10 +143,11 @@ def undone(*commands):
             subprocess.run(undo.split(), check=True)
 
 
-def test_what_training_refuses_and_a_slow_link_are_found(examine, network):
+def test_what_training_refuses_a_slow_link_and_a_slow_disk_are_found(examine, network, tmp_path):
     link = f"-n {network}c qdisc {{}} dev eth0 root"
     slow = f"tc {link.format('add')} tbf rate 40mbit burst 64kb latency 400ms"
-    nodes = {"b": Node(environ={"OMP_NUM_THREADS": "2"}), "c": Node(arguments=("train.max_steps=7",))}
+    b = Node(environ={"OMP_NUM_THREADS": "2", **compile_library(tmp_path, SLOW_DISK)})
+    nodes = {"b": b, "c": Node(arguments=("train.max_steps=7",))}
     with undone((slow, f"tc {link.format('del')}")):
         examined = examine({"a": Node(), **nodes}, "--json")
     assert examined.statuses == [1, 1, 1], examined.err
@@ -128,6 +156,10 @@ def test_what_training_refuses_and_a_slow_link_are_found(examine, network):
     assert "c: train.max_steps is 7, on 2 other process(es) 6" in examined.texts("software")
     assert (FAIL, "c") in examined.findings("network")
     assert re.search("c: sends and receives .*, the median node", examined.texts("network"))
+    assert examined.findings("data") == {(WARNING, "b")}
+    assert re.search("b: reads .* samples/s, the median node", examined.texts("data"))
+    assert examined.findings("run directory") == {(WARNING, "b")}
+    assert re.search("b: writes .*B/s, the median node", examined.texts("run directory"))
 
 
 def test_nodes_that_cannot_reach_each_other_are_named(examine, network):
@@ -207,6 +239,7 @@ def test_what_two_processes_of_a_node_share_is_found(examine):
     assert examined.findings("CPUs") == {(WARNING, "a"), (WARNING, "b")}
     assert "1 CPU(s) per process for the training and data.workers=1: give 2" in examined.texts("CPUs")
     assert "ranks 1-2 share CPU(s) 0:" in examined.texts("CPUs")
+    assert all(examined.figures(node)["network_bytes_per_second"] > 0 for node in "ab")
     assert examined.findings("data") == {(FAIL, "a"), (FAIL, "b")}
     assert "model.img_size: [8, 10]: expected the data's [8, 12]" in examined.texts("data")
 
@@ -218,6 +251,7 @@ def test_torchrun_is_examined_and_the_table_can_be_read(place):
         cwd=place, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "c10d" not in done.stderr
     lines = done.stdout.splitlines()
     assert max(map(len, lines)) <= 120
     named = [line.split("  ")[0] for line in lines if re.match(r"[a-zA-Z ]+  +(ok|WARNING) ", line)]

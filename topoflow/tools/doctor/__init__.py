@@ -1,7 +1,8 @@
 """Examine the nodes of a job before it is submitted: `[srun ...] python -m topoflow doctor [CONFIG] [key=value ...]`.
 
-Each process probes its machine (`probe.py`), then all measure the network and the model together (`trial.py`). Rank 0
-gathers the results, judges them (`judge.py`) and prints the report (`report.py`); all end with the same status:
+Each process measures its machine (`probe.py`, `network.py`), then all measure the network and the model together
+(`trial.py`). Rank 0 gathers the results, judges them (`judge.py`) and prints the report (`report.py`). All end with the
+same status:
 
     0   every check is ok, or has warnings
     1   at least one check failed

@@ -1,4 +1,4 @@
-"""The command: meet the other processes, probe, judge on rank 0, print, and end all with the same status."""
+"""The command: meet the other processes, measure, judge on rank 0, print, and end all with the same status."""
 
 import dataclasses
 import os
@@ -6,9 +6,9 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,105 +21,101 @@ from topoflow.ranks import Context
 from topoflow.rendezvous import distributed_context
 from topoflow.reproducibility import set_deterministic
 from topoflow.tools.doctor import judge
-from topoflow.tools.doctor.probe import Answer, ClockServer, Greeting, Probe, find_route, forget_missing_interfaces
-from topoflow.tools.doctor.report import FAIL, Check, Finding, Report
-from topoflow.tools.doctor.trial import build_trial_model, measure_pairs, run_passes, time_all_reduce
+from topoflow.tools.doctor.network import describe_address, drop_missing_interfaces, measure_pairs, time_all_reduce
+from topoflow.tools.doctor.probe import Process, ask, greet, is_stuck, measure
+from topoflow.tools.doctor.report import Report
+from topoflow.tools.doctor.trial import build_trial_model, run_passes
 
 MEET_SECONDS, SILENT_SECONDS = 60.0, 120.0
 """How long processes wait for each other to start (Python may be on a slow file system), and for one that hangs."""
-BUILD_SECONDS = 20.0
-CHECKPOINT_COPIES = 3
-"""A checkpoint holds the weights and two moments."""
+BUILD_SECONDS, PASS_SECONDS = 20.0, 20.0
+SMALL = Config(
+    data=DataConfig(path="none", train=(2000,), workers=2),
+    train=TrainConfig(max_steps=1),
+    model=ModelConfig(embed_dim=64, depth=2, num_heads=4),
+)
+"""What is examined without a config."""
 
 
 def doctor(path: Path | None, overrides: Sequence[str] = (), as_json: bool = False) -> int:
     """Examine what the processes of this launch run on; return the exit status, the same on all of them."""
-    node = socket.gethostname()
+    names = ("config", "run_directory", "data", "launcher", "launcher_reason", "processes")
+    head: dict[str, Any] = {**dict.fromkeys(names), "config": str(path) if path else None}
     try:
         launch = read_launch()
     except Refusal as refusal:
-        report = Report({"config": str(path) if path else None, **dict.fromkeys(FACTS)}, as_json=as_json)
-        report.begin({node: []})
-        report.add(Check("environment", "cannot be used", [Finding(FAIL, node, (), str(refusal))]))
+        report = Report(head, SMALL, is_shown=True, as_json=as_json)
+        report.begin({socket.gethostname(): []})
+        report.fail("environment", "cannot be used", {socket.gethostname(): str(refusal)})
         return report.end(refusal.exit_status)
-    config, config_refusal, device_refusal = default_config(), "", ""
+    # refusals are reported with those of the others: a process that ended here would leave them waiting
+    config, device, refusals = SMALL, torch.device("cpu"), {"config": "", "device": ""}
     try:
         config = load_config(path, overrides) if path else config
-    except Refusal as refusal:  # reported together with the others: a process that ended here would leave them waiting
-        config_refusal = str(refusal)
-    device = torch.device("cpu")
+    except Refusal as refusal:
+        refusals["config"] = str(refusal)
     try:
         device = choose_device(config.run.device, launch)
         if device.type == "cpu" and config.distributed.backend == "nccl":
             raise ConfigError("distributed.backend: 'nccl' is not usable on CPU: expected gloo or auto")
     except Refusal as refusal:
-        device_refusal = str(refusal)
+        refusals["device"] = str(refusal)
     run_dir = Path(config.run.dir if path else ".").absolute()
-    facts = [None if config_refusal else str(run_dir), config.data.path if path and not config_refusal else None]
-    facts += [launch.launcher, launch.reason, launch.world_size]
-    report = Report(
-        {"config": str(path) if path else None, **dict(zip(FACTS, facts, strict=True))}, launch.is_main, as_json
-    )
+    process = Process(launch, config, device, run_dir, path is not None, refusals)
+    if not refusals["config"]:
+        head |= {"run_directory": str(run_dir), "data": config.data.path if path else None}
+    head |= {"launcher": launch.launcher, "launcher_reason": launch.reason, "processes": launch.world_size}
     set_deterministic(config.run)
     setup_logging(None, is_main=False)  # only errors
-    probe = Probe(launch, config, device, run_dir, path is not None, (config_refusal, device_refusal))
     handler = signal.signal(signal.SIGTERM, _interrupt)  # so that the files in the run directory are removed
     try:
-        status = _meet_and_examine(launch, config, probe, report)
+        status = _meet(process, Report(head, config, launch.is_main, as_json))
     finally:
         signal.signal(signal.SIGTERM, handler)
         close_logging()
-    if probe.is_stuck:
+    if is_stuck():
         sys.stdout.flush()
         os._exit(status)  # a thread that hangs in a file system or in a pass is not waited for
     return status
 
 
-FACTS = ("run_directory", "data", "launcher", "launcher_reason", "processes")
-
-
-def default_config() -> Config:
-    """Return a small model, for use without a config."""
-    return Config(
-        data=DataConfig(path="none", train=(2000,), workers=2),
-        train=TrainConfig(max_steps=1),
-        model=ModelConfig(embed_dim=64, depth=2, num_heads=4),
-    )
-
-
-def _meet_and_examine(launch: Launch, config: Config, probe: Probe, report: Report) -> int:
+def _meet(process: Process, report: Report) -> int:
     """Meet the other processes and examine all, or report that they did not meet or lost each other."""
-    forgotten = forget_missing_interfaces()
-    distributed = dataclasses.replace(
-        config.distributed,
-        backend="auto" if probe.device.type == "cpu" else config.distributed.backend,
+    launch, settings, missing = process.launch, process.config.distributed, drop_missing_interfaces()
+    settings = dataclasses.replace(
+        settings,
+        backend="auto" if process.device.type == "cpu" else settings.backend,
         reduction="ddp",
-        setup_timeout_seconds=min(MEET_SECONDS, config.distributed.setup_timeout_seconds),
+        setup_timeout_seconds=min(MEET_SECONDS, settings.setup_timeout_seconds),
         timeout_seconds=SILENT_SECONDS,
     )
 
     def on_forced_exit(_: int, message: str) -> None:
-        probe.ask(probe.remove_files)
-        if report.ranks_of:
+        ask(process.left.close)
+        if report.nodes:
             report.end_as_lost(message)
 
     try:
-        with distributed_context(launch, distributed, probe.device, on_forced_exit) as context:
-            return Examination(context, config, probe, report).run(forgotten)
+        with distributed_context(launch, settings, process.device, on_forced_exit) as context:
+            try:
+                context.watch.mark("preparing the checks")
+                greeting = greet(process, ask(describe_address, launch, missing))
+                return _examine(context, process, report, context.ask_main(greeting, list))
+            finally:
+                ask(process.left.close)
     except (Refusal, RuntimeError) as error:  # torch.distributed raises RuntimeError when a process is gone
         text = (str(error).splitlines() or [type(error).__name__])[0]
-        is_shared, device_refusal = getattr(error, "shared", False), probe.refusals[1]
-        if device_refusal and not report.ranks_of:  # may be why the processes do not meet
-            text, is_shared = f"{device_refusal}; {text}", False
+        is_shared = getattr(error, "shared", False)
+        if process.refusals["device"] and not report.nodes:  # may be why the processes do not meet
+            text, is_shared = f"{process.refusals['device']}; {text}", False
         if not (launch.is_main or is_shared):
             print(f"topoflow: rank {launch.rank}: {text}", file=sys.stderr, flush=True)
-        if report.ranks_of:
+        if report.nodes:
             return report.end_as_lost(text)
-        node, missing = socket.gethostname(), find_missing(launch, text)
-        report.begin({node: [launch.rank], **missing})
-        findings = [Finding(FAIL, node, (launch.rank,), text)]
-        findings += [Finding(FAIL, host, tuple(ranks), "never arrived") for host, ranks in missing.items()]
-        report.add(Check("ranks", "the processes did not meet: nothing else was examined", findings))
+        node, late = socket.gethostname(), find_missing(launch, text)
+        report.begin({node: [launch.rank], **late})
+        summary = "the processes did not meet: nothing else was examined"
+        report.fail("ranks", summary, {**dict.fromkeys(late, "never arrived"), node: text})
         return report.end(error.exit_status if isinstance(error, Refusal) else RanksDisagree.exit_status)
 
 
@@ -133,103 +129,57 @@ def find_missing(launch: Launch, message: str) -> dict[str, list[int]]:
     return missing
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Rank 0's decisions after the first measurements. network_device: None where the network is not measured."""
+def _examine(context: Context, process: Process, report: Report, greetings: list[dict[str, Any]]) -> int:
+    """Measure and judge, on processes that have met; return the status. greetings: of each rank, see `greet`."""
+    config, device, ranks_of = process.config, process.device, {}
+    for rank, greeting in enumerate(greetings):
+        ranks_of.setdefault(greeting["node"], []).append(rank)
+    report.begin(ranks_of)
+    report.add_facts(greetings)
+    if refused := {r: item["refusals"]["config"] for r, item in enumerate(greetings) if item["refusals"]["config"]}:
+        report.fail("config", "cannot be used: nothing else was examined", refused)
+        return report.end(ConfigError.exit_status)
 
-    grid_shape: tuple[int, int]
-    gradient_bytes: int
-    leaders: list[int]
-    network_device: str | None
+    def judge_all(facts: dict[str, Any], checks: judge.Checks, answer: Callable[[Report], Any]) -> Any:
+        """Send facts to rank 0, which makes some checks; return its answer on all ranks."""
+
+        def on_main(gathered: list[dict[str, Any]]) -> Any:
+            report.add_facts(gathered)
+            for name, check in checks.items():
+                report.judge(name, check)
+            return answer(report)
+
+        return context.ask_main(facts, on_main)
+
+    context.watch.mark("checks of each process")
+    grid_shape = judge_all(measure(process, greetings), judge.LOCAL_CHECKS, judge.find_grid_shape)
+    built = ask(build_trial_model, config, grid_shape, seconds=BUILD_SECONDS)
+    model = built.pop("model", None)
+    facts = {"model": built}
+    network = judge_all(facts, judge.STORAGE_CHECKS, _plan_network)
+    if network is not None:
+        context.watch.mark("check of the network")
+        network_device = device if network["on_gpu"] else torch.device("cpu")
+        facts["all-reduce"] = time_all_reduce(context, network["gradient_bytes"], network_device)
+        if len(leaders := [ranks[0] for ranks in ranks_of.values()]) > 1:
+            facts["pairs"] = measure_pairs(context, leaders, network_device)
+    context.watch.mark("check of the model")
+    if model is not None:
+        facts["pass"] = ask(run_passes, model, config, grid_shape, device, seconds=PASS_SECONDS)
+        if "is_late" in facts["pass"]:
+            text = f"no forward and backward pass ended within {PASS_SECONDS:g} s, on {device.type}"
+            # a model that was made for GPUs takes minutes on a CPU
+            facts["pass"] = {"error": text, "is_minor": device.type == "cpu"}
+    return judge_all(facts, judge.COMMON_CHECKS, Report.end)
 
 
-class Examination:
-    """All checks, on processes that have met."""
-
-    def __init__(self, context: Context, config: Config, probe: Probe, report: Report):
-        self.context, self.config, self.probe, self.report = context, config, probe, report
-        self._greetings: list[Greeting] = []
-        self._built = Answer()
-
-    def run(self, forgotten: dict[str, str]) -> int:
-        """Probe, gather and judge twice: each process by itself, then all together. Returns the status.
-
-        forgotten: see `forget_missing_interfaces`.
-        """
-        context, probe = self.context, self.probe
-        route = probe.ask(partial(find_route, context.launch))
-        family = socket.AF_INET if route.value is None else route.value[0]
-        with ClockServer(family) as server, probe.temporary_files():
-            context.watch.mark("preparing the checks")
-            self._greetings = context.ask_main(probe.greet(route, server.port), list)
-            group = self._group([])
-            self.report.begin(group.ranks_of)
-            check = Check("config", "cannot be used: nothing else was examined")
-            for rank, greeting in enumerate(self._greetings):
-                if greeting.refusals[0]:
-                    group.report(check, FAIL, rank, greeting.refusals[0], whole_node=False)
-            if check.findings:
-                self.report.add(check)
-                return self.report.end(ConfigError.exit_status)
-            context.watch.mark("checks of each process")
-            plan: Plan = context.ask_main(probe.run(self._greetings, forgotten), self._judge_machines)
-        answers = {}
-        if plan.network_device is not None:
-            context.watch.mark("check of the network")
-            device = probe.device if plan.network_device == "cuda" else torch.device("cpu")
-            answers["all-reduce"] = Answer(time_all_reduce(context, plan.gradient_bytes, device))
-            if len(plan.leaders) > 1:
-                answers["pairs"] = Answer(measure_pairs(context, plan.leaders, plan.gradient_bytes, device))
-        context.watch.mark("check of the model")
-        answers["pass"] = probe.ask(partial(build_trial_model, self.config, plan.grid_shape), BUILD_SECONDS)
-        context.ask_main(None, lambda _: None)  # so that all make their passes at the same time
-        if (model := answers["pass"].value) is not None:
-            passes = partial(run_passes, model, self.config, plan.grid_shape, probe.device)
-            answers["pass"], kind = probe.ask(passes, judge.PASS_SECONDS), probe.device.type
-            if answers["pass"].is_late:
-                text = f"no forward and backward pass ended within {judge.PASS_SECONDS:g} s, on {kind}"
-                # a model that was made for GPUs takes minutes on a CPU
-                answers["pass"] = Answer(error=text, is_minor=kind == "cpu")
-        return context.ask_main(answers, partial(self._judge_trials, plan))
-
-    def _group(self, gathered: list[dict[str, Answer]]) -> judge.Group:
-        return judge.Group([greeting.node for greeting in self._greetings], gathered)
-
-    def _judge_machines(self, gathered: list[dict[str, Answer]]) -> Plan:
-        """Judge what each process measured by itself, and plan what all measure together. On rank 0."""
-        group, config, launch, add = self._group(gathered), self.config, self.context.launch, self.report.add
-        add(judge.judge_ranks(group, config, self.probe.is_configured))
-        refusals = {r: item.refusals[1] for r, item in enumerate(self._greetings) if item.refusals[1]}
-        add(judge.judge_devices(group, refusals))
-        add(judge.judge_processors(group, launch.launcher, config.data.workers))
-        add(judge.judge_software(group))
-        add(judge.judge_addresses(group, launch.address, launch.port))
-        add(judge.judge_clocks(group))
-        add(judge.judge_caches(group, self._greetings, config.train.compile))
-        check, grid_shape = judge.judge_data(group, config, self.probe.is_configured)
-        add(check)
-        add(judge.judge_limits(group, config.data.workers))
-        self._built = self.probe.ask(partial(build_trial_model, config, grid_shape), BUILD_SECONDS)
-        parameters = () if self._built.value is None else self._built.value.parameters()
-        gradient_bytes = sum(parameter.nbytes for parameter in parameters)
-        kept = config.checkpoint.keep_last + config.checkpoint.keep_best + 1
-        token, checkpoint_bytes = self._greetings[0].token, CHECKPOINT_COPIES * gradient_bytes
-        add(judge.judge_storage(group, token, self.probe.run_dir, checkpoint_bytes, kept))
-        connections = judge.judge_connections(group)
-        if connections.findings:
-            add(connections)
-        # gloo moves nothing between GPUs one by one, and a process without a GPU can send nothing from one
-        on_device = {item.device_kind for item in self._greetings} == {"cuda"} and config.distributed.backend != "gloo"
-        device = None if connections.findings or launch.world_size == 1 else "cuda" if on_device else "cpu"
-        return Plan(grid_shape, gradient_bytes, [ranks[0] for ranks in group.ranks_of.values()], device)
-
-    def _judge_trials(self, plan: Plan, gathered: list[dict[str, Answer]]) -> int:
-        """Judge what all processes measured together; return the status of all. On rank 0."""
-        group = self._group(gathered)
-        if plan.network_device is not None or self.context.world_size == 1:
-            self.report.add(judge.judge_network(group, plan.gradient_bytes))
-        self.report.add(judge.judge_model(group, self._built, self.config, plan.grid_shape))
-        return self.report.end()
+def _plan_network(report: Report) -> dict[str, Any] | None:
+    """Return how many bytes all are to reduce, and whether on their GPUs; None if they can send nothing."""
+    if len(report.facts) == 1 or any(facts["unreachable"].get("nodes", True) for facts in report.facts):
+        return None
+    # gloo moves nothing between GPUs one by one, and a process without a GPU can send nothing from one
+    on_gpu = report.config.distributed.backend != "gloo" and {facts["kind"] for facts in report.facts} == {"cuda"}
+    return {"gradient_bytes": report.facts[0]["model"].get("gradient_bytes", 0), "on_gpu": on_gpu}
 
 
 def _interrupt(*_: object) -> None:

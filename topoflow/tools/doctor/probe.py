@@ -1,26 +1,19 @@
-"""What one process measures on its own machine: plain values, which rank 0 judges.
-
-Measurements raise OSError or a Refusal where the machine or the data refuse; `Probe.ask` makes an answer of these.
-"""
+"""What one process measures on its own machine: dicts of plain values, for rank 0 to judge."""
 
 import dataclasses
 import fcntl
 import importlib.metadata
-import ipaddress
 import os
 import platform
 import resource
 import secrets
 import shutil
 import socket
-import socketserver
-import struct
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,65 +27,29 @@ from topoflow.build import program_facts
 from topoflow.config import Config
 from topoflow.data.assembly import open_forecast_data
 from topoflow.data.normalization import Normalization
-from topoflow.environment import CACHES, INTERFACES, VISIBLE_DEVICES, forget_interface, select_variables
+from topoflow.environment import CACHES, VISIBLE_DEVICES, select_variables
 from topoflow.errors import Refusal
-from topoflow.launch import Launch, assigned_devices, device_identity
+from topoflow.launch import Launch, assigned_devices
+from topoflow.tools.doctor.network import find_unreachable, measure_clock_offset, serve_clock
 
 PREFIX = ".topoflow-doctor-"
+THREAD = "doctor's measurement"
 SHARED_MEMORY = Path("/dev/shm")
 PACKAGES = ("torch", "numpy", "xarray", "zarr")
 DATA_SECONDS, READ_SECONDS, MOST_SAMPLES = 20.0, 2.0, 64
 BLOCK_BYTES, MOST_BYTES, WRITE_SECONDS = 4 * 2**20, 32 * 2**20, 3.0
 VISIBLE_SECONDS = 3.0
 """How long a node may take to see a file that another has written (network file systems cache folders)."""
-CONNECT_SECONDS, CLOCK_ROUNDS = 3.0, 8
-_MIOPEN_DEFAULTS = {"MIOPEN_USER_DB_PATH": ".config/miopen", "MIOPEN_CUSTOM_CACHE_DIR": ".cache/miopen"}
+MIOPEN_DEFAULTS = {"MIOPEN_USER_DB_PATH": ".config/miopen", "MIOPEN_CUSTOM_CACHE_DIR": ".cache/miopen"}
 """Where MIOpen writes without its variables, below the home folder."""
-_SIOCGIFADDR = 0x8915
-"""From linux/sockios.h: the IPv4 address of an interface."""
 
 
 @dataclass(frozen=True)
-class Answer:
-    """The result of one measurement, or why there is none. is_late: it took too long; is_minor: that is no failure."""
+class Process:
+    """What a process of the job examines.
 
-    value: Any = None
-    error: str | None = None
-    is_late: bool = False
-    is_minor: bool = False
-
-
-@dataclass(frozen=True)
-class Greeting:
-    """What each process tells all others first: its node, where it listens, and the files that it left for them.
-
-    refusals: see `Probe`. token: for rank 0, a `Token` in the run directory. marks: of `Probe.mark_caches`.
-    """
-
-    node: str
-    device_kind: str
-    refusals: tuple[str, str]
-    address: str | None
-    port: int
-    token: Answer
-    marks: Answer
-
-
-@dataclass(frozen=True)
-class Token:
-    """A folder in the run directory, the text of its file `token`, and the error of locking that file, if any."""
-
-    folder: Path
-    text: str
-    lock_error: str | None
-
-
-@dataclass
-class Probe:
-    """The measurements of this process.
-
-    is_configured: whether there is a config. refusals: why this process cannot use the config, and the device; "" if it
-    can. is_stuck: a measurement never returned, and its thread still hangs.
+    refusals: why it cannot use the config, and the device; "" if it can. left: its files and sockets for the others,
+    which are removed at the end.
     """
 
     launch: Launch
@@ -100,243 +57,111 @@ class Probe:
     device: torch.device
     run_dir: Path
     is_configured: bool
-    refusals: tuple[str, str]
-    is_stuck: bool = False
-    _temporary: list[Path] = field(default_factory=list)
-    _locked: list[int] = field(default_factory=list)
-
-    def ask(self, question: Callable[[], Any], seconds: float = 10.0) -> Answer:
-        """Return the result of `question`, which must call no collective operation; an error or a timeout is a result.
-
-        A file system that does not respond blocks a system call forever: only the thread that made it waits.
-        """
-        answers: list[Answer] = []
-
-        def run() -> None:
-            try:
-                if self.device.type == "cuda":
-                    torch.cuda.set_device(self.device)  # each thread has a current device of its own
-                answers.append(Answer(question()))
-            except Refusal as refusal:
-                answers.append(Answer(error=str(refusal)))
-            except OSError as error:
-                where = f"{error.filename}: " if error.filename else ""
-                answers.append(Answer(error=f"{where}{error.strerror or error}"))
-            except Exception as error:  # noqa: BLE001 (a measurement that breaks is a finding, and must be reported)
-                first_line = (str(error).splitlines() or [""])[0]
-                answers.append(Answer(error=f"{type(error).__name__}: {first_line}"))
-
-        thread = threading.Thread(target=run, name="doctor", daemon=True)
-        thread.start()
-        thread.join(seconds)
-        if answers:
-            return answers[0]
-        self.is_stuck = True
-        return Answer(error=f"no answer within {seconds:g} s: does a file system or a device hang?", is_late=True)
-
-    @contextmanager
-    def temporary_files(self) -> Iterator[None]:
-        """Remove the files of this probe at the end."""
-        try:
-            yield
-        finally:
-            self.ask(self.remove_files)
-
-    def remove_files(self) -> None:
-        """Remove what this probe left for the others to find."""
-        while self._locked:
-            os.close(self._locked.pop())
-        for path in self._temporary:
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-
-    def greet(self, route: Answer, port: int) -> Greeting:
-        """Leave files for the others, and tell them where. route: of `find_route`."""
-        return Greeting(
-            node=socket.gethostname(),
-            device_kind=self.device.type,
-            refusals=self.refusals,
-            # rank 0 is reached by the name that all know; its own route to itself may be loopback
-            address=self.launch.address if self.launch.is_main or route.value is None else route.value[2],
-            port=port,
-            token=self.ask(self.leave_token) if self.launch.is_main else Answer(),
-            marks=self.ask(self.mark_caches),
-        )
-
-    def run(self, greetings: list[Greeting], forgotten: Mapping[str, str]) -> dict[str, Answer]:
-        """Make all measurements of this process; those about the node are made by its first process only.
-
-        forgotten: see `forget_missing_interfaces`.
-        """
-        rank, nodes = self.launch.rank, [greeting.node for greeting in greetings]
-        first_ranks = {node: nodes.index(node) for node in dict.fromkeys(nodes)}
-        listeners = {node: (greetings[first].address, greetings[first].port) for node, first in first_ranks.items()}
-        answers = {
-            "launch": self.ask(lambda: dataclasses.asdict(self.launch)),
-            "device": self.ask(lambda: describe_device(self.device)),
-            "processors": self.ask(usable_processors),
-            "software": self.ask(lambda: describe_software(self.config, self.device)),
-            "unreachable": self.ask(lambda: find_unreachable(listeners), 60.0),
-            "limits": self.ask(lambda: describe_limits(self.device)),
-        }
-        if rank == first_ranks[nodes[rank]]:
-            others = [greeting for greeting in greetings if greeting.node != nodes[rank]]
-            answers["address"] = self.ask(lambda: describe_address(self.launch, forgotten))
-            if rank > 0:
-                answers["clock"] = self.ask(lambda: measure_clock_offset(listeners[nodes[0]]))
-            answers["shared caches"] = self.ask(lambda: find_shared_caches(others))
-            if self.is_configured:
-                # different samples on each node and in each call, so that caches help little
-                answers["data"] = self.ask(lambda: read_samples(self.config), DATA_SECONDS)
-            token = greetings[0].token.value
-            if token is not None:
-                answers["storage"] = self.ask(lambda: self.examine_folder(token, len(first_ranks)))
-        return answers
-
-    def leave_token(self) -> Token:
-        """Make a folder in the run directory (or the nearest existing folder above it), with a locked file `token`."""
-        token = Token(nearest_folder(self.run_dir) / f"{PREFIX}{secrets.token_hex(8)}", secrets.token_hex(16), None)
-        token.folder.mkdir()
-        self._temporary.append(token.folder)
-        descriptor = os.open(token.folder / "token", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        self._locked.append(descriptor)
-        os.write(descriptor, token.text.encode())
-        os.fsync(descriptor)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            return dataclasses.replace(token, lock_error=error.strerror)
-        return token
-
-    def examine_folder(self, token: Token, nodes: int) -> dict[str, Any]:
-        """Return whether this node sees rank 0's token and its lock, the free space, and the speed of writing."""
-        folder = nearest_folder(self.run_dir)
-        status = os.statvfs(folder)
-        free_bytes = status.f_bavail * status.f_frsize
-        found = {"sees": False, "folder": str(folder), "free_bytes": free_bytes}
-        path = folder / token.folder.name / "token"
-        if not wait_until(path.is_file) or path.read_text() != token.text:
-            return found
-        if self.launch.rank > 0:
-            with path.open("rb") as file:
-                found["lock"] = try_lock(file.fileno())
-        mine = path.with_name(f"node-{self.launch.rank}")
-        self._temporary.append(mine)
-        rate = measure_write(mine, min(MOST_BYTES, free_bytes // (2 * nodes)))
-        return {**found, "sees": True, "write_bytes_per_second": rate}
-
-    def mark_caches(self) -> dict[str, tuple[str, str | None]]:
-        """Write a small file into each cache folder (or the nearest existing folder above it).
-
-        Returns {variable: (file, error)}.
-        """
-        found: dict[str, tuple[str, str | None]] = {}
-        for name, folder in cache_folders().items():
-            mark, error = nearest_folder(folder) / f"{PREFIX}{secrets.token_hex(8)}", None
-            try:
-                mark.write_bytes(b"x")
-                self._temporary.append(mark)
-            except OSError as refused:
-                error = refused.strerror
-            found[name] = (str(mark), error)
-        return found
+    refusals: dict[str, str]
+    left: ExitStack = field(default_factory=ExitStack)
 
 
-class ClockServer(socketserver.ThreadingTCPServer):
-    """A TCP listener that answers each byte with this node's clock: 8 bytes, seconds since 1970 as a double."""
+def ask(question: Callable[..., Any], *arguments: Any, seconds: float = 10.0) -> dict[str, Any]:
+    """Return what `question(*arguments)` returns, or {"error": text} if it raises or takes too long (then "is_late").
 
-    daemon_threads, request_queue_size = True, 1024
-
-    def __init__(self, family: socket.AddressFamily):
-        self.address_family = family
-        super().__init__(("", 0), _ClockHandler)
-        self.port: int = self.server_address[1]
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
-
-    def __exit__(self, *error: Any) -> None:
-        self.shutdown()
-        super().__exit__(*error)
-
-
-class _ClockHandler(socketserver.BaseRequestHandler):
-    def handle(self) -> None:
-        with suppress(OSError):
-            while self.request.recv(1):
-                self.request.sendall(struct.pack("d", time.time()))
-
-
-def find_unreachable(listeners: Mapping[str, tuple[str | None, int]]) -> dict[str, str]:
-    """Connect to the listener of each node; return {node: error} of those that did not answer."""
-
-    def connect(listener: tuple[str | None, int]) -> str | None:
-        try:
-            read_clock(listener)
-        except OSError as error:
-            return error.strerror or str(error)
-        return None
-
-    with ThreadPoolExecutor(min(32, len(listeners))) as pool:
-        errors = dict(zip(listeners, pool.map(connect, listeners.values()), strict=True))
-    return {node: error for node, error in errors.items() if error is not None}
-
-
-def read_clock(listener: tuple[str | None, int], rounds: int = 1) -> list[tuple[float, float, float]]:
-    """Return (our clock before, the listener's clock, our clock after) for each of a few round trips, in seconds."""
-    address, port = listener
-    if address is None:
-        raise OSError("it has no route to rank 0")
-    readings = []
-    with socket.create_connection((address, port), timeout=CONNECT_SECONDS) as connection:
-        for _ in range(rounds):
-            before = time.time()
-            connection.sendall(b"?")
-            received = connection.recv(8, socket.MSG_WAITALL)
-            after = time.time()
-            if len(received) < 8:
-                raise OSError("the connection was closed without an answer")
-            readings.append((before, *struct.unpack("d", received), after))
-    return readings
-
-
-def measure_clock_offset(listener: tuple[str | None, int]) -> tuple[float, float]:
-    """Return (offset, uncertainty) in seconds of this node's clock against the listener's (RFC 5905, section 8).
-
-    The listener's reading is taken between our two. When is not known, so half the round trip bounds the error, and
-    the shortest of a few round trips counts.
+    It must call no collective operation. A file system that does not respond blocks a system call forever: only the
+    thread that made it waits.
     """
-    before, theirs, after = min(read_clock(listener, CLOCK_ROUNDS), key=lambda reading: reading[2] - reading[0])
-    return (before + after) / 2 - theirs, (after - before) / 2
+    answers: list[dict[str, Any]] = []
+
+    def run() -> None:
+        try:
+            answers.append(question(*arguments))
+        except Refusal as refusal:
+            answers.append({"error": str(refusal)})
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            answers.append({"error": f"{where}{error.strerror or error}"})
+        except Exception as error:  # noqa: BLE001 (a measurement that breaks is a finding, and must be reported)
+            first_line = (str(error).splitlines() or [""])[0]
+            answers.append({"error": f"{type(error).__name__}: {first_line}"})
+
+    thread = threading.Thread(target=run, name=THREAD, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    late = {"error": f"no answer within {seconds:g} s: does a file system or a device hang?", "is_late": True}
+    return answers[0] if answers else late
 
 
-def describe_device(device: torch.device) -> dict[str, Any]:
-    """Return kind, name, what tells the device from others on the node, and the variables that choose it."""
-    built_for = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
-    found: dict[str, Any] = {
-        "kind": device.type,
-        "name": "cpu",
-        "identity": None,
-        "visible": select_variables(VISIBLE_DEVICES),
-        "assigned": assigned_devices(),
-        "built_for": built_for if torch.version.hip or torch.version.cuda else "built for CPU",
+def is_stuck() -> bool:
+    """Return whether a measurement has not returned yet: its thread may hang forever."""
+    return any(thread.name == THREAD for thread in threading.enumerate())
+
+
+def greet(process: Process, address: dict[str, Any]) -> dict[str, Any]:
+    """Listen for the other processes and leave files for them; return where. address: of `describe_address`."""
+    launch, left = process.launch, process.left
+    listener = socket.create_server(("", 0), family=address.get("family", socket.AF_INET), backlog=1024)
+    left.callback(listener.shutdown, socket.SHUT_RDWR)
+    threading.Thread(target=serve_clock, args=(listener,), daemon=True).start()
+    # rank 0 is reached by the name that all know; its own route to itself may be loopback
+    host = launch.address if launch.is_main else address.get("own", "")
+    return {
+        "node": socket.gethostname(),
+        "kind": process.device.type,
+        "refusals": process.refusals,
+        "address": address,
+        "listener": (host, listener.getsockname()[1]),
+        "token": ask(leave_token, process.run_dir, left) if launch.is_main else {},
+        "caches": ask(mark_caches, left),
     }
-    if device.type == "cuda":
-        found["name"] = f"cuda:{device.index} {torch.cuda.get_device_name(device)}"
-        # where torch cannot tell devices apart, the variables that chose the device do
-        found["identity"] = device_identity(device) or repr((sorted(found["visible"].items()), device.index))
+
+
+def measure(process: Process, greetings: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Make all measurements of this process; those of the node are made by its first process only."""
+    launch, config, nodes = process.launch, process.config, [greeting["node"] for greeting in greetings]
+    listeners = {node: greetings[nodes.index(node)]["listener"] for node in nodes}
+    found = {
+        "launch": dataclasses.asdict(launch),
+        "device": ask(describe_device, process.device),
+        "processors": ask(usable_processors),
+        "software": ask(describe_software, config, process.device),
+        "unreachable": ask(find_unreachable, listeners, seconds=60.0),
+        "limits": ask(describe_limits, process.device),
+    }
+    if launch.rank == nodes.index(nodes[launch.rank]):
+        others = [greeting for greeting in greetings if greeting["node"] != nodes[launch.rank]]
+        here = {"offset": 0.0, "uncertainty": 0.0}
+        found["clock"] = here if launch.is_main else ask(measure_clock_offset, listeners[nodes[0]])
+        found["shared caches"] = ask(find_shared_caches, others)
+        if process.is_configured:
+            # different samples on each node and in each call, so that caches help little
+            found["data"] = ask(read_samples, config, seconds=DATA_SECONDS)
+        if "text" in (token := greetings[0]["token"]):
+            found["storage"] = ask(examine_folder, process, token, len(listeners))
     return found
 
 
-def usable_processors() -> list[int]:
-    """Return the numbers of the processors that this process may run on."""
+# ---- devices, software and limits
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """Return kind, name, and the variables that choose the device."""
+    versions = {"ROCm": torch.version.hip, "CUDA": torch.version.cuda}
+    name = f"cuda:{device.index} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else "cpu"
+    return {
+        "kind": device.type,
+        "name": name,
+        "visible": select_variables(VISIBLE_DEVICES),
+        "assigned": assigned_devices(),
+        "built_for": next((f"{name} {version}" for name, version in versions.items() if version), "built for CPU"),
+    }
+
+
+def usable_processors() -> dict[str, list[int]]:
+    """Return the `numbers` of the processors that this process may run on."""
     if not hasattr(os, "sched_getaffinity"):  # macOS binds nothing
-        return list(range(os.cpu_count() or 1))
-    return sorted(os.sched_getaffinity(0))
+        return {"numbers": list(range(os.cpu_count() or 1))}
+    return {"numbers": sorted(os.sched_getaffinity(0))}
 
 
 def describe_software(config: Config, device: torch.device) -> dict[str, Mapping[str, str | None]]:
-    """Return versions, as people read them, and the facts that must be the same on all ranks for training."""
+    """Return `versions`, as people read them, and the facts of `program` that training compares between ranks."""
     program = program_facts(config)
     versions: dict[str, str | None] = {"python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -353,111 +178,39 @@ def describe_limits(device: torch.device) -> dict[str, int]:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft, hard = (2**31 if limit == resource.RLIM_INFINITY else limit for limit in limits)
     status = os.statvfs(SHARED_MEMORY)
-    return {
-        "open_files": soft,
-        "hard_open_files": hard,
-        "shared_memory_bytes": status.f_bavail * status.f_frsize,
-        "on_gpu": device.type == "cuda",
-    }
+    free = status.f_bavail * status.f_frsize
+    return {"soft": soft, "hard": hard, "shared_memory_bytes": free, "on_gpu": device.type == "cuda"}
 
 
-def forget_missing_interfaces() -> dict[str, str]:
-    """Take the variables that name no interface here from this process, so that it can meet the others; return them."""
-    existing = list(local_addresses())
-    forgotten = {
-        name: value
-        for name, value in select_variables(INTERFACES).items()
-        if missing_interfaces(name, value, existing)[1]
-    }
-    for name in forgotten:
-        forget_interface(name)
-    return forgotten
+# ---- file systems: caches, data set, run directory
 
 
-def find_route(launch: Launch) -> tuple[socket.AddressFamily, str, str]:
-    """Return the family and address of rank 0 as seen here, and this node's own address on the way there."""
-    try:
-        family, _, _, _, target = socket.getaddrinfo(launch.address, launch.port or 1, type=socket.SOCK_DGRAM)[0]
-    except OSError as error:
-        raise OSError(f"{launch.address}, rank 0's address, cannot be resolved here: {error.strerror}") from None
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(target)  # sends nothing; chooses a route
-        return family, str(target[0]), probe.getsockname()[0]
-
-
-def describe_address(launch: Launch, forgotten: Mapping[str, str]) -> dict[str, Any]:
-    """Return rank 0's address as seen here, the interface that leads to it, its speed, and the interface variables.
-
-    `interface` is None on the node of rank 0; `missing` is {NAME=VALUE: (interfaces that do not exist, is fatal)}.
-    """
-    _, address, mine = find_route(launch)
-    addresses = local_addresses()
-    interface = next((name for name, known in addresses.items() if known == mine), f"an interface with {mine}")
-    if ipaddress.ip_address(address) == ipaddress.ip_address(mine):
-        interface = None
-    variables = {**select_variables(INTERFACES), **forgotten}
-    missing = {f"{name}={value}": missing_interfaces(name, value, list(addresses)) for name, value in variables.items()}
-    return {
-        "address": address,
-        "interface": interface,
-        "link_mbit_s": link_speed(interface) if interface else None,
-        "interfaces": list(addresses),
-        "missing": {name: found for name, found in missing.items() if found[0]},
-    }
-
-
-def local_addresses() -> dict[str, str | None]:
-    """Return {network interface of this node: its IPv4 address, or None}."""
-    found: dict[str, str | None] = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-                found[name] = socket.inet_ntoa(answer[20:24])
-            except OSError:  # it has no address
-                found[name] = None
+def mark_caches(left: ExitStack) -> dict[str, tuple[str, str | None]]:
+    """Write a small file into each cache folder (or the nearest folder above it); return {variable: (file, error)}."""
+    folders = {"HOME": Path.home(), "TMPDIR": Path(tempfile.gettempdir())}
+    if torch.version.hip:
+        folders |= {name: Path.home() / default for name, default in MIOPEN_DEFAULTS.items()}
+    folders |= {name: Path(value) for name, value in select_variables(CACHES).items()}
+    found: dict[str, tuple[str, str | None]] = {}
+    for name, folder in folders.items():
+        mark, error = nearest_folder(folder) / f"{PREFIX}{secrets.token_hex(8)}", None
+        try:
+            mark.write_bytes(b"x")
+            left.callback(mark.unlink, missing_ok=True)
+        except OSError as refused:
+            error = refused.strerror
+        found[name] = (str(mark), error)
     return found
 
 
-def link_speed(interface: str) -> int | None:
-    """Return Mbit/s of a network interface, where the system knows."""
-    try:
-        speed = int((Path("/sys/class/net") / interface / "speed").read_text())
-    except (OSError, ValueError):
-        return None
-    return speed if speed > 0 else None
-
-
-def missing_interfaces(name: str, value: str, existing: list[str]) -> tuple[list[str], bool]:
-    """Return the interfaces in NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME that do not exist, and whether that is fatal.
-
-    NCCL takes beginnings of names, `=` for whole names and `^` for those to avoid (NCCL's documentation of its
-    environment variables); gloo takes whole names, and fails if one is missing.
-    """
-    if value.startswith("^"):
-        return [], False
-    words = [word for word in value.removeprefix("=").split(",") if word]
-    whole = name.startswith("GLOO") or value.startswith("=")
-    missing = [
-        word
-        for word in words
-        if not any(interface == word if whole else interface.startswith(word) for interface in existing)
+def find_shared_caches(others: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Return the `names` of MIOpen's variables in whose folder this node sees the mark of another node."""
+    marks = [
+        (name, greeting["caches"][name][0])
+        for greeting in others
+        for name in MIOPEN_DEFAULTS.keys() & greeting["caches"].keys()
     ]
-    return missing, bool(missing) and (name.startswith("GLOO") or len(missing) == len(words))
-
-
-def cache_folders() -> dict[str, Path]:
-    """Return {variable: folder}, as set or by default; MIOpen's defaults only where torch uses it."""
-    folders = {"HOME": Path.home(), "TMPDIR": Path(tempfile.gettempdir())}
-    if torch.version.hip:
-        folders |= {name: Path.home() / default for name, default in _MIOPEN_DEFAULTS.items()}
-    return folders | {name: Path(value) for name, value in select_variables(CACHES).items()}
-
-
-def find_shared_caches(others: list[Greeting]) -> list[str]:
-    """Return the variables of MIOpen in whose folder this node sees the mark of another node."""
-    marks = [(name, mark) for greeting in others for name, (mark, _) in (greeting.marks.value or {}).items()]
-    return sorted({name for name, mark in marks if name in _MIOPEN_DEFAULTS and Path(mark).exists()})
+    return {"names": sorted({name for name, mark in marks if Path(mark).exists()})}
 
 
 def read_samples(config: Config) -> dict[str, Any]:
@@ -489,16 +242,54 @@ def read_samples(config: Config) -> dict[str, Any]:
     }
 
 
+def leave_token(run_dir: Path, left: ExitStack) -> dict[str, str]:
+    """Make a folder in the run directory (or the nearest folder above it), with a locked file `token`.
+
+    Returns the folder, the text of the file, and its lock (see `try_lock`).
+    """
+    folder, text = nearest_folder(run_dir) / f"{PREFIX}{secrets.token_hex(8)}", secrets.token_hex(16)
+    folder.mkdir()
+    left.callback(shutil.rmtree, folder, ignore_errors=True)
+    file = left.enter_context((folder / "token").open("x"))
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+    return {"folder": str(folder), "text": text, "lock": try_lock(file.fileno())}
+
+
+def examine_folder(process: Process, token: Mapping[str, str], nodes: int) -> dict[str, Any]:
+    """Return whether this node sees rank 0's token and its lock, the free space, and the speed of writing."""
+    folder = nearest_folder(process.run_dir)
+    status = os.statvfs(folder)
+    free = status.f_bavail * status.f_frsize
+    found = {"sees": False, "folder": str(folder), "free_bytes": free, "lock": ""}
+    path = folder / Path(token["folder"]).name / "token"
+    if not wait_until(path.is_file) or path.read_text() != token["text"]:
+        return found
+    with path.open("rb") as file:
+        lock = try_lock(file.fileno())
+    own = path.with_name(f"node-{process.launch.rank}")
+    process.left.callback(own.unlink, missing_ok=True)
+    return {**found, "sees": True, "lock": lock, "rate": measure_write(own, min(MOST_BYTES, free // (2 * nodes)))}
+
+
+def find_written(folder: str, ranks: Sequence[int]) -> dict[str, list[int]]:
+    """Return the `ranks` whose file appears in rank 0's folder within `VISIBLE_SECONDS`."""
+
+    def seen() -> list[int]:
+        return [rank for rank in ranks if Path(folder, f"node-{rank}").is_file()]
+
+    wait_until(lambda: len(seen()) == len(ranks))
+    return {"ranks": seen()}
+
+
 def nearest_folder(path: Path) -> Path:
     """Return `path`, or the nearest path above it that exists (a file in place of a folder fails where it is used)."""
-    path = path.absolute()
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return path
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
 def try_lock(descriptor: int) -> str:
-    """Lock a file that another node holds locked: `held` as expected, `taken` if both have it now, or the error."""
+    """Lock a file: `taken`, `held` if another has it locked, or the error."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,160 +1,163 @@
-"""The report: checks with their findings, as JSON and as text."""
+"""The report: facts of all processes, checks and figures, printed as text or as JSON."""
 
 import json
-import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
+from topoflow.config import Config
 from topoflow.errors import RanksDisagree
 from topoflow.text import format_table, number_ranges, shorten
 
-OK, WARNING, FAIL = "ok", "WARNING", "FAIL"
-VERDICTS = (OK, WARNING, FAIL)
+OK, WARNING, FAIL = VERDICTS = ("ok", "WARNING", "FAIL")
 """From good to bad."""
-WIDTH, _NAME_WIDTH, _VERDICT_WIDTH = 120, 15, 9
-_MOST_NODES = 6
-
-
-def worst(verdicts: Iterable[str]) -> str:
-    """Return the worst of some verdicts; ok without any."""
-    return max(verdicts, key=VERDICTS.index, default=OK)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A problem on one node, with what to do about it. ranks: the processes of the node that it concerns."""
-
-    verdict: str
-    node: str
-    ranks: tuple[int, ...]
-    text: str
-
-
-@dataclass
-class Check:
-    """One subject, examined on all nodes. figures: {node: {name: value}}, plain values; names end in their unit."""
-
-    name: str
-    summary: str = ""
-    findings: list[Finding] = field(default_factory=list)
-    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def verdict(self) -> str:
-        return worst(finding.verdict for finding in self.findings)
-
-    def note(self, node: str, **figures: Any) -> None:
-        """Add figures of a node."""
-        self.figures.setdefault(node, {}).update(figures)
+WIDTH, NAME_WIDTH, VERDICT_WIDTH, MOST_NODES = 120, 15, 9, 6
+Place = TypeVar("Place", str, int)
 
 
 class Report:
-    """All checks, printed as text while they are made, or as one JSON object at the end.
+    """What is known of all nodes. Checks are printed as they are made, or all at the end as one JSON object.
 
-    facts: the head of the JSON object. is_shown: whether this process prints. ranks_of: {node: its ranks}, in the order
-    of ranks; empty until the processes have met.
+    Attributes:
+        head: the first keys of the JSON object.
+        config: what is to be trained.
+        nodes, checks: in the shape of the JSON object; nodes {name: node}, in the order of ranks. Empty before `begin`.
+        facts: of each rank, {measurement: what it returned}; {"error": text} for one that failed.
     """
 
-    def __init__(self, facts: Mapping[str, Any], is_shown: bool = True, as_json: bool = False):
-        self.facts, self._is_shown, self._as_json = facts, is_shown, as_json
-        self.ranks_of: Mapping[str, Sequence[int]] = {}
-        self.checks: list[Check] = []
+    def __init__(self, head: Mapping[str, Any], config: Config, is_shown: bool, as_json: bool):
+        self.head, self.config, self._is_shown, self._as_json = head, config, is_shown, as_json
+        self.nodes: dict[str, dict[str, Any]] = {}
+        self.checks: list[dict[str, Any]] = []
+        self.facts: list[dict[str, Any]] = []
 
-    def begin(self, ranks_of: Mapping[str, Sequence[int]]) -> None:
+    def begin(self, ranks_of: Mapping[str, list[int]]) -> None:
         """Print what is examined. ranks_of: {node: its ranks}."""
-        self.ranks_of = ranks_of
-        what = self.facts["config"] or "no CONFIG: a small built-in model, no data set, the current folder"
+        self.nodes = {
+            node: {"node": node, "verdict": OK, "ranks": ranks, "figures": {}} for node, ranks in ranks_of.items()
+        }
+        what = self.head["config"] or "no CONFIG: a small built-in model, no data set, the current folder"
         lines = [f"topoflow doctor: {what}"]
-        if self.facts["data"]:
-            lines.append(f"run directory {self.facts['run_directory']}, data {self.facts['data']}")
+        if self.head["data"]:
+            lines.append(f"run directory {self.head['run_directory']}, data {self.head['data']}")
         self._print([part for line in lines for part in textwrap.wrap(line, WIDTH, break_on_hyphens=False)] + [""])
 
-    def add(self, check: Check) -> None:
-        """Add a check and print it."""
-        self.checks.append(check)
-        self._print(self._check_lines(check))
+    def add_facts(self, gathered: Iterable[Mapping[str, Any]]) -> None:
+        """Add the facts of each rank, in the order of ranks."""
+        gathered = list(gathered)
+        self.facts = self.facts or [{} for _ in gathered]
+        for facts, more in zip(self.facts, gathered, strict=True):
+            facts.update(more)
+
+    def node_of(self, rank: int) -> str:
+        """Return the node of a rank."""
+        return next(node for node, item in self.nodes.items() if rank in item["ranks"])
+
+    def per_rank(self, name: str) -> dict[int, dict[str, Any]]:
+        """Return {rank: result} of a measurement of processes; its failures become findings."""
+        return self._results({rank: facts[name] for rank, facts in enumerate(self.facts) if name in facts})
+
+    def per_node(self, name: str) -> dict[str, dict[str, Any]]:
+        """Return {node: result} of a measurement by the first process of each node; its failures become findings."""
+        first = {node: self.facts[item["ranks"][0]] for node, item in self.nodes.items()}
+        return self._results({node: facts[name] for node, facts in first.items() if name in facts})
+
+    def _results(self, found: dict[Place, dict[str, Any]]) -> dict[Place, dict[str, Any]]:
+        for place, result in found.items():
+            if "error" in result:
+                self.find(WARNING if result.get("is_minor") else FAIL, place, result["error"])
+        return {place: result for place, result in found.items() if "error" not in result}
+
+    def by_node(self, results: Mapping[int, dict[str, Any]]) -> Iterator[tuple[str, dict[int, dict[str, Any]]]]:
+        """Yield each node with {rank: result} of its processes, if there is any."""
+        for node, item in self.nodes.items():
+            if here := {rank: results[rank] for rank in item["ranks"] if rank in results}:
+                yield node, here
+
+    def judge(self, name: str, check: Callable[["Report"], str]) -> None:
+        """Make a check and print it. check: adds findings and figures, and returns a summary."""
+        made = {"check": name, "verdict": OK, "summary": "", "findings": []}
+        self.checks.append(made)
+        made["summary"] = check(self)
+        lines = _row(name, made["verdict"], made["summary"])
+        places: dict[tuple[str, str], list[str]] = {}
+        for finding in made["findings"]:
+            node, ranks = finding["node"], finding["ranks"]
+            which = (
+                f" rank{'s' * (len(ranks) > 1)} {number_ranges(ranks)}" if ranks != self.nodes[node]["ranks"] else ""
+            )
+            places.setdefault((finding["verdict"], finding["text"]), []).append(f"{node}{which}")
+        for (verdict, text), nodes in places.items():
+            where = "all nodes" if len(nodes) > 1 and nodes == [*self.nodes] else shorten(nodes, MOST_NODES)
+            lines += _row("", verdict if verdict != made["verdict"] else "", f"{where}: {text}")
+        self._print(lines)
+
+    def fail(self, name: str, summary: str, findings: Mapping[Any, str]) -> None:
+        """Print a failed check. findings: {node or rank: text}."""
+
+        def check(_: Report) -> str:
+            for where, text in findings.items():
+                self.find(FAIL, where, text)
+            return summary
+
+        self.judge(name, check)
+
+    def find(self, verdict: str, where: str | int | Iterable[int], text: str) -> None:
+        """Add a finding on a node, a rank or some ranks to the check; none if the verdict is ok."""
+        if verdict == OK:
+            return
+        ranks = {where} if isinstance(where, int) else set() if isinstance(where, str) else set(where)
+        check = self.checks[-1]
+        for node, item in self.nodes.items():
+            here = [rank for rank in item["ranks"] if node == where or rank in ranks]
+            if not here and node != where:
+                continue
+            finding = {"verdict": verdict, "node": node, "ranks": [], "text": text}
+            same = [known for known in check["findings"] if {**known, "ranks": []} == finding]
+            if not same:
+                check["findings"].append(finding)
+            (same or [finding])[0]["ranks"] += here
+            for judged in (check, item):
+                judged["verdict"] = max(judged["verdict"], verdict, key=VERDICTS.index)
+
+    def note(self, node: str, **figures: Any) -> None:
+        """Add figures of a node: plain values, with names that end in their unit."""
+        self.nodes[node]["figures"].update(figures)
+
+    def note_lists(self, results: Mapping[int, dict[str, Any]], **facts: str) -> None:
+        """Add figures of the processes of each node, {figure: name of the fact}, as lists in the order of ranks."""
+        for node, here in self.by_node(results):
+            self.note(node, **{figure: [found[fact] for found in here.values()] for figure, fact in facts.items()})
 
     def end(self, status: int | None = None) -> int:
         """Print what comes last; return `status`, by default 1 if a check failed, else 0."""
+        verdict = max((check["verdict"] for check in self.checks), key=VERDICTS.index, default=OK)
         if self._as_json and self._is_shown:
-            sys.stdout.write(json.dumps(self.to_dict(), indent=1) + "\n")
-            sys.stdout.flush()
-        self._print(self._node_lines())
-        return int(self.verdict == FAIL) if status is None else status
+            found = {"verdict": verdict, **self.head, "checks": self.checks, "nodes": [*self.nodes.values()]}
+            print(json.dumps(found, indent=1), flush=True)
+        figures = [item["figures"] for item in self.nodes.values()]
+        columns = [column for column in COLUMNS if any(held.get(column[1]) is not None for held in figures)]
+        rows = []
+        for node, item in self.nodes.items():
+            shown = [(item["figures"].get(name), form) for _, name, form in columns]
+            cells = ["" if figure is None else form(figure) for figure, form in shown]
+            rows.append([node, number_ranges(item["ranks"]), *cells, item["verdict"]])
+        verdicts = [item["verdict"] for item in self.nodes.values()]
+        words = {FAIL: "failed", WARNING: "with warnings", OK: "ok"}
+        counts = [f"{verdicts.count(verdict)} {words[verdict]}" for verdict in words if verdict in verdicts]
+        table = format_table(["node", "ranks", *(title for title, _, _ in columns), "verdict"], rows)
+        self._print(["", *table, "", f"{verdict}: of {len(verdicts)} node(s), {', '.join(counts)}"])
+        return int(verdict == FAIL) if status is None else status
 
     def end_as_lost(self, text: str) -> int:
-        """End after the processes lost each other: what was found until then is worth knowing. Returns the status."""
-        node, ranks = next(iter(self.ranks_of.items()))
+        """End after the processes lost each other, with what was found until then; return the status."""
         summary = f"lost after {len(self.checks)} check(s): no further ones were made"
-        self.add(Check("connection", summary, [Finding(FAIL, node, tuple(ranks), text)]))
+        self.fail("connection", summary, {next(iter(self.nodes)): text})
         return self.end(RanksDisagree.exit_status)
 
     def _print(self, lines: list[str]) -> None:
         if self._is_shown and not self._as_json:
             print("\n".join(lines), flush=True)
-
-    @property
-    def verdict(self) -> str:
-        return worst(check.verdict for check in self.checks)
-
-    def verdict_of(self, node: str) -> str:
-        """Return the worst verdict on a node."""
-        return worst(finding.verdict for check in self.checks for finding in check.findings if finding.node == node)
-
-    def figures_of(self, node: str) -> dict[str, Any]:
-        """Return everything that was measured on a node."""
-        return {name: value for check in self.checks for name, value in check.figures.get(node, {}).items()}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values in the shape that the package's docstring describes."""
-        checks = [
-            {
-                "check": check.name,
-                "verdict": check.verdict,
-                "summary": check.summary,
-                "findings": [vars(finding) | {"ranks": list(finding.ranks)} for finding in check.findings],
-            }
-            for check in self.checks
-        ]
-        nodes = [
-            {"node": node, "verdict": self.verdict_of(node), "ranks": list(ranks), "figures": self.figures_of(node)}
-            for node, ranks in self.ranks_of.items()
-        ]
-        return {"verdict": self.verdict, **self.facts, "checks": checks, "nodes": nodes}
-
-    def _check_lines(self, check: Check) -> list[str]:
-        """Return a check, its verdict and summary, and below them each finding with its nodes."""
-        lines = _row(check.name, check.verdict, check.summary)
-        places: dict[tuple[str, str], list[str]] = {}
-        for finding in check.findings:
-            whole = list(finding.ranks) == list(self.ranks_of[finding.node])
-            ranks = "" if whole else f" rank{'s' * (len(finding.ranks) > 1)} {number_ranges(finding.ranks)}"
-            places.setdefault((finding.verdict, finding.text), []).append(f"{finding.node}{ranks}")
-        for (verdict, text), nodes in places.items():
-            everywhere = len(nodes) > 1 and nodes == list(self.ranks_of)
-            where = "all nodes" if everywhere else shorten(nodes, _MOST_NODES)
-            lines += _row("", verdict if verdict != check.verdict else "", f"{where}: {text}")
-        return lines
-
-    def _node_lines(self) -> list[str]:
-        """Return the table of nodes and the verdict on all of them."""
-        shown = {
-            node: {title: form(figures[name]) for title, name, form in _COLUMNS if figures.get(name) is not None}
-            for node in self.ranks_of
-            for figures in [self.figures_of(node)]
-        }
-        titles = [title for title, _, _ in _COLUMNS if any(title in cells for cells in shown.values())]
-        rows = [
-            [node, number_ranges(ranks), *(shown[node].get(title, "") for title in titles), self.verdict_of(node)]
-            for node, ranks in self.ranks_of.items()
-        ]
-        verdicts = [row[-1] for row in rows]
-        words = {FAIL: "failed", WARNING: "with warnings", OK: "ok"}
-        counts = [f"{verdicts.count(verdict)} {words[verdict]}" for verdict in words if verdict in verdicts]
-        last = f"{self.verdict}: of {len(verdicts)} node(s), {', '.join(counts)}"
-        return ["", *format_table(["node", "ranks", *titles, "verdict"], rows), "", last]
 
 
 def format_bytes(count: float) -> str:
@@ -177,19 +180,17 @@ def format_seconds(seconds: float) -> str:
 
 
 def _format_devices(names: list[str]) -> str:
-    kinds = sorted({name.partition(" ")[2] or name for name in names})
-    shown = f"{len(names)} x {', '.join(kinds)}"
+    shown = f"{len(names)} x {', '.join(sorted({name.partition(' ')[2] or name for name in names}))}"
     return shown if len(shown) <= 24 else f"{shown[:21]}..."
 
 
 def _row(name: str, verdict: str, text: str) -> list[str]:
-    indent = " " * (_NAME_WIDTH + _VERDICT_WIDTH)
-    wrapped = textwrap.wrap(text, WIDTH - len(indent), break_on_hyphens=False) or [""]
-    first = f"{name:<{_NAME_WIDTH}}{verdict:<{_VERDICT_WIDTH}}{wrapped[0]}".rstrip()
-    return [first, *(f"{indent}{line}" for line in wrapped[1:])]
+    indent = " " * (NAME_WIDTH + VERDICT_WIDTH)
+    first, *others = textwrap.wrap(text, WIDTH - len(indent), break_on_hyphens=False) or [""]
+    return [f"{name:<{NAME_WIDTH}}{verdict:<{VERDICT_WIDTH}}{first}".rstrip(), *(f"{indent}{line}" for line in others)]
 
 
-_COLUMNS = (
+COLUMNS = (
     ("device", "devices", _format_devices),
     ("CPUs", "processors", str),
     ("clock", "clock_offset_seconds", lambda seconds: f"{round(seconds * 1e3, 1) + 0.0:+.1f} ms"),
@@ -200,4 +201,4 @@ _COLUMNS = (
     ("pass", "pass_seconds", lambda seconds: format_seconds(max(seconds))),
     ("memory", "memory_bytes", lambda sizes: format_bytes(max(sizes))),
 )
-"""Title of a column, the figure that it shows, and how."""
+"""Title of a column of the table of nodes, the figure in it, and its form."""
