@@ -80,8 +80,8 @@ def test_who_am_i(environ, expected):
         ({}, "single process, 1 process(es) (neither torchrun's variables nor a SLURM step's)"),
         (
             JOB,
-            "single process, 1 process(es) (a batch script or shell of SLURM job 17, no task of a step, "
-            "although the job has 8 tasks: srun launch/srun.sh starts as many)",
+            "single process, 1 process(es) (a batch script or shell of SLURM job 17, not a task of a step, "
+            "although the job has 8 tasks: srun launch/srun.sh starts that many)",
         ),
         (PTY, "srun, 1 process(es) (SLURM step 17.0 of 1 task)"),
         (
@@ -92,7 +92,7 @@ def test_who_am_i(environ, expected):
         (
             STEP | TORCHRUN | AGENT,
             "torchrun, 8 process(es) on 4 node(s), meeting at n1:29500 (TORCHELASTIC_RUN_ID, RANK, WORLD_SIZE, "
-            "LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set, which win over SLURM's)",
+            "LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set, which take precedence over SLURM's)",
         ),
         (STEP, "srun, 8 process(es) on 4 node(s), meeting at nid005001:21923 (SLURM step 17.2 of 8 tasks)"),
         (

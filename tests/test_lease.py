@@ -192,7 +192,7 @@ def test_a_holder_elsewhere_that_stands_still_is_taken_over_after_its_time(lease
     note = lease().take()
     assert time.monotonic() - began >= 0.4
     assert "taken over from process" in note
-    assert "no sign of life for 0.4 s" in note
+    assert "no heartbeat for 0.4 s" in note
 
 
 @pytest.mark.parametrize(("change", "taken"), [({"beat": 4}, False), ({"released": True}, True)])

@@ -173,7 +173,7 @@ def refuses_alone(context, ranks):
     raise DataError("data.path: gone")
 
 
-LOST = "its process ended without a word"
+LOST = "its process ended without reporting an error"
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ class StartClock:
             self._begun.insert(0, (now - age_seconds, "imports"))
 
     def begin(self, phase: str) -> None:
-        """End the phase before and begin another."""
+        """End the current phase and begin another."""
         self._begun.append((time.monotonic(), phase))
 
     def seconds(self) -> dict[str, float]:
@@ -38,7 +38,7 @@ class StartClock:
         """Return `first step after 3.1 s: imports 1.6, data 0.4, ...`, without phases that round to zero."""
         spent = self.seconds()
         shown = [f"{phase} {seconds:.1f}" for phase, seconds in spent.items() if seconds >= 0.05]
-        return f"first step after {sum(spent.values()):.1f} s: {', '.join(shown) or 'nothing took long'}"
+        return f"first step after {sum(spent.values()):.1f} s: {', '.join(shown) or 'no phase took long'}"
 
 
 def _process_age_seconds() -> float | None:
@@ -106,11 +106,11 @@ class Activity:
         self.tick()
 
     def mark(self, detail: str) -> None:
-        """Begin a part of the stage."""
+        """Begin a part of the current stage."""
         self.enter(self._stage, detail)
 
     def tick(self) -> None:
-        """Record progress: other ranks wait for a slow rank as long as it makes some."""
+        """Record progress: other ranks wait for a slow rank as long as it makes progress."""
         self._ticks += 1
         self._progressed = time.monotonic()
 

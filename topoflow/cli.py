@@ -246,7 +246,7 @@ exit status:
   0   every check passed, perhaps with warnings
   1   at least one check failed
   2   the launcher's variables or the config cannot be used (also: bad usage)
-  5   the processes did not meet within a minute, or one was lost later
+  5   the processes did not connect within a minute, or one was lost later
 With --json, rank 0 prints the object for each of these, except for bad usage."""
 
 

@@ -20,7 +20,7 @@ class Alters(enum.Flag):
     """
 
     MATHEMATICS = enum.auto()
-    """What the coming steps compute, but nothing that the proof compares."""
+    """What later steps compute, but nothing that the proof compares."""
     RATES = enum.auto()
     """Learning rates or other settings of the optimizer: those of the config are used."""
     ORDER = enum.auto()
@@ -42,7 +42,7 @@ MATHEMATICS, RATES, ORDER, SAMPLES = Alters.MATHEMATICS, Alters.RATES, Alters.OR
 CHANNELS, NETWORK, NAMES, ARITHMETIC = Alters.CHANNELS, Alters.NETWORK, Alters.NAMES, Alters.ARITHMETIC
 
 DATA_ALTERS = {"data.fingerprint": ORDER | RATES, "data.mask_fingerprint": SAMPLES}
-"""What a change of the data set and of its mask alters. Contents are compared; paths alter nothing."""
+"""What a change of the data set and of its mask alters. Contents are compared; paths do not matter."""
 
 PARAMETER_GROUPS = ("vit_blocks", "wind_embedding", "head", "others")
 
@@ -67,16 +67,16 @@ def _require(section: object, key: str, condition: bool, expected: str) -> None:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where the run lives and what makes it repeat."""
+    """The run directory, and what makes a run repeatable."""
 
     dir: str = key("runs/topoflow", alters=NOTHING)
     """Run directory: checkpoints, metrics, TensorBoard events and scores go here."""
     seed: int = key(0, alters=ORDER)
     """Seed of the initial weights, of the order of samples and of every random draw in training."""
     deterministic: bool = key(True, alters=MATHEMATICS)
-    """Use only algorithms that give the same bits each time (an operation that has none is an error)."""
+    """Use only deterministic algorithms (an operation without one is an error)."""
     threads: int | None = key(None, alters=NOTHING)
-    """Intra-op threads of each process; bits on CPU depend on it. Absent: as the launcher set it (torchrun: 1)."""
+    """Intra-op threads of each process; it affects the last bits on CPU. Absent: the launcher's (torchrun: 1)."""
     device: Literal["auto", "cpu", "cuda"] = key("auto", alters=NOTHING)
     """Device to compute on; auto takes this process's GPU if there is one (ROCm devices are called cuda too)."""
 
@@ -88,7 +88,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which data are read, and as what."""
+    """The data, and how they are used."""
 
     path: str = key(alters=NOTHING)
     """Folder with yearly stores (data_YYYY*.zarr or *.nc), or one such store or file."""
@@ -165,10 +165,10 @@ class ModelConfig:
     drop_path: float = key(0.1, alters=MATHEMATICS)
     """Stochastic depth: rate of the last block; it rises linearly from 0 at the first."""
     wind: Literal["none", "rank", "legacy_regional"] = key("rank", alters=NETWORK | NAMES)
-    """rank: each token is told where it stands along the field's mean wind; none: not. legacy_regional: tokens sorted
+    """rank: tokens get an embedding of their rank along the mean wind; none: no wind. legacy_regional: tokens sorted
     within regions, for imported weights of the published program's predecessor (128 x 256 cells, patch_size 2)."""
     terrain: Literal["none", "endpoint"] = key("endpoint", alters=NETWORK | NAMES)
-    """endpoint: attention of block 0 is damped towards tokens that stand higher; none: not."""
+    """endpoint: attention of block 0 to higher tokens is damped; none: no damping."""
     elevation_alpha_init: float = key(0.01, alters=NAMES)
     """Initial strength of the terrain term (learned)."""
     relative_position: bool = key(False, alters=NETWORK | NAMES)
@@ -256,8 +256,8 @@ class TrainConfig:
     activation_checkpointing: bool = key(False, alters=NOTHING)
     """Recompute each block's activations in the backward pass instead of keeping them."""
     flex_attention: bool = key(True, alters=NOTHING)
-    """On GPUs, attend with the terrain bias by FlexAttention, which compiles a kernel; false: by torch's plain path, in
-    memory of several values per head and pair of tokens."""
+    """On GPUs, attend with the terrain bias by FlexAttention, which compiles a kernel; false: torch's plain path,
+    which stores several values per head and pair of tokens."""
     early_stopping_patience: int | None = key(None, alters=NOTHING)
     """Stop after this many validations in a row without a new best; null never stops early."""
     validate_every_steps: int | None = key(None, alters=NOTHING)
@@ -280,12 +280,12 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When state is saved, and from what a run starts."""
+    """When checkpoints are saved, and what a run starts from."""
 
     every_steps: int | None = key(1000, alters=NOTHING)
     """Optimizer steps between checkpoints; null: only at a new best, at a stop and at the end."""
     keep_last: int = key(3, alters=NOTHING)
-    """How many of the newest checkpoints stay."""
+    """How many of the newest checkpoints to keep."""
     keep_best: bool = key(True, alters=NOTHING)
     """Keep the checkpoint with the lowest validation loss as well, and save one whenever it falls."""
     resume: str = key("auto", alters=NOTHING)
@@ -295,13 +295,13 @@ class CheckpointConfig:
     allow_new: tuple[str, ...] = key((), alters=NOTHING)
     """Names (or globs) of weights and buffers that may be absent from the checkpoint; they start fresh."""
     allow_changed: tuple[str, ...] = key((), alters=NOTHING)
-    """Config keys (or globs) that alter the mathematics and may differ from the checkpoint's all the same."""
+    """Config keys (or globs) that alter the mathematics but may still differ from the checkpoint's."""
     probe_tolerance: float = key(1e-5, alters=NOTHING)
     """Largest relative change of the probe loss on a resume with other software, device model or thread count."""
     validate_on_resume: bool = key(False, alters=NOTHING)
     """Run the whole validation after a restore, before the first step, and log it next to the checkpoint's."""
     on_error: Literal["stop", "continue"] = key("stop", alters=NOTHING)
-    """What a failed save does: end the run, or log it and train on until the next one."""
+    """After a failed save: stop the run, or log the failure and continue to the next save."""
 
     def __post_init__(self):
         every = self.every_steps
@@ -326,7 +326,7 @@ class DistributedConfig:
     verify_every_steps: int | None = key(1000, alters=NOTHING)
     """Optimizer steps between proofs that all processes hold the same state; null: only at start and after a resume."""
     reduction: Literal["ddp", "canonical"] = key("ddp", alters=MATHEMATICS)
-    """How gradients are summed over processes. canonical: 1, 2, 4 ... give the same bits (with run.threads set)."""
+    """How gradients are summed over processes. canonical: bit-identical on 1, 2, 4 ... (with run.threads set)."""
 
     def __post_init__(self):
         for key in ("setup_timeout_seconds", "timeout_seconds"):
@@ -354,4 +354,4 @@ class Config:
         validates = not self.checkpoint.validate_on_resume or len(self.data.validation) > 0
         _require(self.checkpoint, "validate_on_resume", validates, "a data.validation split to validate on")
         judged = self.train.early_stopping_patience is None or len(self.data.validation) > 0
-        _require(self.train, "early_stopping_patience", judged, "a data.validation split to judge by")
+        _require(self.train, "early_stopping_patience", judged, "a data.validation split")

@@ -1,4 +1,4 @@
-"""Reads a config from YAML and `section.key=value` overrides, writes it, compares two, and documents its keys."""
+"""Read a config from YAML and `section.key=value` overrides, write it, compare two, and document the keys."""
 
 import argparse
 import ast
@@ -264,7 +264,7 @@ def _apply_override(tree: dict, override: str, given: dict[str, str]) -> None:
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError:
-        raise ConfigError(f"{path}: {text!r} is not a value: check its brackets and quotes") from None
+        raise ConfigError(f"{path}: {text!r} is not a valid value: check its brackets and quotes") from None
     if takes_text(field.type) and isinstance(value, bool | int | float):
         value = text.strip()
     if tree.get(section) is None:
@@ -315,7 +315,7 @@ def field_docstrings() -> dict[str, dict[str, str]]:
 
 def config_help() -> str:
     """Return a text with every section and key of the config: type, default, what a change alters, docstring."""
-    lines = ["config keys, in CONFIG or as section.key=value, and what a change of each alters on resume:"]
+    lines = ["config keys, in CONFIG or as section.key=value, and what changing each affects on resume:"]
     docstrings = field_docstrings()
     for section, kind in _SECTIONS.items():
         lines += ["", f"{section}: {inspect.getdoc(kind)}"]

@@ -59,14 +59,14 @@ def silence_torch() -> None:
 def set_torch_defaults() -> None:
     """Set torch's variables for process groups, where the user has not."""
     for name, value in {
-        # gloo connects two processes when they first speak (torch 2.8 and later). At once, each connects with each: n
+        # Connect gloo processes when they first communicate (torch 2.8 and later). By default all connect at once: n
         # open files a process, and n^2 requests to the store for their addresses.
         "TORCH_GLOO_LAZY_INIT": "1",
         # The watch ends hanging ranks and names the culprit. By default torch's watchdog ends the process at the first
         # error of NCCL, before the watch can. With 2 it aborts the communicators only (CleanUpOnly in torch's
-        # ProcessGroupNCCL.hpp), so the main thread sees the error. Its heartbeat stays, as a net, past our limits.
+        # ProcessGroupNCCL.hpp), so the main thread sees the error. Its heartbeat stays as a net beyond our limits.
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",
         "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "3600",
-        "TORCH_FR_BUFFER_SIZE": "2000",  # records the last collectives, for the dump at a stall
+        "TORCH_FR_BUFFER_SIZE": "2000",  # records the last collectives, to be dumped at a stall
     }.items():
         os.environ.setdefault(name, value)

@@ -28,7 +28,7 @@ from topoflow.ranks import Context
 log = logging.getLogger(__name__)
 
 CASE_TARGET, CASE_LEAD_HOURS = "pm25", 24
-"""Target and lead time of the case that is drawn; the first one of the data set if it lacks them."""
+"""Target and lead time of the plotted case; the first of the data set if it lacks these."""
 
 
 def evaluate_model(
@@ -284,7 +284,7 @@ class Evaluator:
         sample = PhysicalSamples(dataset)[row * len(leads) + k]
         forecast = self.to_physical(self.forward(torch.utils.data.default_collate([sample])))[0, t]
         truth = np.where(sample["valid"][t].numpy(), sample["observed"][t].double().numpy(), np.nan)
-        # the network could not learn cells where the target was never observed in training
+        # leave out cells that the network could not learn: the target was never observed there in training
         known = dataset.mask & (baselines.filled[t] == 0).any(axis=0)
         variable, start = VARIABLES[names[t]], int(dataset.starts[row])
         return ForecastCase(

@@ -1,4 +1,4 @@
-"""Which of the processes of a run this one is, by its launcher's variables (torchrun, srun, none), and its device."""
+"""Rank and device of this process, from its launcher's variables (torchrun, srun, none)."""
 
 import os
 import socket
@@ -39,19 +39,19 @@ class Launch:
     """0: not known."""
     address: str = "127.0.0.1"
     port: int = 0
-    """Where the ranks meet: rank 0's host."""
+    """Host of rank 0, where the ranks connect."""
     has_agent_store: bool = False
-    """torchrun's agent listens at the port, with a store for all."""
+    """Whether torchrun's agent listens at the port, with a store for all ranks."""
     attempt: int = 0
     """How often torchrun has started the ranks again."""
     error_file: str | None = None
-    """Where torchrun reads why this rank failed."""
+    """File from which torchrun reads why this rank failed."""
     job: str | None = None
-    """Number of the SLURM job, under any launcher. torchrun's run id is no job: users choose it, and use it again."""
+    """Number of the SLURM job, under any launcher. torchrun's run id is not a job: users choose and reuse it."""
     restart: int = 0
     """How often SLURM has requeued and started the job again."""
     idle_tasks: int = 0
-    """For one process alone: how many more tasks the job has that it runs in."""
+    """For a single process: number of other tasks of its SLURM job."""
     job_nodes: int = 1
     """Nodes of the SLURM job."""
     hosts: Sequence[str] = ()
@@ -75,9 +75,9 @@ _TORCHRUN = (*_RANKS, "MASTER_ADDR", "MASTER_PORT")
 
 
 def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
-    """Read the launcher's variables: torchrun's win over those of a SLURM step; with neither, it is one process.
+    """Read the launcher's variables: torchrun's override those of a SLURM step; with neither, it is a single process.
 
-    A batch script or an salloc shell has SLURM variables too, but is no task of a step: it is one process.
+    A batch script or an salloc shell has SLURM variables too, but is not a task of a step: it is a single process.
 
     Raises:
         ConfigError: variables that are half set, not integers, or contradict each other.
@@ -90,11 +90,11 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     if step is not None:
         _require_not_inherited(environ, step)
     require_complete(environ, (*_RANKS, "TORCHELASTIC_RUN_ID"), _TORCHRUN)
-    # each process of mpirun would take itself for the only one
+    # each process of mpirun would think that it is the only one
     size = environ.get("OMPI_COMM_WORLD_SIZE", "1")
     if size != "1" and "RANK" not in environ and (step is None or str(step.size) != size):
         raise ConfigError(
-            f"environment: OMPI_COMM_WORLD_SIZE={size}: mpirun is no launcher of this program: "
+            f"environment: OMPI_COMM_WORLD_SIZE={size}: mpirun is not supported as a launcher: "
             "expected srun launch/srun.sh or launch/torchrun.sh"
         )
     if "RANK" in environ:
@@ -121,7 +121,7 @@ def _require_not_inherited(environ: Mapping[str, str], step: SlurmStep) -> None:
 
 def _launch_of_torchrun(environ: Mapping[str, str], step: SlurmStep | None, in_step: bool) -> Launch:
     agent = "TORCHELASTIC_RUN_ID, " if "TORCHELASTIC_RUN_ID" in environ else ""
-    over = ", which win over SLURM's" if in_step else ""
+    over = ", which take precedence over SLURM's" if in_step else ""
     local_rank = read_integer(environ, "LOCAL_RANK")
     launch = Launch(
         launcher="torchrun",
@@ -143,7 +143,7 @@ def _launch_of_torchrun(environ: Mapping[str, str], step: SlurmStep | None, in_s
         is_lower = higher not in environ or read_integer(environ, lower) < read_integer(environ, higher)
         require_consistent(environ, is_lower, lower, higher, f"a lower {lower}")
     fits = launch.local_world_size <= launch.world_size
-    require_consistent(environ, fits, "LOCAL_WORLD_SIZE", "WORLD_SIZE", "at most as many on a node as in all")
+    require_consistent(environ, fits, "LOCAL_WORLD_SIZE", "WORLD_SIZE", "at most as many on a node as in total")
     return launch
 
 
@@ -181,15 +181,15 @@ def _launch_alone(environ: Mapping[str, str], job: str | None) -> Launch:
         )
     reason, tasks = "neither torchrun's variables nor a SLURM step's", _tasks_of_job(environ)
     if job is not None:
-        reason = f"a batch script or shell of SLURM job {job}, no task of a step"
+        reason = f"a batch script or shell of SLURM job {job}, not a task of a step"
     if tasks > 1:
-        reason += f", although the job has {tasks} tasks: srun launch/srun.sh starts as many"
+        reason += f", although the job has {tasks} tasks: srun launch/srun.sh starts that many"
     job_nodes = read_integer(environ, "SLURM_JOB_NUM_NODES", 1)
     return Launch("single process", reason, idle_tasks=tasks - 1, job_nodes=job_nodes)
 
 
 def _tasks_of_job(environ: Mapping[str, str]) -> int:
-    """Return the tasks of the job, also where it was sized by its nodes alone."""
+    """Return the number of tasks of the job, also if only its number of nodes was requested."""
     if "SLURM_NTASKS" not in environ and environ.get("SLURM_NTASKS_PER_NODE", "").isdecimal():
         return int(environ["SLURM_NTASKS_PER_NODE"]) * read_integer(environ, "SLURM_JOB_NUM_NODES", 1)
     return read_integer(environ, "SLURM_NTASKS", 1)
@@ -206,7 +206,7 @@ def _port(environ: Mapping[str, str]) -> int:
 
 
 def assigned_devices() -> str | None:
-    """Return the variable by which a launcher or a user gives GPUs to this process, as NAME=VALUE, if there is one."""
+    """Return the variable that assigns GPUs to this process as NAME=VALUE, if there is one."""
     for name, value in select_variables((*VISIBLE_DEVICES, "SLURM_STEP_GPUS", "SLURM_JOB_GPUS")).items():
         if value not in ("", "-1", "NoDevFiles"):
             return f"{name}={value}"
@@ -217,7 +217,7 @@ def choose_device(name: str, launch: Launch) -> "torch.device":
     """Return the device of this process: `cpu`, `cuda`, or `auto` for a GPU where there is one.
 
     With one visible device per task that device is index 0; with all visible, the index is the local rank. Whether
-    others have the same one is not seen here: see `device_identity`.
+    another process has the same device is checked with `device_identity`.
 
     Raises:
         ConfigError: a GPU was asked for or assigned and torch sees none, more processes on a node than visible devices,
@@ -231,7 +231,7 @@ def choose_device(name: str, launch: Launch) -> "torch.device":
         return torch.device("cpu")
     if count == 0 and name == "auto":
         raise ConfigError(
-            f"run.device: this process was given GPUs ({assigned}) and torch {torch.__version__} sees none: expected a "
+            f"run.device: this process was given GPUs ({assigned}) but torch {torch.__version__} sees none: expected a "
             "torch built for them and a driver, or run.device=cpu to train without"
         )
     if count == 0:
@@ -253,9 +253,9 @@ def choose_device(name: str, launch: Launch) -> "torch.device":
 
 
 def device_identity(device: "torch.device") -> str:
-    """Return what tells this device from all others of a run, by whatever index each process knows it.
+    """Return an identifier of this device that is unique in a run, whatever index a process has for it.
 
-    Empty where sharing it is no mistake (CPU), and where PyTorch cannot tell.
+    Empty if processes may share it (CPU), or if PyTorch cannot identify it.
     """
     if device.type != "cuda":
         return ""

@@ -33,18 +33,18 @@ PROC = Path("/proc")
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """One state of the lease. Its fields are compared only for equality; `since` is for people alone."""
+    """One state of the lease. Its fields are compared only for equality; `since` is only shown to users."""
 
     generation: int
-    """One more each time that the lease is taken."""
+    """Incremented each time the lease is taken."""
     token: str
     """Random, drawn when the lease was taken."""
     beat: int
-    """Grows by one with each heartbeat of the holder."""
+    """Incremented with each heartbeat of the holder."""
     seconds: int | float
-    """A holder on another machine counts as gone once its `beat` has not changed for so long."""
+    """A holder on another machine counts as ended once its `beat` has not changed for this long."""
     released: bool
-    """The holder has ended in an orderly way."""
+    """The holder has ended normally."""
     host: str
     boot: str
     """Linux: id of the machine's boot, else empty."""
@@ -127,7 +127,7 @@ class Lease:
         job, restart: number of the batch job, and how often it has been restarted. A higher restart of the same job
             takes the lease from a lower one at once, dead or alive; a lower one never takes it from a higher one
             that may be alive.
-        seconds: how long the heartbeat of a holder on another machine must pause until the holder counts as gone.
+        seconds: how long a holder on another machine must be without a heartbeat to count as ended.
     """
 
     def __init__(self, run_dir: Path, job: str | None = None, restart: int = 0, seconds: float = LEASE_SECONDS):
@@ -170,7 +170,7 @@ class Lease:
         self._heart.join()
         try:
             self._update(released=True)
-        except OSError as error:  # the next process will see that this one has ended
+        except OSError as error:  # the next process will notice that this one has ended
             log.warning("%s: cannot be written: %s", self._path, error.strerror)
         self._mine = None
 
@@ -184,7 +184,7 @@ class Lease:
 
         Raises:
             RunDirectoryError: this process does not hold the lease, or has lost it.
-            OSError: the lease is missing or unreadable: the file system is away, or refused.
+            OSError: the lease is missing or unreadable: the file system is unavailable, or refused.
         """
         if self._mine is None or self._mine.pid != os.getpid():
             raise RunDirectoryError(f"run.dir {self._run_dir}: not held by this process: nothing was written")
@@ -226,7 +226,7 @@ class Lease:
             seconds = holder.seconds if holder is not None else self._seconds
             is_watched = wait and not (holder is not None and holder.is_local())
             if is_watched and self._is_unchanged_for(found, who, seconds):
-                return found, f"run.dir {self._run_dir}: taken over from {who}: no sign of life for {seconds:g} s"
+                return found, f"run.dir {self._run_dir}: taken over from {who}: no heartbeat for {seconds:g} s"
             now = parse_holder(self._read())
             if not is_watched or (holder and now and now.token == holder.token and not now.released):
                 raise RunDirectoryError(
@@ -238,7 +238,7 @@ class Lease:
         start, logged = time.monotonic(), False
         while (waited := time.monotonic() - start) < seconds:
             if waited > seconds / 2 and not logged:
-                log.warning("run.dir %s: waiting for a sign of life of %s", self._run_dir, who)
+                log.warning("run.dir %s: waiting for a heartbeat of %s", self._run_dir, who)
                 logged = True
             time.sleep(seconds / 60)
             if self._read() != found:
@@ -270,7 +270,7 @@ class Lease:
             beat += 1
             try:
                 self._update(beat=beat)
-            except OSError:  # the file system is away for a while; each write checks the lease itself
+            except OSError:  # the file system is unavailable for a while; each write checks the lease itself
                 continue
 
     def _update(self, **changes: int) -> None:

@@ -93,7 +93,7 @@ def close_logging() -> None:
 class MetricsWriter:
     """The metrics of a run: run_dir/metrics.jsonl, and the same numbers as TensorBoard curves.
 
-    Each call appends one line and hands it to the operating system at once, so a killed process loses no line. A
+    Each call appends one line and passes it to the operating system at once, so a killed process loses no line. A
     checkpoint flushes the lines to the disk. Lines that the file system refuses (a full disk) are logged as an error
     and retried with the next call; only checkpoints decide whether the run continues. A number that is not finite
     becomes null (JSON has no NaN) and no point of a curve.
@@ -213,7 +213,7 @@ class MetricsWriter:
 
     def _write_lines(self, lines: io.FileIO) -> None:
         with self._guard():
-            while self._unwritten:  # a disk that fills up takes a part first
+            while self._unwritten:  # a disk that fills up may accept a part of the line
                 self._unwritten = self._unwritten[lines.write(self._unwritten) :]
 
     def _try_lines(self, action: Callable[[], None]) -> None:
@@ -240,7 +240,7 @@ class MetricsWriter:
             action(self._curves)
         except OSError as error:
             logger.error("%s: cannot be written: %s; the curves end here", self._curves_path, error.strerror or error)
-            self._curves = None  # TensorBoard reads nothing behind a torn record
+            self._curves = None  # TensorBoard stops reading at a torn record
 
 
 def _loss(loss: float) -> dict[str, Any]:
@@ -263,7 +263,7 @@ def cut_metrics(
     """Move events after last_step, each `end` and a torn last line of metrics.jsonl to metrics-abandoned.jsonl.
 
     The moved lines are on the disk before the file is replaced by a copy without them, so a kill loses none. The file
-    is replaced even if nothing is cut: a process that held the run before and has it open then appends to the old one.
+    is replaced even if nothing is cut: a former holder of the run that has it open then appends to the old one.
 
     Args: validation_owed, whether to move the validation of last_step as well.
 

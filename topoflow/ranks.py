@@ -46,7 +46,7 @@ class Context:
         self.watch = watch or Activity()
         self._store, self._questions = store, 0
         # To gather, each rank collects from the _span ranks that begin with itself, up a binary tree, and rank 0
-        # broadcasts all: log2 n messages in a row, where gloo's own gather passes a ring of n.
+        # broadcasts all: log2 n messages in a row, where gloo's own gather takes n in a ring.
         self._span = self.rank & -self.rank or self.world_size
         bits = [1 << n for n in range(self.world_size.bit_length())]
         self._children = [self.rank + bit for bit in bits if bit < self._span and self.rank + bit < self.world_size]
@@ -79,7 +79,7 @@ class Context:
     def ask_main(self, item: Any, answer: Callable[[list[Any]], Any]) -> Any:
         """Return on every process what rank 0's `answer` makes of the items of all, in the order of ranks (pickled).
 
-        They pass through the store, so a process needs a connection to rank 0 only, not to the others.
+        They are sent through the store, so that a process only needs a connection to rank 0.
         """
         if self._store is None:
             return answer([item])
@@ -111,10 +111,10 @@ class Context:
     def agree(self, shares: torch.Tensor, *others: torch.Tensor) -> list[float]:
         """Return the sum of `shares` [n] over all processes, then the values of `others` (of one element), on the host.
 
-        The one place where a step waits for what was queued on the device, and for the other processes.
+        The only place where a step waits for the device and for the other processes.
         """
         if self.world_size > 1 and self.device.type == "cpu":
-            # up a tree and down by broadcast, where gloo's own sum passes a ring
+            # up a tree and down by broadcast, where gloo's own sum uses a ring
             shares = self.gather_rows(shares.unsqueeze(0)).sum(dim=0)
         with self.watch.waiting():
             if self.world_size > 1 and self.device.type != "cpu":
@@ -144,13 +144,13 @@ class Context:
             self.synchronize()
 
     def synchronize(self) -> None:
-        """Wait for what was queued on a GPU: NCCL only queues, and the host should wait where the watch sees it."""
+        """Wait for a GPU: NCCL only queues work, and the host should wait where the watch notices it."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
     @contextmanager
     def together(self, phase: str) -> Iterator[None]:
-        """Raise on all processes what one refuses in the block, so that none waits for another.
+        """Raise a refusal of one process in the block on all processes, so that none waits for another.
 
         Raises:
             Refusal: the first by rank; the message names the rank, unless all refused with the same.
@@ -171,13 +171,13 @@ class Context:
         raise getattr(errors, kind)(who + message, shared=True) from refusal
 
     def stop_requested(self) -> str | None:
-        """Return the signal by which this rank was asked to stop, or another as far as is known; tell the others."""
+        """Return the signal that asked this rank, or another one as far as known, to stop; tell the others."""
         if self.stop.signal_name is not None:
             self.watch.stop_asked = self.stop.signal_name
         return self.watch.stop_asked
 
     def raise_if_stop_requested(self, phase: str) -> None:
-        """End here if a signal arrived on any rank: `phase` has nothing that this would lose. Call on all ranks.
+        """End here if a signal arrived on any rank, because nothing in `phase` would be lost. Call on all ranks.
 
         Raises:
             StopRequested: on every rank.
@@ -187,7 +187,7 @@ class Context:
             raise StopRequested(f"stopped by {names[0]} during {phase}", shared=True)
 
     def require_same(self, facts: Mapping[str, str], when: str) -> None:
-        """Prove that `facts` {name: value} are equal on all processes; only their hash is sent if they are.
+        """Check that `facts` {name: value} are equal on all processes; only their hash is sent if they are.
 
         Raises:
             RanksDisagree: on every process, with the ranks and hosts of each value of each fact that differs.

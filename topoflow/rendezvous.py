@@ -37,7 +37,7 @@ class _SetupWait:
     def check(self) -> None:
         """Raise if a signal arrived, or the process that started this one has ended."""
         if (name := self._stop.signal_name) is not None:
-            raise StopRequested(f"stopped by {name} during set-up, before all ranks had met")
+            raise StopRequested(f"stopped by {name} during set-up, before all ranks had connected")
         if os.getppid() != self._launcher:
             raise RanksDisagree(f"set-up: {self._who}: its launcher (process {self._launcher}) has ended")
 
@@ -61,7 +61,7 @@ def _reach(address: str, port: int, wait: _SetupWait) -> socket.socket:
 def _listen(port: int, world_size: int) -> socket.socket:
     """Listen on a port of all interfaces, 0 for any that is free, and allow this process enough open files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= soft < (number := 2 * world_size + 512):  # two sockets a rank, of the watch and of the store
+    if 0 <= soft < (number := 2 * world_size + 512):  # two sockets per rank: one of the watch, one of the store
         most = number if hard == resource.RLIM_INFINITY else min(number, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
     dual = socket.has_dualstack_ipv6()
@@ -115,7 +115,7 @@ def distributed_context(
             raise failure.refusal() from error
         raise
     finally:
-        # NCCL waits here for what it began, which after a failure has no end; the process has one
+        # NCCL waits here for its operations, forever after a failure; then the process just exits
         if dist.is_initialized() and (watch.failure is None or device.type == "cpu"):
             watch.enter("end of the run", "leaving the process group")
             dist.destroy_process_group()
@@ -165,7 +165,7 @@ def _meet(
                 rank=launch.rank,
                 world_size=launch.world_size,
                 device_id=device if device.type == "cuda" else None,
-                # the watch knows sooner, and who; this is for the case that it fails itself
+                # the watch notices earlier and knows the rank; this is for a failure of the watch itself
                 timeout=timedelta(seconds=10 * max(config.setup_timeout_seconds, config.timeout_seconds)),
             )
     return server, store
@@ -190,7 +190,7 @@ def _find_server(launch: Launch, limit: timedelta, wait: _SetupWait) -> tuple[so
     while not found:
         wait.pause("rank 0 did not publish its port in torchrun's store")
         found = store.get("watch").decode() if store.check(["watch"]) else ""
-    if listener is not None and found != own:  # another process has rank 0, too, and names both
+    if listener is not None and found != own:  # another process also has rank 0, and reports both
         listener.close()
         listener = None
     port, token = found.split()
@@ -203,7 +203,7 @@ def _choose_backend(config: DistributedConfig, device: torch.device) -> str:
     if device.type == "cpu" and on_device == "nccl":
         raise ConfigError("distributed.backend: 'nccl' is not usable on CPU: expected gloo or auto")
     if device.type == "cuda" and on_device == "gloo" and config.reduction == "canonical":
-        raise ConfigError("distributed.backend: 'gloo' sends nothing between GPUs one by one: expected nccl or auto")
+        raise ConfigError("distributed.backend: 'gloo' cannot send between two GPUs: expected nccl or auto")
     return "gloo" if device.type == "cpu" else f"cpu:gloo,cuda:{on_device}"
 
 
@@ -213,7 +213,7 @@ def _translated_errors() -> Iterator[None]:
     try:
         yield
     except (dist.DistStoreError, dist.DistNetworkError) as error:
-        raise RanksDisagree(f"no process group: {str(error).splitlines()[0]}") from None
+        raise RanksDisagree(f"the process group could not be created: {str(error).splitlines()[0]}") from None
     except RuntimeError as error:
         if "Unable to find address for" not in str(error):
             raise

@@ -1,4 +1,4 @@
-"""What makes a run repeat: deterministic algorithms, and random draws that depend only on where they stand."""
+"""What makes a run repeatable: deterministic algorithms, and random draws that depend only on their position."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ from topoflow.config import RunConfig
 
 
 def set_deterministic(config: RunConfig) -> None:
-    """Set the number of threads and, if configured, demand algorithms that give the same bits each time."""
+    """Set the number of threads and, if configured, require deterministic algorithms."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if not config.deterministic:
@@ -59,7 +59,7 @@ def hash_sources(*parts: str) -> str:
 
 
 def _describe_cpu() -> str:
-    """The processor's model, and the instruction set that torch's kernels use on it."""
+    """Return the processor's model, and the instruction set that torch's kernels use on it."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -68,7 +68,7 @@ def _describe_cpu() -> str:
 
 
 def derive_seed(seed: int, purpose: str, *position: int) -> int:
-    """A 63-bit seed that is a pure function of (seed, purpose, position), unrelated for any two of them."""
+    """Return a 63-bit seed, a pure function of (seed, purpose, position); any two are unrelated."""
     text = ":".join([str(seed), purpose, *map(str, position)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
@@ -81,5 +81,5 @@ def seed_draws(seed: int, purpose: str, *position: int) -> None:
     """
     derived = derive_seed(seed, purpose, *position)
     torch.default_generator.manual_seed(derived)
-    if torch.cuda.is_initialized():  # torch.manual_seed would note a traceback each time where it is not
+    if torch.cuda.is_initialized():  # torch.manual_seed would record a traceback each time if CUDA is not initialized
         torch.cuda.manual_seed(derived)

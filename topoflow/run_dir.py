@@ -1,6 +1,6 @@
 """The run directory: held by one process at a time, changed only by its holder, with exit.json when the run ends.
 
-`python -m topoflow.run_dir RUN [JOB [RESTART]]` checks whether a job could have RUN; it imports no torch.
+`python -m topoflow.run_dir RUN [JOB [RESTART]]` checks whether a job could use RUN, without importing torch.
 """
 
 import json
@@ -37,7 +37,7 @@ class StopFlag:
     def listening(self) -> Iterator["StopFlag"]:
         """Catch the stop signals (Ctrl-C, preemption and scancel, SLURM's warning) while the block runs."""
         previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
-        # launch/srun.sh starts the program with these blocked: one that came during the start arrives now
+        # launch/srun.sh starts the program with these blocked: one sent during the start arrives now
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         try:
             yield self
@@ -84,11 +84,11 @@ class RunDirectory:
         return [warning] if warning else []
 
     def release(self) -> None:
-        """Give the folder up, so that another process can have it."""
+        """Release the folder, so that another process can take it."""
         self._lease.release()
 
     def finish(self, status: int, reason: str) -> None:
-        """Write exit.json and give the folder up."""
+        """Write exit.json and release the folder."""
         self.write_exit(status, reason)
         self.release()
 
@@ -133,7 +133,7 @@ class RunDirectory:
                 self.hold(wait=False)
             self.write_json("exit.json", {"status": status, "reason": reason})
         except RunDirectoryError:
-            return  # a folder that is another's, or cannot be written, has been refused already
+            return  # a folder that another process holds, or that cannot be written, has already been refused
 
     def _write(self, name: str, text: str) -> None:
         try:

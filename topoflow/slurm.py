@@ -26,7 +26,7 @@ class SlurmStep:
     nodes: list[str]
     tasks_per_node: list[int]
     begins_on_first_node: bool
-    """Whether rank 0 is on nodes[0]: always, but for an arbitrary distribution."""
+    """Whether rank 0 is on nodes[0]: always, except for an arbitrary distribution."""
     in_blocks: bool
     """Whether each node has consecutive ranks, after those of the node before it."""
 
@@ -65,14 +65,14 @@ def read_slurm_step(environ: Mapping[str, str]) -> SlurmStep:
     def require(condition: bool, one: str, other: str, expected: str) -> None:
         require_consistent(environ, condition, one, other, expected)
 
-    require(sum(tasks) == size, "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NUM_TASKS", "as many tasks in all")
+    require(sum(tasks) == size, "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NUM_TASKS", "as many tasks in total")
     require(len(nodes) == len(tasks), "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "as many nodes")
     require(rank < size, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "a lower rank")
     require(node < len(nodes), "SLURM_NODEID", "SLURM_STEP_NODELIST", f"less than {len(nodes)} nodes")
     here = f"less than the {tasks[node]} tasks of node {node}"
     require(local_rank < tasks[node], "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", here)
     # sbatch, called inside a step, hands the variables of that step to the batch script, which has its own of these
-    inherited = "the step's own (sbatch inside a step hands that step's on: unset them, or use srun launch/srun.sh)"
+    inherited = "the step's own (sbatch inside a step passes on that step's: unset them, or use srun launch/srun.sh)"
     is_on_node = size == 1 or environ.get("SLURMD_NODENAME", nodes[0]) in nodes
     require(is_on_node, "SLURMD_NODENAME", "SLURM_STEP_NODELIST", inherited)
     ranks_here = environ["SLURM_GTIDS"].split(",") if "SLURM_GTIDS" in environ else [str(rank)] * tasks[node]
@@ -89,7 +89,7 @@ def port_of_step(job: int, step: int, restart: int = 0) -> int:
     """Return a port from 20000 to 32762: below those that Linux gives to outgoing connections (from 32768).
 
     Any two steps of up to 113 jobs in a row have different ones (as long as step + restart is below 100): they may have
-    the same first node. A restart has another one than the process that it replaces, which may live for a while.
+    the same first node. A restart has another port than the process that it replaces, which may still run.
     """
     return 20000 + (113 * job + step + restart) % 12763
 

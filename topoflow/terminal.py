@@ -43,12 +43,12 @@ def run_program(main: Callable[[], int]) -> int:
 
 
 def print_error(text: str) -> None:
-    """Print one line on stderr, if anybody reads it."""
+    """Print one line on stderr, unless it has no reader."""
     write_stderr(f"topoflow: {text}\n")
 
 
 def write_stderr(text: str) -> None:
-    """Write to stderr; once its reader has gone, all that follows is dropped, also at the end of the process."""
+    """Write to stderr; once its reader has closed it, further output is dropped, also at the end of the process."""
     try:
         sys.stderr.write(text)
         sys.stderr.flush()

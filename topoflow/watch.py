@@ -78,13 +78,13 @@ class Connection:
 
 @dataclass(frozen=True)
 class RankFailure:
-    """The failure that ends all ranks: which rank, on which host, in which phase, and why, in words for the user."""
+    """The failure that ends all ranks: which rank, on which host, in which phase, and why, for the user."""
 
     message: str
     ranks: tuple[int, ...] = ()
-    """Those at fault."""
+    """Ranks that failed."""
     kind: str = RanksDisagree.__name__
-    """Name of the refusal: of the one that a rank raised alone, else RanksDisagree."""
+    """Class name of the refusal: that of the one a rank raised alone, else RanksDisagree."""
     is_stall: bool = False
     """Ranks hang, so they are given less time to end by themselves."""
     shared: bool = True
@@ -97,7 +97,7 @@ class RankFailure:
     @classmethod
     def of_lost_rank(cls, rank: int, host: str, observer: str) -> "RankFailure":
         """Return the failure of a rank whose connection closed without a report."""
-        why = "its process ended without a word (killed, or out of memory)"
+        why = "its process ended without reporting an error (killed, or out of memory)"
         return cls(f"rank {rank} on {host}: lost while {observer}: {why}", (rank,))
 
     @classmethod
@@ -116,7 +116,7 @@ class Watch(Activity):
         setup_seconds, step_seconds: see `Activity`.
         on_forced_exit: called on rank 0 with status and message before the watch ends a process whose main thread does
             not end by itself. It may hang in a file system that is away, and hold the locks of logging, so this is
-            called in a thread and waited for only briefly.
+            called in a thread and only waited for briefly.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class Watch(Activity):
         self.raise_if_failed()
 
     def attribute_failure(self, error: BaseException) -> RankFailure | None:
-        """Return the failure of another rank that `error` follows from, or None if it is this rank's own.
+        """Return the failure of another rank that caused `error`, or None if it is this rank's own.
 
         Its own is reported to the others. An error of the network may come before the news of the rank that caused it,
         so this waits for that.
@@ -189,7 +189,7 @@ class Watch(Activity):
             own = RankFailure.of_error(self.launch.rank, f"{self._name}, {self.phase}", error)
             self._write_error_file(own)
             self._report(failure=asdict(own))
-            if self.launch.is_main and not isinstance(error, Refusal):  # of any other rank, rank 0 reports it
+            if self.launch.is_main and not isinstance(error, Refusal):  # rank 0 reports failures of other ranks
                 _write_stderr(own.message)
             self._ended.wait(1.0)  # the server is a thread of rank 0: give it time to tell the others
         return None if self._has_failed else self.failure
@@ -239,7 +239,7 @@ class Watch(Activity):
         return state.waited >= state.limit + LOOK_SECONDS  # rank 0 is the first to judge, if it can
 
     def _conclude_alone(self, failure: RankFailure) -> None:
-        """End because of rank 0, which cannot report it: a few others do. It is told, in case that it wakes up."""
+        """End because of rank 0, which cannot report that: a few other ranks do. Tell it, in case it wakes up."""
         self._report(failure=asdict(failure))
         is_reporter = self.launch.rank == 1 or self.launch.local_rank == 0
         self._conclude(replace(failure, shared=not is_reporter))
@@ -278,7 +278,7 @@ class Watch(Activity):
         """Tell torchrun, whose report names the failure with the earliest time as the root cause."""
         if self.launch.error_file is None:
             return
-        # torchrun dates a rank that left no file (killed) by the moment at which it notices, so others come later
+        # torchrun dates a rank that wrote no file (killed) by the time at which it notices, so others must be later
         moment = int(time.time()) + (0 if self.launch.rank in failure.ranks else 60)
         record = {"message": failure.message, "extraInfo": {"timestamp": str(moment)}}
         with suppress(OSError):
@@ -296,7 +296,7 @@ def _write_stderr(message: str, with_stacks: bool = False) -> None:
 
 
 def _is_network_error(error: BaseException) -> bool:
-    """Return whether an error may be what a rank sees when another has gone; gloo's are plain RuntimeErrors."""
+    """Return whether an error may be caused by the end of another rank; gloo raises plain RuntimeErrors."""
     words = ("gloo", "nccl", "connection", "broken pipe", "timed out", "socket")
     text = str(error).lower()
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(w in text for w in words))

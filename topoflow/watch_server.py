@@ -27,7 +27,7 @@ class Peer:
     device: str = ""
     """The kind: cpu or cuda."""
     identity: str = ""
-    """What tells the device from all others; empty where sharing it is no mistake."""
+    """Identifies the device; empty if processes may share it."""
     is_done: bool = False
     is_gone: bool = False
     state: State = field(default_factory=State)
@@ -93,7 +93,7 @@ class WatchServer:
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
-        except OSError:  # it has gone already, or no file can be opened: not again at once
+        except OSError:  # it has already closed, or no file can be opened: do not retry at once
             time.sleep(0.05)
             return
         connection.setblocking(False)
@@ -166,7 +166,7 @@ class WatchServer:
             self._judge(max((peer.state for peer in overdue), key=lambda state: state.place), now)
 
     def _judge(self, front: State, now: float) -> None:
-        """Name the ranks for which `front` waits in vain, unless they make progress."""
+        """Name the ranks for which `front` has waited too long, unless they make progress."""
         limit, silence = front.limit, silence_seconds(front.limit, self._world_size)
         peers = {peer.rank: peer for peer in self._peers}
         missing = [rank for rank in range(self._world_size) if rank not in peers]
@@ -187,12 +187,12 @@ class WatchServer:
             message = f"{front.phase}: {shorten(names, 16)} did not arrive within {limit:g} s"
             self._declare(RankFailure(message, (*missing, *late), is_stall=bool(late)))
         elif not on_their_way:
-            message = f"{front.phase}: all ranks have waited for each other for {limit:g} s and all are there"
-            expected = "expected a network between them that carries all they send"
+            message = f"{front.phase}: all ranks have waited for each other for {limit:g} s and all are alive"
+            expected = "expected a network that delivers all messages between them"
             self._declare(RankFailure(f"{message}: {expected}", is_stall=True))
 
     def _find_late_exits(self, ended: float, now: float) -> None:
-        """Name the ranks whose process does not end after the run. Rank 0's time begins when the others are gone."""
+        """Name the ranks whose process does not end after the run. Rank 0's time starts when the others have ended."""
         alive = sorted((peer for peer in self._peers if not peer.is_gone), key=lambda peer: peer.rank)
         others = [peer for peer in alive if peer.rank > 0]
         if not others and not self.others_are_gone.is_set():

@@ -57,7 +57,7 @@ def test_a_damaged_newest_is_skipped_with_a_warning(directory, caplog):
 def test_none_whole_is_refused(directory):
     for step in directory.steps():
         (directory.folder(step) / "manifest.json").unlink()
-    with pytest.raises(ResumeRefused, match="none of 3 checkpoints is whole"):
+    with pytest.raises(ResumeRefused, match="none of 3 checkpoints is intact"):
         directory.newest_whole()
 
 

@@ -149,7 +149,7 @@ def test_a_failed_write_stops_the_run(start):
     run.save()
     assert run.wait()
     with pytest.raises(
-        RunDirectoryError, match="checkpoints: not written: No space left on device; no checkpoint is there"
+        RunDirectoryError, match="checkpoints: not written: No space left on device; no checkpoint exists"
     ) as end:
         run.saver.handle_failed_save()
     assert end.value.shared
@@ -176,7 +176,7 @@ def test_a_later_save_that_works_clears_a_failure_that_was_not_acted_on(start, c
     run.save()
     run.save()
     run.saver.require_saved(2, "the end of the run")
-    assert "No space left on device; checkpoints there: step 2; the later save of step 2 succeeded" in caplog.text
+    assert "No space left on device; existing checkpoints: step 2; the later save of step 2 succeeded" in caplog.text
 
 
 def test_the_end_retries_a_failed_step_once_and_then_refuses(start):
@@ -259,7 +259,7 @@ def test_old_checkpoints_stay_until_the_new_one_is_whole(start, caplog):
     run.save()
     assert run.wait()
     run.saver.handle_failed_save()
-    assert "not written: No space left on device; checkpoints there: step 1, 2; training continues" in caplog.text
+    assert "not written: No space left on device; existing checkpoints: step 1, 2; training continues" in caplog.text
     assert run.directory.steps() == [1, 2]
     assert run.directory.pointer("best") is None  # keep_best=false
     run.save()

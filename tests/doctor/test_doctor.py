@@ -190,7 +190,7 @@ def test_what_cannot_be_used_is_status_2_with_json(place, capsys, monkeypatch, w
 def test_help_lists_the_statuses(capsys):
     with pytest.raises(SystemExit):
         cli.main(["doctor", "--help"])
-    assert re.search(r"^ +5 +the processes did not meet", capsys.readouterr().out, re.M)
+    assert re.search(r"^ +5 +the processes did not connect", capsys.readouterr().out, re.M)
 
 
 @pytest.mark.parametrize(

@@ -272,5 +272,5 @@ def test_a_damaged_checkpoint_ends_both_ranks_with_the_same_message(resume, save
         state.write_bytes(content)
 
     done = resume("nothing", processes=2, before=damage)
-    assert_stopped(program, done, 3, ["none of 1 checkpoints is whole"])
+    assert_stopped(program, done, 3, ["none of 1 checkpoints is intact"])
     assert done.others == [3]

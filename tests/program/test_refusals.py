@@ -142,7 +142,7 @@ def test_a_damaged_checkpoint(program):
     assert sorted(program.losses()) == [1, 2, 3]
     for path in folder.glob("step-*/manifest.json"):
         path.unlink()
-    refused(program.train("train.max_steps=4"), 3, "none of 2 checkpoints is whole")
+    refused(program.train("train.max_steps=4"), 3, "none of 2 checkpoints is intact")
 
 
 def test_a_missing_name_is_refused_and_listed_as_new(program):

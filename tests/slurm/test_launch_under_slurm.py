@@ -65,7 +65,7 @@ STATIC = (*TORCHRUN, "--nnodes=2", "--nproc-per-node=1", "--master-addr=n1", f"-
 def test_srun_starts_torchrun(cluster, command, said):
     [group] = groups_of(cluster, "srun", "-w", "n[1-2]", "-n2", "bash", "-c", f"exec {command}")
     assert group["said"].startswith(f"torchrun, 2 process(es) on 2 node(s), {said}")
-    assert group["reason"].endswith("which win over SLURM's")
+    assert group["reason"].endswith("which take precedence over SLURM's")
     assert [who[:2] for who in group["everyone"]] == [[0, 0], [1, 0]]
     assert {who[4] for who in group["everyone"]} == {"n1", "n2"}
 
@@ -84,7 +84,7 @@ def test_a_shell_or_batch_script_is_one_process_although_its_job_has_more_tasks(
     [shell] = groups_of(cluster, "salloc", "-Q", "-N2", "-n4", *SAY_WHO)
     assert shell["said"] == "single process, 1 process(es)"
     assert shell["reason"].endswith(
-        "no task of a step, although the job has 4 tasks: srun launch/srun.sh starts as many"
+        "not a task of a step, although the job has 4 tasks: srun launch/srun.sh starts that many"
     )
     # a terminal on a node (srun --pty bash), which is a step of one task in a job for four
     terminal = ("srun", "-n1", "-N1", "bash", "-c", shlex.join(SAY_WHO))

@@ -91,13 +91,13 @@ class CheckpointDirectory:
     def newest_whole(self, strict: bool = False) -> tuple[Path, dict[str, Any]] | None:
         """Return the newest undamaged checkpoint with its state; None if the run never had a checkpoint.
 
-        A damaged checkpoint is skipped with a warning that names it; one that the file system cannot read now is not.
+        A damaged checkpoint is skipped with a warning that names it; one that is temporarily unreadable is not.
 
         Args:
             strict: refuse if the newest, or a pointer, is damaged.
 
         Raises:
-            ResumeRefused: every checkpoint is damaged, or there were checkpoints and they are gone.
+            ResumeRefused: every checkpoint is damaged, or there were checkpoints and they are missing.
         """
         self.require_not_lost()
         steps = self.steps()
@@ -117,19 +117,19 @@ class CheckpointDirectory:
                     raise
                 log.warning("%s; taking the next older one", damage)
         if steps:
-            raise ResumeRefused(f"{self.path}: none of {len(steps)} checkpoints is whole: expected at least one")
+            raise ResumeRefused(f"{self.path}: none of {len(steps)} checkpoints is intact: expected at least one")
         return None
 
     def traces(self) -> list[str]:
         """Return the names of everything that a committed checkpoint left here: checkpoints, archived ones, pointers.
 
-        What a killed save leaves does not count: it was never committed.
+        Leftovers of a killed save do not count, because it was never committed.
         """
         pattern = rf"{FOLDER_NAME}|abandoned-{FOLDER_NAME}(-\d+)?|{'|'.join(POINTERS)}"
         return [name for name in self._names() if re.fullmatch(pattern, name)]
 
     def require_not_lost(self) -> None:
-        """Refuse to start where the run's files record a checkpoint of it but there are no checkpoints.
+        """Refuse to start if the run's files record a checkpoint but there are no checkpoints.
 
         Raises:
             ResumeRefused: the folder is missing or empty although the run had checkpoints (its file system may not be
@@ -142,7 +142,7 @@ class CheckpointDirectory:
             found = "holds no checkpoint" if os.path.lexists(self.path) else "is missing"
             raise ResumeRefused(
                 f"{self.path}: {found}, but {record[0]} records {record[1]}: expected the checkpoints (is their file "
-                f"system mounted?), another run.dir, or {record[0]} removed to start anew"
+                f"system mounted?), another run.dir, or {record[0]} removed to start over"
             )
 
     def _record_of_checkpoint(self) -> tuple[Path, str] | None:
@@ -169,7 +169,7 @@ class CheckpointDirectory:
 
         Raises:
             MissingPath: there is neither.
-            ResumeRefused: `last` is damaged, too, or the best cannot be read now.
+            ResumeRefused: `last` is damaged, too, or the best is temporarily unreadable.
         """
         try:
             best = self.pointer("best")

@@ -96,7 +96,7 @@ def write_checkpoint(
 
 
 def read_checkpoint(folder: Path, parts: Sequence[str] = ("model", "progress")) -> dict[str, Any]:
-    """Return the state in a checkpoint after verifying its manifest, size, content hash and step. Runs no code of it.
+    """Return the state in a checkpoint after verifying its manifest, size, content hash and step. Runs no code in it.
 
     Args:
         parts: keys that the state must have, each a dict.
@@ -165,7 +165,7 @@ def _manifest_text(content: dict[str, Any]) -> str:
 
 
 def _move_into_place(temporary: Path, folder: Path, guard: Guard) -> None:
-    """Rename the temporary folder. Between two renames an older one is hidden: `clean_up` restores it."""
+    """Rename the temporary folder. Between two renames an older one has a temporary name; `clean_up` restores it."""
     replaced = hidden_name(folder, "replaced") if folder.exists() else None
     if replaced is not None:
         with guard():
@@ -186,7 +186,7 @@ def _move_into_place(temporary: Path, folder: Path, guard: Guard) -> None:
 @contextmanager
 def _open_verified(folder: Path) -> Iterator[tuple[BufferedReader, dict[str, Any]]]:
     """Yield state.pt, open and verified, and the manifest. Opened once, so that what is verified is what is loaded."""
-    if not os.path.exists(folder):  # also False without permission to look
+    if not os.path.exists(folder):  # also False if permission is denied
         raise MissingPath(f"checkpoint {folder}: not found")
     try:
         manifest = read_manifest(folder)

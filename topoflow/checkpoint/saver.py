@@ -25,7 +25,7 @@ _ALIGNMENT = 64
 class HostBuffer:
     """Host memory that every copy reuses: a copy overwrites the tensors of the one before.
 
-    Reuse is worth its code: with fresh memory for each copy, training waits twice as long for a save.
+    Reuse pays: with fresh memory for each copy, training waits twice as long for a save.
 
     Args:
         pinned: page-locked, so that a GPU copies without the host.
@@ -41,7 +41,7 @@ class HostBuffer:
             OSError: not enough memory.
         """
         if len(self._memory) < nbytes:
-            self._memory = memoryview(b"")  # before the larger one is taken
+            self._memory = memoryview(b"")  # freed before the larger one is allocated
             if self._pinned:
                 self._memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy().data
             else:
@@ -120,7 +120,7 @@ class CheckpointSaver:
     def prepare(self, nbytes: int) -> None:
         """Allocate host memory for a copy of about this size in the background while training begins."""
         if self._context.is_main:
-            small_tensors = nbytes // 64 + 2**20  # counts of steps, buffers, and what alignment takes
+            small_tensors = nbytes // 64 + 2**20  # step counts, buffers and alignment
             self._reserved = self._thread.submit(self._buffer.reserve, nbytes + small_tensors)
 
     def save(self, step: int, is_best: bool) -> None:
@@ -161,7 +161,7 @@ class CheckpointSaver:
     def require_saved(self, step: int, when: str) -> None:
         """Commit the current state, after `step` steps; a failed save of this step is tried once more.
 
-        A failure is raised whatever checkpoint.on_error is, so that no run appears to have ended well. Call on every
+        A failure is raised whatever checkpoint.on_error is, so that no such run appears successful. Call on every
         rank.
 
         Raises:
@@ -178,7 +178,7 @@ class CheckpointSaver:
         self._thread.shutdown()
         if self._failure is not None and not isinstance(
             self._failure, RunDirectoryError
-        ):  # which is reported where the run ends
+        ):  # the end of the run reports it
             kind, message = self._describe(self._failure)
             log.error("%s", message, exc_info=self._failure if kind == "defect" else None)
 
@@ -237,5 +237,5 @@ class CheckpointSaver:
         try:
             steps = self._directory.steps()
         except ResumeRefused:
-            return "its folder cannot be read now"
-        return f"checkpoints there: step {', '.join(map(str, steps))}" if steps else "no checkpoint is there"
+            return "its folder is temporarily unreadable"
+        return f"existing checkpoints: step {', '.join(map(str, steps))}" if steps else "no checkpoint exists"

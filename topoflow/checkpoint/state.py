@@ -61,7 +61,7 @@ class Restore:
     report: RestoreReport
     pairs: list[Pair]
     finish: Callable[[], None] = lambda: None
-    """Give moments, rates and position to the optimizer and the scheduler."""
+    """Set moments, rates and position in the optimizer and the scheduler."""
 
 
 def capture_state(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> dict[str, Any]:
@@ -280,7 +280,7 @@ def read_everywhere(context: Context, find: Callable[[], Path], parts: Sequence[
 def deliver(context: Context, pairs: Sequence[Pair]) -> None:
     """Copy rank 0's sources into every rank's destinations, which may be on any device.
 
-    The pairs are the same on all ranks, in the same order; sources on other ranks may be without contents. A rank needs
+    The pairs are the same on all ranks, in the same order; only on rank 0 do sources need contents. A rank needs
     memory for its destinations and one piece of at most PIECE_BYTES.
     """
     if context.world_size == 1:

@@ -4,12 +4,12 @@ Each process measures its machine (`probe.py`, `network.py`), then all measure t
 (`trial.py`). Rank 0 gathers the results, judges them (`judge.py`) and prints the report (`report.py`). All end with the
 same status:
 
-    0   every check is ok, or has warnings
+    0   every check passed, perhaps with warnings
     1   at least one check failed
     2   the launcher's variables or the config cannot be used (also: bad usage)
-    5   the processes did not meet within a minute, or one was lost later
+    5   the processes did not connect within a minute, or one was lost later
 
-With --json, rank 0 prints one object, for each of these statuses but bad usage:
+With --json, rank 0 prints one object, for each of these statuses except bad usage:
 
     verdict                 "ok", "WARNING" or "FAIL": the worst of all
     config, run_directory, data     paths, or null without a config

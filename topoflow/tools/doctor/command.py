@@ -38,7 +38,7 @@ SMALL = Config(
 
 
 def doctor(path: Path | None, overrides: Sequence[str] = (), as_json: bool = False) -> int:
-    """Examine what the processes of this launch run on; return the exit status, the same on all of them."""
+    """Examine the machines of this launch; return the exit status, the same on all processes."""
     names = ("config", "run_directory", "data", "launcher", "launcher_reason", "processes")
     head: dict[str, Any] = {**dict.fromkeys(names), "config": str(path) if path else None}
     try:
@@ -80,7 +80,7 @@ def doctor(path: Path | None, overrides: Sequence[str] = (), as_json: bool = Fal
 
 
 def _meet(process: Process, report: Report) -> int:
-    """Meet the other processes and examine all, or report that they did not meet or lost each other."""
+    """Connect to the other processes and examine all, or report that they did not connect or were lost."""
     launch, settings, missing = process.launch, process.config.distributed, drop_missing_interfaces()
     settings = dataclasses.replace(
         settings,
@@ -103,10 +103,10 @@ def _meet(process: Process, report: Report) -> int:
                 return _examine(context, process, report, context.ask_main(greeting, list))
             finally:
                 ask(process.left.close)
-    except (Refusal, RuntimeError) as error:  # torch.distributed raises RuntimeError when a process is gone
+    except (Refusal, RuntimeError) as error:  # torch.distributed raises RuntimeError when a process has ended
         text = (str(error).splitlines() or [type(error).__name__])[0]
         is_shared = getattr(error, "shared", False)
-        if process.refusals["device"] and not report.nodes:  # may be why the processes do not meet
+        if process.refusals["device"] and not report.nodes:  # may be why the processes do not connect
             text, is_shared = f"{process.refusals['device']}; {text}", False
         if not (launch.is_main or is_shared):
             print(f"topoflow: rank {launch.rank}: {text}", file=sys.stderr, flush=True)
@@ -114,8 +114,8 @@ def _meet(process: Process, report: Report) -> int:
             return report.end_as_lost(text)
         node, late = socket.gethostname(), find_missing(launch, text)
         report.begin({node: [launch.rank], **late})
-        summary = "the processes did not meet: nothing else was examined"
-        report.fail("ranks", summary, {**dict.fromkeys(late, "never arrived"), node: text})
+        summary = "the processes did not connect: nothing else was examined"
+        report.fail("ranks", summary, {**dict.fromkeys(late, "never connected"), node: text})
         return report.end(error.exit_status if isinstance(error, Refusal) else RanksDisagree.exit_status)
 
 
@@ -168,7 +168,7 @@ def _examine(context: Context, process: Process, report: Report, greetings: list
         facts["pass"] = ask(run_passes, model, config, grid_shape, device, seconds=PASS_SECONDS)
         if "is_late" in facts["pass"]:
             text = f"no forward and backward pass ended within {PASS_SECONDS:g} s, on {device.type}"
-            # a model that was made for GPUs takes minutes on a CPU
+            # a model designed for GPUs takes minutes on a CPU
             facts["pass"] = {"error": text, "is_minor": device.type == "cpu"}
     return judge_all(facts, judge.COMMON_CHECKS, Report.end)
 
@@ -177,7 +177,7 @@ def _plan_network(report: Report) -> dict[str, Any] | None:
     """Return how many bytes all are to reduce, and whether on their GPUs; None if they can send nothing."""
     if len(report.facts) == 1 or any(facts["unreachable"].get("nodes", True) for facts in report.facts):
         return None
-    # gloo moves nothing between GPUs one by one, and a process without a GPU can send nothing from one
+    # gloo has no point-to-point transfers between GPUs, and a process without a GPU cannot send from one
     on_gpu = report.config.distributed.backend != "gloo" and {facts["kind"] for facts in report.facts} == {"cuda"}
     return {"gradient_bytes": report.facts[0]["model"].get("gradient_bytes", 0), "on_gpu": on_gpu}
 

@@ -16,7 +16,7 @@ from topoflow.tools.doctor.report import FAIL, OK, WARNING, Report, format_bytes
 
 CLOCK_WARNING_SECONDS, CLOCK_FAIL_SECONDS = 0.1, 1.0
 SLOW_PASS_FACTOR, SLOW_PASS_SECONDS = 1.5, 0.05
-"""A process that takes so much longer than the median, and at least so many seconds more, stands out."""
+"""A process is slow if it takes this many times the median, and at least this many seconds more."""
 SAME_LOSS = {"fp32": 1e-3, "bf16": 2e-2}
 """Relative difference of the loss, equal on all processes, that rounding explains."""
 FULL_MEMORY_SHARE = 0.9
@@ -30,7 +30,7 @@ semaphore (batches are in anonymous memory)."""
 NCCL_BYTES = 64 * 2**20
 """Shared memory that NCCL takes for a process on a GPU, at its defaults."""
 Results = Mapping[str, Mapping[str, Any]]
-LEASE = "only the generation of the lease keeps out a process that lost the run directory"
+LEASE = "only the generation of the lease stops a process that has lost the run directory"
 
 
 def judge_ranks(report: Report) -> str:
@@ -139,7 +139,7 @@ def judge_clocks(report: Report) -> str:
     """Check that each node's clock agrees with rank 0's, or with most others where there are more than two."""
     found_on = report.per_node("clock")
     offsets = [found["offset"] for found in found_on.values()]
-    by_most = len(offsets) > 2  # of two clocks nobody knows which one is wrong
+    by_most = len(offsets) > 2  # with two clocks it is unknown which one is wrong
     usual, whom = (statistics.median(offsets), "most others") if by_most else (0.0, "that of rank 0")
     for node, found in found_on.items():
         offset, uncertainty = found["offset"] - usual, found["uncertainty"]
@@ -231,7 +231,7 @@ def judge_storage(report: Report) -> str:
     (main, *_), token, run_dir = report.nodes, report.facts[0]["token"], Path(report.head["run_directory"])
     if "error" in token:
         report.find(FAIL, main, token["error"])
-        return f"{run_dir}: rank 0 cannot make a file there; not examined on other nodes"
+        return f"{run_dir}: rank 0 cannot create a file there; not examined on other nodes"
     looks, here, has_lock = report.per_node("storage"), Path(token["folder"]).parent, token["lock"] == "taken"
     size = CHECKPOINT_COPIES * report.facts[0]["model"].get("gradient_bytes", 0)
     kept = report.config.checkpoint.keep_last + report.config.checkpoint.keep_best + 1
@@ -270,7 +270,7 @@ def judge_network(report: Report) -> str:
     for rank, found in report.per_rank("unreachable").items():
         for other, error in found["nodes"].items():
             text = f"no TCP connection from {report.node_of(rank)} to {other}: {error}"
-            report.find(FAIL, rank, f"{text}: look at routes, firewalls and cables")
+            report.find(FAIL, rank, f"{text}: check routes, firewalls and cables")
     sums, world_size = report.per_rank("all-reduce"), len(report.facts)
     if not sums:
         return "one process: nothing is sent" if world_size == 1 else "some nodes cannot connect: nothing was sent"
@@ -301,7 +301,7 @@ def judge_model(report: Report) -> str:
         text = f"rank {rank} computes a loss of {found['loss']:.6g}, others {loss:.6g}: is its device broken?"
         report.find(OK if abs(found["loss"] - loss) <= SAME_LOSS[train.precision] * abs(loss) else FAIL, rank, text)
         text = f"rank {rank} takes {format_seconds(seconds)}, the median process {format_seconds(median)}"
-        text += ": all wait for it; look at its device's clock rate and at what else runs there"
+        text += ": all wait for it; check its device's clock rate and other load there"
         is_slow = seconds > max(SLOW_PASS_FACTOR * median, median + SLOW_PASS_SECONDS)
         report.find(WARNING if is_slow else OK, rank, text)
         if total is not None and used > FULL_MEMORY_SHARE * total:
@@ -321,7 +321,7 @@ def _compare(report: Report, facts: Mapping[int, Mapping[str, Any]]) -> None:
     for name in dict.fromkeys(name for held in facts.values() for name in held):
         usual, count = Counter(held.get(name) for held in facts.values()).most_common(1)[0]
         for rank, held in facts.items():
-            text = f"{name} is {held.get(name)}, on {count} other process(es) {usual}: expected the same on all"
+            text = f"{name} is {held.get(name)}, but {usual} on {count} other(s): expected the same on all"
             report.find(FAIL if held.get(name) != usual else OK, rank, text)
 
 
@@ -329,7 +329,7 @@ def _find_slow(report: Report, found_on: Results, key: str, verb: str, form: Cal
     """Report nodes whose rate `key` is below a share of the median, or a second one: a failure. Return the slowest."""
     median = statistics.median(found[key] for found in found_on.values())
     for node, found in found_on.items():
-        text = f"{verb} {form(found[key])}, the median node {form(median)}: look at its mounts and its network"
+        text = f"{verb} {form(found[key])}, the median node {form(median)}: check its mounts and its network"
         report.find((OK, WARNING, FAIL)[sum(found[key] < share * median for share in shares)], node, text)
     return min(found_on, key=lambda node: found_on[node][key])
 

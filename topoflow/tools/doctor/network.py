@@ -169,7 +169,7 @@ def time_all_reduce(context: Context, wanted_bytes: int, device: torch.device) -
 def measure_pairs(context: Context, leaders: list[int], device: torch.device) -> dict[str, float | None]:
     """Return the `rate`, in bytes per second, at which this process, one of `leaders`, sends and receives at once.
 
-    An all-reduce is as slow as its slowest member, so it blames nobody. Nodes therefore send to each other in pairs,
+    An all-reduce is as slow as its slowest member, so it names nobody. Nodes therefore send to each other in pairs,
     all pairs at once, in a few rounds with other partners; the best round counts, so that one slow node does not make
     its partners look slow. `rate` is None for other processes.
     """

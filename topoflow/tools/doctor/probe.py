@@ -155,7 +155,7 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 
 def usable_processors() -> dict[str, list[int]]:
     """Return the `numbers` of the processors that this process may run on."""
-    if not hasattr(os, "sched_getaffinity"):  # macOS binds nothing
+    if not hasattr(os, "sched_getaffinity"):  # not supported on macOS
         return {"numbers": list(range(os.cpu_count() or 1))}
     return {"numbers": sorted(os.sched_getaffinity(0))}
 
@@ -301,7 +301,7 @@ def try_lock(descriptor: int) -> str:
 
 def measure_write(path: Path, most_bytes: int) -> float:
     """Return bytes per second that reach the disk or the server: written in blocks, then fsync."""
-    block = secrets.token_bytes(min(BLOCK_BYTES, most_bytes))  # nothing that could be compressed
+    block = secrets.token_bytes(min(BLOCK_BYTES, most_bytes))  # not compressible
     written, start = 0, time.monotonic()
     with path.open("xb") as file:
         while written < most_bytes and time.monotonic() - start < WRITE_SECONDS:

@@ -130,7 +130,7 @@ class Report:
             self.note(node, **{figure: [found[fact] for found in here.values()] for figure, fact in facts.items()})
 
     def end(self, status: int | None = None) -> int:
-        """Print what comes last; return `status`, by default 1 if a check failed, else 0."""
+        """Print the end of the report; return `status`, by default 1 if a check failed, else 0."""
         verdict = max((check["verdict"] for check in self.checks), key=VERDICTS.index, default=OK)
         if self._as_json and self._is_shown:
             found = {"verdict": verdict, **self.head, "checks": self.checks, "nodes": [*self.nodes.values()]}
@@ -151,7 +151,7 @@ class Report:
 
     def end_as_lost(self, text: str) -> int:
         """End after the processes lost each other, with what was found until then; return the status."""
-        summary = f"lost after {len(self.checks)} check(s): no further ones were made"
+        summary = f"a process was lost after {len(self.checks)} check(s): no further ones were made"
         self.fail("connection", summary, {next(iter(self.nodes)): text})
         return self.end(RanksDisagree.exit_status)
 
