@@ -213,7 +213,7 @@ def _import_lightning(options: argparse.Namespace) -> int:
     from topoflow.launch import choose_device, read_launch
     from topoflow.rendezvous import distributed_context
     from topoflow.reproducibility import set_deterministic
-    from topoflow.tools.lightning.run import import_run
+    from topoflow.tools.lightning.conversion import import_run
 
     config = load_config(options.config, [*options.overrides, f"run.dir={options.output}"])
     launch = read_launch()

@@ -7,14 +7,14 @@ import torch
 
 from tests.lightning.restated import TARGETS, VARIABLES
 from topoflow.checkpoint.state import restore_state
-from topoflow.config_io import config_from_dict, config_to_dict
+from topoflow.config_io import config_from_dict
 from topoflow.data.sampling import BatchPlan
 from topoflow.launch import Launch
 from topoflow.model.topoflow import build_model
 from topoflow.optim import build_optimizer, build_scheduler
 from topoflow.ranks import Context
 from topoflow.reduction import DdpReduction
-from topoflow.tools.lightning.conversion import Destination, convert
+from topoflow.tools.lightning.conversion import convert
 from topoflow.train_state import TrainProgress, TrainState
 from topoflow.trainer import RunOutput, Trainer
 
@@ -51,10 +51,10 @@ class ImportingRun:
         self.scheduler = build_scheduler(self.optimizer, config.optim, self.steps_per_epoch, 4 * self.steps_per_epoch)
 
     def convert(self, content, choice=None):
-        destination = Destination(
-            self.model, self.optimizer, config_to_dict(self.config), VARIABLES, TARGETS, self.mask, self.steps_per_epoch
-        )
-        return convert(content, destination, choice)
+        state = TrainState(self.model, self.optimizer, self.scheduler, TrainProgress(), None)
+        data = SimpleNamespace(input_names=VARIABLES, target_names=TARGETS, mask=self.mask.numpy())
+        plan = SimpleNamespace(steps_per_epoch=self.steps_per_epoch)
+        return convert(content, state, self.config, data, plan, choice)
 
     def take(self, content, choice=None):
         """Convert and restore; returns the conversion and the report of the restore."""

@@ -56,7 +56,7 @@ def test_a_run_resumes_from_an_imported_checkpoint(program, config, lightning, c
     assert "published program, Lightning 2.6.6" in output
     assert "weights 45/45, buffers 1/1, moments 45/45" in output
     assert "the rest of the epoch follows ours" in output
-    assert f"data.mask: 96 cells count, {int(lightning.mask.sum())} by the file's china_mask" in output
+    assert f"china_mask with {int(lightning.mask.sum())} of [8, 12] cells in the file, 96 of [8, 12] cells in" in output
     assert output.endswith(f"resume with: python train.py {config} run.dir={program.folder / 'run'}\n")
     report = json.loads((program.folder / "run" / "import.json").read_text())
     assert report["names"]["model.blocks.0.attn.alpha"] == "blocks.0.attn.elevation_alpha"
@@ -126,7 +126,7 @@ def test_a_checkpoint_that_another_job_writes_meanwhile_stays(program, config, l
         other.mkdir(parents=True)
         return convert(*arguments)
 
-    monkeypatch.setattr("topoflow.tools.lightning.run.convert", convert_slowly)
+    monkeypatch.setattr("topoflow.tools.lightning.conversion.convert", convert_slowly)
     assert import_lightning(program) == 2
     assert "holds checkpoints (step-00000001)" in one_line(capsys)
     assert [path.name for path in other.parent.iterdir()] == ["step-00000001"]

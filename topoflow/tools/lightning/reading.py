@@ -26,17 +26,17 @@ PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "epoch", "g
 _numpy_scalar: Any = np.float64(0).__reduce__()[0]
 
 PLAIN_OBJECTS: list[Callable | tuple[Callable, str]] = [
-    *((OrderedDict, f"{package}.AttributeDict") for package in (
-        "lightning.fabric.utilities.data", "lightning_fabric.utilities.data", "pytorch_lightning.utilities.parsing"
-    )),
+    (OrderedDict, "lightning.fabric.utilities.data.AttributeDict"),
+    (OrderedDict, "lightning_fabric.utilities.data.AttributeDict"),
+    (OrderedDict, "pytorch_lightning.utilities.parsing.AttributeDict"),
     (argparse.Namespace, "argparse.Namespace"),
     (pathlib.PurePosixPath, "pathlib.PosixPath"),
     (pathlib.PurePosixPath, "pathlib._local.PosixPath"),
     (_numpy_scalar, "numpy._core.multiarray.scalar"),
     (_numpy_scalar, "numpy.core.multiarray.scalar"),
     (np.dtype, "numpy.dtype"),
-    *((kind, f"numpy.dtypes.{kind.__name__}") for kind in map(type, map(np.dtype, ("f4", "f8", "i4", "i8", "?")))),
-]  # fmt: skip
+    *(type(np.dtype(name)) for name in ("f4", "f8", "i4", "i8", "?")),
+]
 """Classes that hyperparameters and callbacks may hold, and what they are read as. None does more than hold values."""
 
 _DAMAGE = (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError)
@@ -46,7 +46,8 @@ _DOS_FOLDER = 0x10
 """Attribute that marks a record as a folder; torch.load leaves the memory of such a record uninitialized."""
 
 _KINDS = {Mapping: "a dict", list: "a list", bool: "true or false", int: "a whole number, at least 0",
-          float: "a finite number", Tensor: "finite float32 values"}  # fmt: skip
+          float: "a finite number", torch.float32: "finite float32 values", torch.int64: "int64 values"}  # fmt: skip
+"""What a value may have to be, by type; of a tensor, by dtype."""
 
 
 def read_lightning(path: Path) -> dict[str, Any]:
@@ -83,16 +84,15 @@ def read_lightning(path: Path) -> dict[str, Any]:
 
 
 def _refuse_sharded(path: Path) -> None:
-    """Refuse a folder of shards with the command that makes it one file."""
+    """Refuse a folder of shards, naming what makes one file of it."""
     if os.path.isfile(path / ".metadata"):
         command = f"python -m lightning.pytorch.utilities.consolidate_checkpoint {shlex.quote(str(path))}"
         raise ResumeRefused(f"{path}: sharded by FSDP: run `{command}`, then import {path}.consolidated")
     if any(next(path.glob(f"{folder}*mp_rank_*_model_states.pt"), None) for folder in ("", "*/")):
-        convert = "convert_zero_checkpoint_to_fp32_state_dict"
-        code = f"from lightning.pytorch.utilities.deepspeed import {convert} as f; f({str(path)!r}, 'weights.ckpt')"
         raise ResumeRefused(
-            f"{path}: sharded by DeepSpeed: `python -c {shlex.quote(code)}` makes one file of its weights, without the "
-            "optimizer's moments; a resume needs these: expected a checkpoint of another strategy, such as ddp"
+            f"{path}: sharded by DeepSpeed: Lightning's convert_zero_checkpoint_to_fp32_state_dict makes one file of "
+            "its weights, without the optimizer's moments; a resume needs these: expected a checkpoint of another "
+            "strategy, such as ddp"
         )
 
 
@@ -111,7 +111,7 @@ def _require_whole(path: Path) -> None:
         raise ResumeRefused(f"{path}: {damaged!r} in it does not match its checksum: it is damaged")
 
 
-def take(content: Any, kind: type, *keys: Any) -> Any:
+def take(content: Any, kind: type | torch.dtype, *keys: Any) -> Any:
     """Return the value at a path of keys, which must be of this kind, see _KINDS; else raise ResumeRefused."""
     value, path = content, " / ".join(map(show, keys))
     for key in keys:
@@ -123,11 +123,11 @@ def take(content: Any, kind: type, *keys: Any) -> Any:
     return value
 
 
-def is_kind(value: Any, kind: type[T]) -> TypeGuard[T]:
-    """Tell whether a value is what _KINDS describes, whatever a file holds. An int is a float too, a bool no int."""
-    if kind is Tensor:
+def is_kind(value: Any, kind: type[T] | torch.dtype) -> TypeGuard[T]:
+    """Return whether a value is what _KINDS describes, whatever a file holds. An int is a float too, a bool no int."""
+    if isinstance(kind, torch.dtype):
         is_plain = type(value) in (Tensor, nn.Parameter) and not value.is_nested and value.layout is torch.strided
-        return is_plain and not value.is_meta and value.dtype is torch.float32 and bool(value.isfinite().all())
+        return is_plain and not value.is_meta and value.dtype is kind and bool(value.isfinite().all())
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e300
     if kind is int:

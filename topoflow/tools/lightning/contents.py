@@ -1,0 +1,377 @@
+"""What a Lightning checkpoint of either program holds, consistent in itself: weights, moments, schedule, position.
+
+Every function raises ResumeRefused where the file does not hold what it expects, naming what it found.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from topoflow.checkpoint.fingerprint import MOMENTS
+from topoflow.errors import ResumeRefused
+from topoflow.text import shorten
+from topoflow.tools.inspect import groups_by_parameter
+from topoflow.tools.lightning.reading import is_kind, show, take
+
+MASK, TARGET_INDICES = "china_mask", "model.target_indices"
+"""Buffers of the training module that are not part of the network."""
+
+PUBLISHED_H_SCALE_M = 1931.40 * 1000
+"""The published program divides normalized heights by 1000, and normalizes by a deviation of 1931.40 m."""
+
+ALPHA, H_SCALE = "blocks.0.attn.elevation_alpha", "blocks.0.attn.H_scale"
+
+PROGRAMS = {
+    "predecessor": {
+        "model.climax.head.weight": "head.0.weight", "model.climax.head.bias": "head.0.bias", "model.climax.": ""
+    },
+    "published": {"model.patch_embed.": "token_embeds.", "model.blocks.0.attn.alpha": ALPHA, "model.": ""},
+}  # fmt: skip
+"""{program: {beginning of a name in its files: beginning of ours}}; the first that fits."""
+
+NEEDS = {
+    r"token_embeds\.norm\.": "model.patch_norm=true",
+    r"blocks\.0\.attn\.rel_pos_bias\.": "model.relative_position=true",
+    r"blocks\.0\.attn\.(elevation_alpha|H_scale)": "model.terrain=endpoint",
+    r"blocks\.\d+\.(norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12])\.": "a larger model.depth",
+    r"head\.\d+\.": "a larger model.decoder_depth",
+    "": "only weights that the two programs have",
+}
+"""{pattern of a name: the config key that gives a network such a weight}; the first that matches the beginning."""
+
+ADAMW_KEYS = {"params", "lr", "betas", "eps", "weight_decay", "amsgrad"}
+OPTIONAL_KEYS = {"name", "initial_lr", "param_names", "maximize", "foreach", "capturable", "differentiable", "fused",
+                 "decoupled_weight_decay"}  # fmt: skip
+"""Keys of an AdamW group. The last tells Adam from AdamW; older versions of torch lack it."""
+
+BATCH_KEYS = ("train.batch_size", "train.devices", "train.num_nodes")
+"""Keys of a program's own config whose product is the samples in one batch of all devices."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The network in a file: `names` {name in the file: name here} in the file's order, `tensors` {name in the file}.
+
+    last: the last layer of the head, which has `outputs`. kept: which of them stay, int64. mask: bool [H, W].
+    """
+
+    program: str
+    names: Mapping[str, str]
+    tensors: Mapping[str, Tensor]
+    last: str
+    outputs: int
+    kept: Tensor
+    mask: Tensor | None
+    target_indices: list[int] | None
+
+    def adapt(self, source: str, tensor: Tensor) -> Tensor:
+        """Return a weight, or a moment of it, in the shape that our network has."""
+        name = self.names[source]
+        if name.startswith(f"{self.last}."):
+            return tensor[self.kept]
+        scalar = {ALPHA: (1,), H_SCALE: ()}.get(name)
+        return tensor if scalar is None or tensor.numel() != 1 else tensor.reshape(scalar)
+
+    def model(self) -> dict[str, Tensor]:
+        """Return weights and buffers by our names."""
+        model = {name: self.adapt(source, self.tensors[source]) for source, name in self.names.items()}
+        if self.program == "published" and ALPHA in model:
+            model[H_SCALE] = torch.tensor(PUBLISHED_H_SCALE_M)
+        return model
+
+
+@dataclass(frozen=True)
+class Position:
+    """step: optimizer steps. epoch: how many are complete. batches, steps: made since then.
+
+    epoch_batches: batches of a whole epoch, where the counters tell.
+    """
+
+    step: int
+    epoch: int
+    batches: int
+    steps: int
+    epoch_batches: int | None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A whole file.
+
+    groups: {names of our groups that a group of the file holds: its settings}, in the file's order. moments: {our name
+    of a parameter: {step, exp_avg, exp_avg_sq}}, in our shapes. schedule: the state of a CosineAnnealingLR, None for a
+    constant rate. stated: {"section.key": value} of the program's own config, where it was saved. batch_samples: in one
+    batch of all devices, where that config states them.
+    """
+
+    weights: Weights
+    groups: Mapping[tuple[str, ...], Mapping[str, Any]]
+    moments: Mapping[str, Mapping[str, Tensor]]
+    schedule: Mapping[str, Any] | None
+    position: Position
+    stated: Mapping[str, Any]
+    batch_samples: int | None
+
+
+def read_contents(
+    checkpoint: Mapping[str, Any], ours: dict[str, Any], inputs: list[str], targets: list[str], choice: str | None
+) -> Contents:
+    """Return what a file holds, by the names of the config's network.
+
+    Args:
+        ours: the state of a run of the config before its first step, as `capture_state` returns it.
+        inputs, targets: the config's channels.
+        choice: "trained" or "averaged" weights, where the file holds both.
+    """
+    weights = _read_weights(_choose_state_dict(checkpoint, choice), ours["model"], inputs, targets)
+    groups, moments = _read_optimizer(checkpoint, weights, groups_by_parameter(ours))
+    saved = checkpoint.get("hyper_parameters")
+    saved = saved.get("config", saved) if isinstance(saved, Mapping) else {}
+    sections = [item for item in saved.items() if isinstance(item[1], Mapping)] if isinstance(saved, Mapping) else []
+    stated = {f"{name}.{key}": value for name, section in sections for key, value in section.items()}
+    counts: list[Any] = [stated.get(key) for key in BATCH_KEYS]
+    batch_samples = math.prod(counts) if all(is_kind(count, int) and count > 0 for count in counts) else None
+    schedule, position = read_schedule(checkpoint), _read_position(checkpoint)
+    return Contents(weights, groups, moments, schedule, position, stated, batch_samples)
+
+
+def _choose_state_dict(checkpoint: Mapping[str, Any], choice: str | None) -> Mapping[str, Any]:
+    """Return the trained weights or the averaged ones.
+
+    Lightning's WeightAveraging moves the trained ones to `current_model_state`, and the averaged to `state_dict`.
+    """
+    both = "current_model_state" in checkpoint or "averaging_state" in checkpoint
+    if both and choice is None:
+        raise ResumeRefused(
+            "the file holds trained weights (current_model_state) and averaged ones (state_dict), from Lightning's "
+            "WeightAveraging: expected --weights trained, as its training resumes, or --weights averaged"
+        )
+    if choice == "averaged" and not both:
+        raise ResumeRefused("--weights averaged: the file holds no averaged weights (averaging_state)")
+    return take(checkpoint, Mapping, "current_model_state" if both and choice == "trained" else "state_dict")
+
+
+def _read_weights(
+    state_dict: Mapping[str, Any], known: Iterable[str], inputs: list[str], targets: list[str]
+) -> Weights:
+    """Return the network in a state dict; what it lacks of the `known` names is left to the restore."""
+    program, names = _translate(state_dict)
+    here = {name: source for source, name in names.items()}
+    last = [name for name in known if name.startswith("head.")][-1].rpartition(".")[0]
+    required = ("token_embeds.proj_weights", f"{last}.weight", f"{last}.bias")
+    foreign = {source: name for source, name in names.items() if name not in known}
+    needs = {next(need for part, need in NEEDS.items() if re.match(part, name)) for name in foreign.values()}
+    for wrong, problem in (
+        (list(foreign), f"not in the config's network: expected {' and '.join(sorted(needs))}"),
+        ([source for source, name in names.items() if here[name] != source], "under two names: expected one"),
+        ([name for name in required if name not in here], "not in the file: expected all of the config's network"),
+    ):
+        if wrong:
+            raise ResumeRefused(f"weights {shorten(wrong)}: {problem}")
+    tensors = {source: take(state_dict, torch.float32, source) for source in names}
+    patches, weight, bias = (tensors[here[name]].shape for name in required)
+    if len(patches) != 5 or len(weight) != 2 or bias != weight[:1]:
+        raise ResumeRefused(f"weights: {last}.weight {tuple(weight)} does not fit its bias or patches {tuple(patches)}")
+    kept = _outputs_of_targets(weight[0], patches[0], patches[-2:].numel(), inputs, targets)
+    mask = take(state_dict, torch.float32, MASK) > 0.5 if MASK in state_dict else None
+    if mask is not None and mask.dim() != 2:
+        raise ResumeRefused(f"{MASK}: shape {tuple(mask.shape)}: expected rows and columns")
+    indices = take(state_dict, torch.int64, TARGET_INDICES).tolist() if TARGET_INDICES in state_dict else None
+    return Weights(program, names, tensors, last, weight[0], kept, mask, indices)
+
+
+def _translate(state_dict: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+    """Return the program that wrote a state dict, and {name in the file: name here}, empty if it has none."""
+    unreadable = [name for name in state_dict if not isinstance(name, str) or not name.isprintable()]
+    if unreadable:
+        raise ResumeRefused(f"weights {show(unreadable)}: expected names")
+    is_predecessor = any(name.startswith("model.climax.") for name in state_dict)
+    if is_predecessor == ("model.patch_embed.proj_weights" in state_dict):
+        raise ResumeRefused(
+            f"weights {shorten(state_dict) or '(empty)'}: of no known program: "
+            "expected model.climax.* (the predecessor) or model.patch_embed.proj_weights and so on (the published one)"
+        )
+    program, names = "predecessor" if is_predecessor else "published", {}
+    for source in state_dict:
+        if source not in (MASK, TARGET_INDICES):
+            beginnings = (old for old in PROGRAMS[program] if source.startswith(old))
+            names[source] = next((PROGRAMS[program][old] + source.removeprefix(old) for old in beginnings), "")
+    return program, names
+
+
+def _outputs_of_targets(outputs: int, variables: int, cells: int, inputs: list[str], targets: list[str]) -> Tensor:
+    """Return which outputs of a head stay: ordered (cell of the patch, variable), for all inputs or the targets."""
+    if len(inputs) != variables:
+        raise ResumeRefused(
+            f"data.variables: {len(inputs)} input channels ({', '.join(inputs)}), but the file's network has "
+            f"{variables}: expected the same, in the order of its training"
+        )
+    if outputs == cells * variables and set(targets) <= set(inputs):
+        chosen = torch.tensor([inputs.index(target) for target in targets])
+        return (torch.arange(cells).unsqueeze(1) * variables + chosen).flatten()
+    if outputs == cells * len(targets):
+        return torch.arange(outputs)
+    raise ResumeRefused(
+        f"head: {outputs} outputs for patches of {cells} cells and data.targets {', '.join(targets)}: expected "
+        f"{cells * variables}, one per cell and input (targets among them), or {cells * len(targets)}, one per target"
+    )
+
+
+def _read_optimizer(
+    checkpoint: Mapping[str, Any], weights: Weights, home: Mapping[str, str]
+) -> tuple[dict[tuple[str, ...], Mapping[str, Any]], dict[str, dict[str, Tensor]]]:
+    """Return groups and moments of a file's one AdamW, see Contents; home: {our name of a parameter: our group}.
+
+    Lightning numbers parameters through the groups, FSDP names them. Within a group, numbers are in the order in which
+    the network registers its parameters, which the state dict keeps. What can be checked is: counts, names of groups,
+    shapes, values, steps.
+    """
+    optimizers, global_step = take(checkpoint, list, "optimizer_states"), take(checkpoint, int, "global_step")
+    if len(optimizers) != 1:
+        raise ResumeRefused(f"optimizer_states: {len(optimizers)} optimizers in the file: expected one, AdamW")
+    state, groups = take(optimizers[0], Mapping, "state"), take(optimizers[0], list, "param_groups")
+    for group in groups:
+        _require_adamw(group)
+    keys = [key for group in groups for key in group["params"]]
+    sources = [source for source, name in weights.names.items() if name in home]
+    by_name = all(isinstance(key, str) for key in keys)
+    if len(keys) != len(sources) or set(keys) != set(sources if by_name else range(len(sources))):
+        raise ResumeRefused(
+            f"optimizer groups: {len(keys)} parameters, {len(set(keys))} of them different, in {len(groups)} "
+            f"group(s): expected each of the {len(sources)} parameters in the file's weights once"
+        )
+    for key in state:
+        more = [show(name) for name in take(state, Mapping, key) if name not in MOMENTS]
+        if more or key not in keys:
+            found = f"has {shorten(more)}: expected AdamW's" if more else "is in no group: expected one"
+            raise ResumeRefused(f"optimizer state of parameter {show(key)} {found}")
+
+    left: dict[tuple[str, ...], list[str]] = {}
+    for source in sources:
+        left.setdefault((home[weights.names[source]],), []).append(source)
+    if len(groups) == 1:
+        left = {tuple(name for (name,) in left): sources}
+    matched, moments = {}, {}
+    for group in groups:
+        params = sorted(group["params"], key=sources.index) if by_name else group["params"]
+        ours = _match_group(group.get("name"), params, left, state, weights)
+        matched[ours] = group
+        for key, source in zip(params, left.pop(ours), strict=True):
+            if len(state.get(key, ())) == len(MOMENTS):
+                moments[weights.names[source]] = _read_moments(state[key], source, global_step, weights)
+    if global_step > 0 and not any(entry["exp_avg_sq"].any() for entry in moments.values()):
+        raise ResumeRefused(
+            f"optimizer_states: no moments (exp_avg, exp_avg_sq) other than zero, but global_step is {global_step}: "
+            f"expected those of {len(sources)} parameters: use a checkpoint of the run that was saved with its "
+            "optimizer (checkpoint.allow_new is for single names)"
+        )
+    return matched, moments
+
+
+def _require_adamw(group: Any) -> None:
+    group = group if isinstance(group, Mapping) else {}
+    variants = [group.get("amsgrad"), group.get("maximize"), group.get("decoupled_weight_decay") is False]
+    if set(group) - OPTIONAL_KEYS != ADAMW_KEYS or not all(value is None or value is False for value in variants):
+        found = ", ".join(f"{show(key)}: {show(group[key])}" for key in group if key != "params")
+        raise ResumeRefused(
+            f"optimizer group with {found or 'nothing'}: expected torch's AdamW, without amsgrad or maximize"
+        )
+    for key in {"lr", "initial_lr", "eps", "weight_decay"} & set(group):
+        take(group, float, key)
+    for key, kinds in (("betas", (float,)), ("params", (int, str))):
+        values = group[key]
+        if not isinstance(values, list | tuple) or not all(any(is_kind(v, kind) for kind in kinds) for v in values):
+            raise ResumeRefused(f"optimizer group: {key} {show(values)}: expected a list of numbers")
+
+
+def _match_group(
+    label: Any, params: Sequence[Any], left: Mapping[tuple[str, ...], list[str]], state: Mapping, weights: Weights
+) -> tuple[str, ...]:
+    """Return the key in `left` {our groups: parameters} of a group of the file, by its name, else by its shapes."""
+    reasons = []
+    for ours, sources in left.items():
+        if label is None or ours == (label,) or len(ours) > 1:
+            reasons.append(_find_misfit(params, sources, state, weights))
+            if reasons[-1] is None:
+                return ours
+    sizes = shorten(f"{' + '.join(ours)} ({len(sources)})" for ours, sources in left.items())
+    reason = reasons[0] if len(reasons) == 1 else f"expected one of {sizes or 'none'}, each once"
+    what = "without a name" if label is None else show(label)
+    raise ResumeRefused(f"optimizer group {what}: {len(params)} parameters: {reason}")
+
+
+def _find_misfit(params: Sequence[Any], sources: list[str], state: Mapping, weights: Weights) -> str | None:
+    """Return why parameters of a group of the file cannot be these sources; None if they can."""
+    if len(params) != len(sources) or (isinstance(params[0], str) and params != sources):
+        return f"expected {len(sources)}, {shorten(sources, 3)}"
+    for key, source in zip(params, sources, strict=True):
+        expected = weights.tensors[source].shape
+        for moment in [name for name in MOMENTS[1:] if name in state.get(key, ())]:
+            shape = getattr(state[key][moment], "shape", None)
+            if shape != expected:
+                return f"{moment} of {key} is {tuple(shape or ())}: expected {tuple(expected)} for {source}"
+    return None
+
+
+def _read_moments(entry: Mapping[str, Any], source: str, global_step: int, weights: Weights) -> dict[str, Tensor]:
+    """Return the moments of one parameter in our shape, its step count as a float32 scalar."""
+    step = entry["step"]
+    step = step.item() if is_kind(step, torch.float32) and step.numel() == 1 else step
+    if not is_kind(step, float) or step != int(step) or not 1 <= step <= global_step:
+        raise ResumeRefused(f"step count of {source}: {show(step)}: expected 1 to global_step, which is {global_step}")
+    moments = {key: take({source: entry}, torch.float32, source, key) for key in MOMENTS[1:]}
+    if bool((moments["exp_avg_sq"] < 0).any()):
+        raise ResumeRefused(f"exp_avg_sq of {source}: below 0: expected a mean of squares")
+    return {"step": torch.tensor(float(step)), **{key: weights.adapt(source, moments[key]) for key in moments}}
+
+
+def read_schedule(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the state of the file's one CosineAnnealingLR; None without a scheduler, which is a constant rate."""
+    schedulers = take(checkpoint, list, "lr_schedulers")
+    if not schedulers:
+        return None
+    needed = {"T_max": int, "eta_min": float, "base_lrs": list, "last_epoch": int, "_last_lr": list}
+    found = schedulers[0] if len(schedulers) == 1 and isinstance(schedulers[0], Mapping) else {}
+    if any(not is_kind(found.get(key), kind) for key, kind in needed.items()) or found["T_max"] == 0:
+        values = ", ".join(f"{show(key)}: {show(value)}" for key, value in found.items())
+        raise ResumeRefused(
+            f"lr_schedulers: {len(schedulers)}, {values or 'unreadable'}: expected one CosineAnnealingLR "
+            f"({', '.join(needed)})"
+        )
+    return found
+
+
+def _read_position(checkpoint: Mapping[str, Any]) -> Position:
+    """Return the position by Lightning's counters, which must not contradict each other.
+
+    A save inside an epoch, one after its last batch, and one after the run have similar counters. (The last counts its
+    epoch as completed even where max_steps cut it short, and Lightning resumes inside it.) So an epoch is complete when
+    its last batch is done. After a resume from the last batch of an epoch, `started` may be one too small (Lightning
+    2.6). So an epoch was also entered if one of its batches is not completed, or if it is processed and not completed.
+    """
+    loop = ("loops", "fit_loop")
+    batch, epochs = (*loop, "epoch_loop.batch_progress"), (*loop, "epoch_progress", "current")
+    optimizer = (*loop, "epoch_loop.automatic_optimization.optim_progress", "optimizer")
+    step, epoch = take(checkpoint, int, "global_step"), take(checkpoint, int, "epoch")
+    started, ended = take(checkpoint, int, *epochs, "started"), take(checkpoint, int, *epochs, "processed")
+    processed, completed = (take(checkpoint, int, *batch, "current", key) for key in ("processed", "completed"))
+    total = take(checkpoint, int, *batch, "total", "processed")
+    steps = take(checkpoint, int, *optimizer, "step", "current", "completed")
+    entered = max(started, epoch + (completed < processed or ended == epoch + 1))
+    behind = max(entered - 1, 0)
+    for fits, contradiction in (
+        (started - 1 <= epoch <= started + 1, f"epoch {epoch}, but {started} epochs were started"),
+        (steps <= processed <= total, f"{steps} steps, but {processed} batches in this epoch and {total} in all"),
+        (behind + steps <= step <= total, f"global_step {step}, but {behind} epochs, {steps} steps, {total} batches"),
+        (behind > 0 or steps == step, f"global_step {step}, but {steps} steps in the first epoch"),
+    ):
+        if not fits:
+            raise ResumeRefused(f"loops: {contradiction}: the counters contradict each other: expected an intact file")
+    if take(checkpoint, bool, *batch, "is_last_batch"):
+        return Position(step, entered, 0, 0, processed)
+    return Position(step, behind, processed, steps, (total - processed) // behind if behind else None)
