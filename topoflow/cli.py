@@ -180,8 +180,7 @@ def _add_inspect(commands) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from topoflow.tools.compare import compare
-    from topoflow.tools.inspect import inspect
+    from topoflow.tools.inspect import compare, inspect
 
     found = inspect(options.path) if options.other is None else compare(options.path, options.other)
     print(found.as_json() if options.json else "\n".join(found.lines), flush=True)

@@ -1,11 +1,11 @@
-"""`topoflow inspect PATH`: report what a checkpoint or a run holds, whole or damaged."""
+"""`topoflow inspect A [B]`: report what a checkpoint or a run holds, whole or damaged; compare two checkpoints."""
 
 import hashlib
 import json
 import math
 import os
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,14 +13,20 @@ from typing import Any
 
 import torch
 
-from topoflow.checkpoint.directory import CheckpointDirectory, find_checkpoint
+from topoflow.checkpoint.directory import POINTERS, CheckpointDirectory, find_checkpoint
 from topoflow.checkpoint.file import MANIFEST, STATE, read_checkpoint, read_manifest
+from topoflow.checkpoint.fingerprint import MOMENTS, captured_tensors
 from topoflow.errors import MissingPath, ResumeRefused
 from topoflow.text import format_table, shorten
 
 WIDTH, LABEL_WIDTH = 120, 21
 HEADINGS = {"exp_avg_norm": "|avg|", "exp_avg_sq_norm": "|avg_sq|"}
-POINTERS = ("last", "best")
+COMPARED = ("scheduler", "progress", "random", "data", "config", "software")
+MOST_DIFFERENCES = 20
+PROGRESS = (
+    "step {step} ({updates} updates), epoch {epoch}, {samples_in_epoch} samples into the epoch; validation loss "
+    "{validation_loss}, best {best_validation_loss} at step {best_step}, {validations_since_best} validation(s) since"
+)
 UNEXPECTED_CONTENTS = (KeyError, TypeError, AttributeError, ValueError, IndexError)
 """What the functions below raise on a state that has our format but other contents than we write."""
 
@@ -45,11 +51,32 @@ def inspect(path: Path) -> Findings:
         MissingPath: the path does not exist, or holds no checkpoint.
         ResumeRefused: the path is another kind of file, or a folder that cannot be read.
     """
-    directory = checkpoints_of(path)
-    return describe_checkpoint(find_checkpoint(path)) if directory is None else _describe_run(directory)
+    directory = _checkpoints_of(path)
+    return _describe_checkpoint(find_checkpoint(path)) if directory is None else _describe_run(directory)
 
 
-def checkpoints_of(path: Path) -> CheckpointDirectory | None:
+def compare(path_a: Path, path_b: Path) -> Findings:
+    """Compare two checkpoints by name, tensors as bits; of a run its last one. If one is damaged, describe that one.
+
+    In the report, a relative difference is the largest absolute one over the largest magnitude in either tensor.
+
+    Raises:
+        MissingPath: a path does not exist, or holds no checkpoint.
+        ResumeRefused: the two cannot be compared.
+    """
+    a, b = _find_one(path_a), _find_one(path_b)
+    try:
+        report = {"a": str(a), "b": str(b), **_compare_states(read_checkpoint(a), read_checkpoint(b))}
+    except (ResumeRefused, *UNEXPECTED_CONTENTS) as error:
+        for findings in map(_describe_checkpoint, (a, b)):
+            if findings.damage is not None:
+                return findings
+        raise ResumeRefused(f"{a} and {b} cannot be compared: {type(error).__name__}: {error}") from None
+    report["verdict"] = _verdict(report)
+    return Findings(report, _show_comparison(report))
+
+
+def _checkpoints_of(path: Path) -> CheckpointDirectory | None:
     """Return the checkpoint directory if `path` is one or is a run directory, else None."""
     # os.path returns False where Path raises: on a folder that we may not read
     if os.path.isdir(path / "checkpoints"):
@@ -58,14 +85,31 @@ def checkpoints_of(path: Path) -> CheckpointDirectory | None:
     return directory if os.path.exists(path) and directory.traces() else None
 
 
-def describe_checkpoint(folder: Path, tables: bool = True) -> Findings:
+def _find_one(path: Path) -> Path:
+    directory = _checkpoints_of(path)
+    if directory is None:
+        return find_checkpoint(path)
+    steps = directory.steps()
+    return directory.pointer("last") or (directory.folder(steps[-1]) if steps else find_checkpoint(path))
+
+
+def groups_by_parameter(state: Mapping[str, Any]) -> dict[str, str]:
+    """Return the parameter group of each parameter of a captured state, by name."""
+    return {name: group["name"] for group in state["optimizer"]["groups"] for name in group["params"]}
+
+
+def _describe_checkpoint(folder: Path, tables: bool = True) -> Findings:
     """Describe a checkpoint; `tables`: list every parameter and buffer in the text.
 
     Raises:
         MissingPath: the folder does not exist.
     """
-    report: dict[str, Any] = {"path": str(folder), "files": {name: _size(folder / name) for name in (STATE, MANIFEST)}}
-    report["written"] = _time_written(folder / STATE)
+    stats = {name: _stat(folder / name) for name in (STATE, MANIFEST)}
+    report: dict[str, Any] = {"path": str(folder), "written": "unknown"}
+    report["files"] = {name: stat and stat.st_size for name, stat in stats.items()}
+    state = stats[STATE]
+    if state is not None:
+        report["written"] = datetime.fromtimestamp(state.st_mtime, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     try:
         found = {**report, "whole": True, **_describe_state(read_checkpoint(folder))}
         return Findings(found, _show_checkpoint(found) + (_show_tensors(found) if tables else []))
@@ -74,12 +118,16 @@ def describe_checkpoint(folder: Path, tables: bool = True) -> Findings:
     except UNEXPECTED_CONTENTS as error:
         damage = f"checkpoint {folder}: {STATE} has unexpected contents: {type(error).__name__}: {error}"
     report |= {"whole": False, "damage": damage, "manifest": _describe_manifest(folder)}
-    return Findings(report, _show_damaged(report), damage)
+    lines = [f"checkpoint {folder}", *_fact("damaged", damage)]
+    for name, size in report["files"].items():
+        lines += _fact(name, "missing or not a file" if size is None else f"{size:,} bytes")
+    lines += _fact("written", report["written"])
+    return Findings(report, lines + _fact("manifest", _text(report["manifest"] or "damaged or missing")), damage)
 
 
 def _describe_state(state: dict[str, Any]) -> dict[str, Any]:
     group_of, moments = groups_by_parameter(state), state["optimizer"]["state"]
-    tensors = {name: _describe_tensor(tensor) for name, tensor in state["model"].items()}
+    tensors = {name: {"name": name, **_describe_tensor(tensor)} for name, tensor in state["model"].items()}
     groups = [
         {key: value for key, value in group.items() if key != "params"}
         | {"tensors": len(group["params"]), "elements": sum(tensors[name]["elements"] for name in group["params"])}
@@ -92,16 +140,11 @@ def _describe_state(state: dict[str, Any]) -> dict[str, Any]:
         "certificate": state.get("certificate"),
         "groups": groups,
         "parameters": [
-            {"name": name, "group": group, **tensors[name], **_describe_moments(moments.get(name))}
+            {**tensors[name], "group": group, **_describe_moments(moments.get(name))}
             for name, group in group_of.items()
         ],
-        "buffers": [{"name": name, **tensor} for name, tensor in tensors.items() if name not in group_of],
+        "buffers": [tensor for name, tensor in tensors.items() if name not in group_of],
     }
-
-
-def groups_by_parameter(state: dict[str, Any]) -> dict[str, str]:
-    """Return the parameter group of each parameter, by name."""
-    return {name: group["name"] for group in state["optimizer"]["groups"] for name in group["params"]}
 
 
 def _describe_tensor(tensor: torch.Tensor) -> dict[str, Any]:
@@ -120,7 +163,7 @@ def _describe_moments(moments: dict[str, torch.Tensor] | None) -> dict[str, Any]
     """Return the number of updates and the Euclidean norms of the moments; None for a parameter never updated."""
     if moments is None:
         return {"step": None, "exp_avg_norm": None, "exp_avg_sq_norm": None}
-    norms = {f"{key}_norm": moments[key].double().norm().item() for key in ("exp_avg", "exp_avg_sq")}
+    norms = {f"{key}_norm": moments[key].double().norm().item() for key in MOMENTS[1:]}
     return {"step": int(moments["step"]), **norms}
 
 
@@ -140,64 +183,6 @@ def _describe_manifest(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _show_damaged(report: dict[str, Any]) -> list[str]:
-    lines = [f"checkpoint {report['path']}", *format_fact("damaged", report["damage"])]
-    for name, size in report["files"].items():
-        lines += format_fact(name, "missing or not a file" if size is None else f"{size:,} bytes")
-    lines += format_fact("written", report["written"])
-    manifest = report["manifest"]
-    return lines + format_fact("manifest", "damaged or missing" if manifest is None else format_value(manifest))
-
-
-def _show_checkpoint(report: dict[str, Any]) -> list[str]:
-    lines = [f"checkpoint {report['path']}"]
-    lines += format_fact("whole", f"{STATE} ({report['files'][STATE]:,} bytes) and {MANIFEST} match their hashes")
-    lines += format_fact("format", f"{report['format']}, written {report['written']}")
-    lines += _show_progress(report["progress"])
-    for name in ("software", "random", "scheduler"):
-        lines += format_fact(name, format_value(report[name]))
-    lines.append("data")
-    for name, value in report["data"].items():
-        if name == "normalization":
-            value = ", ".join(f"{variable} {mean:g} +- {std:g}" for variable, (mean, std) in value.items())
-        lines += format_fact(f"  {name.replace('_fingerprint', ' hash')}", str(value))
-    lines += format_fact("config", f"sha256 {report['config_sha256'][:16]}")
-    for section, values in report["config"].items():
-        lines += format_fact(f"  {section}", ", ".join(f"{key}={json.dumps(value)}" for key, value in values.items()))
-    if isinstance(report["certificate"], dict):
-        lines.append("certificate")
-        for name, value in report["certificate"].items():
-            lines += format_fact(f"  {name}", format_value(value, most_entries=12))
-    else:
-        lines += format_fact("certificate", "missing: training will not resume from this checkpoint")
-    total = {key: sum(group[key] for group in report["groups"]) for key in ("tensors", "elements")}
-    columns = ("tensors", "elements", "lr", "initial_lr", "weight_decay", "betas", "eps")
-    return [*lines, "", *_show_table("group", [*report["groups"], {"name": "all", **total}], columns, digits=6)]
-
-
-def _show_progress(progress: dict[str, Any]) -> list[str]:
-    now = f"step {progress['step']} ({progress['updates']} updates), epoch {progress['epoch']}"
-    lines = format_fact("progress", f"{now}, {progress['samples_in_epoch']} samples into the epoch")
-    if progress["validation_loss"] is None:
-        return lines + format_fact("validation loss", "none yet")
-    last, best = (float(progress[key]) for key in ("validation_loss", "best_validation_loss"))
-    since = f"{progress['validations_since_best']} validation(s) since"
-    return lines + format_fact("validation loss", f"{last!r}; best {best!r} at step {progress['best_step']}, {since}")
-
-
-def _show_tensors(report: dict[str, Any]) -> list[str]:
-    columns, lines = ("dtype", "shape", "elements", "mean", "std"), []
-    for group in (group["name"] for group in report["groups"]):
-        parameters = [parameter for parameter in report["parameters"] if parameter["group"] == group]
-        lines += ["", *_show_table(f"parameters: {group}", parameters, (*columns, "step", *HEADINGS))]
-    if report["buffers"]:
-        lines += ["", *_show_table("buffers", report["buffers"], columns)]
-    for tensor in (*report["parameters"], *report["buffers"]):
-        if tensor["not_finite"]:
-            lines.append(f"not finite: {tensor['not_finite']} of {tensor['elements']} elements of {tensor['name']}")
-    return lines
-
-
 def _describe_run(directory: CheckpointDirectory) -> Findings:
     """Read and verify all checkpoints of a run, and its pointers; those that a running job deletes are left out.
 
@@ -206,7 +191,7 @@ def _describe_run(directory: CheckpointDirectory) -> Findings:
     """
     if not directory.traces():
         raise MissingPath(f"{directory.path}: holds no checkpoint: expected a checkpoint or a run directory")
-    pointers, damage = {}, []
+    pointers, damage, found = {}, [], {}
     for name in POINTERS:
         try:
             target = directory.pointer(name)
@@ -214,10 +199,9 @@ def _describe_run(directory: CheckpointDirectory) -> Findings:
         except ResumeRefused as refusal:
             pointers[name] = "damaged"
             damage.append(str(refusal))
-    found = {}
     for folder in map(directory.folder, directory.steps()):
         try:
-            findings = describe_checkpoint(folder, tables=False)
+            findings = _describe_checkpoint(folder, tables=False)
         except MissingPath:
             continue
         if findings.damage is None or os.path.exists(folder):
@@ -227,60 +211,169 @@ def _describe_run(directory: CheckpointDirectory) -> Findings:
         "run": str(directory.path),
         "pointers": pointers,
         "checkpoints": [findings.report for findings in found.values()],
-        "others": sorted(e.name for e in directory.path.iterdir() if e.name not in {*found, *POINTERS}),
+        "others": sorted(entry for entry in os.listdir(directory.path) if entry not in {*found, *POINTERS}),
         "damage": damage,
     }
     lines = _show_run(report)
-    for name in found:
-        if name in pointers.values():
-            lines += ["", *found[name].lines]
+    for name in [name for name in found if name in pointers.values()]:
+        lines += ["", *found[name].lines]
     return Findings(report, lines, shorten(damage, 1) if damage else None)
 
 
-def _show_run(report: dict[str, Any]) -> list[str]:
-    rows = [
-        {
-            "name": Path(checkpoint["path"]).name,
-            **checkpoint.get("progress", {}),
-            "bytes": checkpoint["files"][STATE],
-            "written": checkpoint["written"],
-            "state": "whole" if checkpoint["whole"] else "DAMAGED",
-        }
-        for checkpoint in report["checkpoints"]
+def _compare_states(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    in_a, in_b = captured_tensors(a), captured_tensors(b)
+    common = [name for name in in_a if name in in_b]
+    layouts = {name: (_layout(in_a[name]), _layout(in_b[name])) for name in common}
+    settings_a, settings_b = _settings(a), _settings(b)
+    return {
+        "only_in_a": [name for name in in_a if name not in in_b],
+        "only_in_b": [name for name in in_b if name not in in_a],
+        "other_layout": [f"{name}: {one} | {other}" for name, (one, other) in layouts.items() if one != other],
+        "differing": [
+            {"name": name, **_difference(in_a[name], in_b[name])}
+            for name, (one, other) in layouts.items()
+            if one == other and not _same_bits(in_a[name], in_b[name])
+        ],
+        "settings": {name: list(_different_values(settings_a[name], settings_b[name])) for name in settings_a},
+        "tensors": len(in_a.keys() | in_b.keys()),
+    }
+
+
+def _settings(state: dict[str, Any]) -> dict[str, Any]:
+    """Return everything that is compared as plain values."""
+    groups = {group["name"]: {**group, "params": None} for group in state["optimizer"]["groups"]}
+    groups["group of"] = groups_by_parameter(state)
+    return {"groups": groups, **{name: state[name] for name in COMPARED}}
+
+
+def _different_values(a: Any, b: Any, path: str = "") -> Iterator[str]:
+    """Yield `key: value | value` for each difference between two nested dicts."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in dict.fromkeys([*a, *b]):
+            below = f"{path}.{key}" if path else str(key)
+            yield from _different_values(a.get(key, "absent"), b.get(key, "absent"), below)
+    elif json.dumps(a) != json.dumps(b):
+        yield f"{path}: {_text(a, 45)} | {_text(b, 45)}"
+
+
+def _layout(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)))
+
+
+def _difference(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
+    """Return the largest absolute difference, also relative to the largest magnitude in a or b; inf if not finite.
+
+    Both are 0 where bits differ and values do not (0 and -0).
+    """
+    a, b = a.double().reshape(-1), b.double().reshape(-1)
+    differs = (a != b) & ~(a.isnan() & b.isnan())
+    absolute = (a - b)[differs].abs().max().item() if differs.any() else 0.0
+    if not math.isfinite(absolute):
+        return {"absolute": math.inf, "relative": math.inf}
+    both = torch.cat([a, b])
+    largest = both[both.isfinite()].abs().max().item() if absolute else 1.0
+    return {"absolute": absolute, "relative": absolute / largest}
+
+
+def _show_checkpoint(report: dict[str, Any]) -> list[str]:
+    lines = [f"checkpoint {report['path']}"]
+    lines += _fact("whole", f"{STATE} ({report['files'][STATE]:,} bytes) and {MANIFEST} match their hashes")
+    lines += _fact("format", f"{report['format']}, written {report['written']}")
+    lines += _fact("progress", PROGRESS.format(**report["progress"]))
+    for name in ("software", "random", "scheduler"):
+        lines += _fact(name, _text(report[name]))
+    for name in ("data", "config", "certificate"):
+        section = report[name] or {"missing": "training will not resume from this checkpoint"}
+        lines.append(f"{name} (sha256 {report['config_sha256'][:16]})" if name == "config" else name)
+        for key, value in section.items():
+            lines += _fact(f"  {key}", _text(value, most_entries=12 if name == "certificate" else None))
+    total = {key: sum(group[key] for group in report["groups"]) for key in ("tensors", "elements")}
+    columns = ("tensors", "elements", "lr", "initial_lr", "weight_decay", "betas", "eps")
+    return [*lines, "", *_show_table("group", [*report["groups"], {"name": "all", **total}], columns, digits=6)]
+
+
+def _show_tensors(report: dict[str, Any]) -> list[str]:
+    columns, lines = ("dtype", "shape", "elements", "mean", "std"), []
+    for group in (group["name"] for group in report["groups"]):
+        parameters = [parameter for parameter in report["parameters"] if parameter["group"] == group]
+        lines += ["", *_show_table(f"parameters: {group}", parameters, (*columns, "step", *HEADINGS))]
+    if report["buffers"]:
+        lines += ["", *_show_table("buffers", report["buffers"], columns)]
+    return lines + [
+        f"not finite: {tensor['not_finite']} of {tensor['elements']} elements of {tensor['name']}"
+        for tensor in (*report["parameters"], *report["buffers"])
+        if tensor["not_finite"]
     ]
-    for row in rows:
-        row["pointer"] = ", ".join(name for name, target in report["pointers"].items() if target == row["name"])
+
+
+def _show_run(report: dict[str, Any]) -> list[str]:
+    pointers, rows = report["pointers"], []
+    for checkpoint in report["checkpoints"]:
+        name, state = Path(checkpoint["path"]).name, "whole" if checkpoint["whole"] else "DAMAGED"
+        pointer = ", ".join(pointer for pointer, target in pointers.items() if target == name)
+        facts = {"bytes": checkpoint["files"][STATE], "written": checkpoint["written"], "state": state}
+        rows.append({"name": name, **checkpoint.get("progress", {}), **facts, "pointer": pointer})
     columns = ("step", "epoch", "validation_loss", "bytes", "written", "state", "pointer")
     lines = [f"checkpoints in {report['run']}", "", *_show_table("checkpoint", rows, columns, digits=6)]
-    lines += [f"pointer {name}: missing" for name, target in report["pointers"].items() if target is None]
+    lines += [f"pointer {name}: missing" for name, target in pointers.items() if target is None]
     lines += [f"other entries: {', '.join(report['others'])}"] if report["others"] else []
     return lines + [f"damaged: {damage}" for damage in report["damage"]]
 
 
+def _show_comparison(report: dict[str, Any]) -> list[str]:
+    lines = [f"A  {report['a']}", f"B  {report['b']}"]
+    for key in ("only_in_a", "only_in_b", "other_layout"):
+        lines += _fact(key.replace("_", " "), ", ".join(report[key])) if report[key] else []
+    differing = sorted(report["differing"], key=lambda item: item["relative"], reverse=True)
+    if differing:
+        lines += ["", *_show_table("differing", differing[:MOST_DIFFERENCES], ("absolute", "relative"))]
+    if len(differing) > MOST_DIFFERENCES:
+        lines.append(f"... and {len(differing) - MOST_DIFFERENCES} smaller differences (all with --json)")
+    for name, different in report["settings"].items():
+        lines += ["", f"{name}: " + ("A | B" if different else "same"), *(f"  {line}" for line in different)]
+    return [*lines, "", report["verdict"]]
+
+
+def _verdict(compared: dict[str, Any]) -> str:
+    count = sum(len(compared[key]) for key in ("only_in_a", "only_in_b", "other_layout", "differing"))
+    if count == 0:
+        others = [name for name, different in compared["settings"].items() if different]
+        return f"same bits in all {compared['tensors']} tensors" + (f"; {', '.join(others)} differ" if others else "")
+    verdict = f"{count} of {compared['tensors']} tensors differ"
+    if not compared["differing"]:
+        return verdict
+    worst = max(compared["differing"], key=lambda item: item["relative"])
+    return f"{verdict}, largest relative difference {_number(worst['relative'])} in {worst['name']}"
+
+
 def _show_table(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], digits: int = 3) -> list[str]:
     """Return a table of the values that `rows` have for `columns`; `digits`: significant ones of a float."""
-    cells = [[row["name"], *(format_number(row.get(key), digits) for key in columns)] for row in rows]
+    cells = [[row["name"], *(_number(row.get(key), digits) for key in columns)] for row in rows]
     return format_table((title, *(HEADINGS.get(column, column) for column in columns)), cells)
 
 
-def format_fact(label: str, text: str) -> list[str]:
+def _fact(label: str, text: str) -> list[str]:
     """Return a label and its text, wrapped and indented."""
     wrapped = textwrap.wrap(text, WIDTH - LABEL_WIDTH, break_on_hyphens=False) or [""]
     return [f"{'' if i else label:<{LABEL_WIDTH}}{line}".rstrip() for i, line in enumerate(wrapped)]
 
 
-def format_value(value: Any, longest: int = 64, most_entries: int | None = None) -> str:
+def _text(value: Any, longest: int = 64, most_entries: int | None = None) -> str:
     """Return a plain value on one line, with texts and lists cut; of a dict that is too large, only the first entry."""
     if isinstance(value, dict):
-        entries = [f"{key} {format_value(item, longest)}" for key, item in value.items()]
+        entries = [f"{key} {_text(item, longest)}" for key, item in value.items()]
         return shorten(entries, len(entries) if most_entries is None or len(entries) <= most_entries else 1)
     if isinstance(value, list | tuple):
-        return f"[{shorten((format_value(item, longest) for item in value), 4)}]"
+        return f"[{shorten((_text(item, longest) for item in value), 4)}]"
     text = str(value)
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
-def format_number(value: Any, digits: int = 3) -> str:
+def _number(value: Any, digits: int = 3) -> str:
     """Return the text of a table cell: a float with some significant digits, an integer with thousands separators."""
     if isinstance(value, float):
         return f"{value:.{digits}g}"
@@ -295,15 +388,9 @@ def _replace_not_finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _size(path: Path) -> int | None:
+def _stat(path: Path) -> os.stat_result | None:
+    """Return size and time of a file; None if it is missing, unreadable or a folder."""
     try:
-        return path.stat().st_size if path.is_file() else None
+        return path.stat() if path.is_file() else None
     except OSError:
         return None
-
-
-def _time_written(path: Path) -> str:
-    try:
-        return datetime.fromtimestamp(path.stat().st_mtime, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    except OSError:
-        return "unknown"
