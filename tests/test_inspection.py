@@ -298,7 +298,7 @@ def test_two_checkpoints_with_the_same_bits(folder, run_inspect):
     other = changed(folder, "other", lambda state: None)
     status, out, _ = run_inspect(folder, other)
     assert status == 0
-    assert out.splitlines()[-1] == "same bits in all 33 tensors"
+    assert out.splitlines()[-1] == "all 33 tensors are bit-identical"
 
 
 def test_one_ulp_in_one_element_is_found_and_measured(folder, run_inspect):
@@ -325,7 +325,7 @@ def test_bits_that_differ_where_values_do_not(folder):
     report = compare(zero, minus).report
     assert report["differing"] == [{"name": "head.bias", "absolute": 0.0, "relative": 0.0}]
     nan = changed(folder, "nan", lambda state: state["model"]["head.bias"].fill_(torch.nan))
-    assert compare(nan, nan).report["verdict"].startswith("same bits")
+    assert compare(nan, nan).report["verdict"].startswith("all ")
     assert compare(zero, nan).report["differing"][0]["relative"] == np.inf
     assert compare(zero, nan).report["verdict"].endswith("inf in head.bias")
 
@@ -356,12 +356,12 @@ def test_all_other_differences_are_named(folder, run_inspect):
 
 def test_equal_tensors_with_another_setting(folder):
     other = changed(folder, "other", lambda state: state["optimizer"]["groups"][0].update(lr=1.0))
-    assert compare(folder, other).report["verdict"] == "same bits in all 33 tensors; groups differ"
+    assert compare(folder, other).report["verdict"] == "all 33 tensors are bit-identical; groups differ"
 
 
 def test_a_compared_run_means_its_last_checkpoint(run_dir, run_inspect):
     out = run_inspect(run_dir, run_dir / "checkpoints" / "step-00000003")[1]
-    assert "same bits" in out.splitlines()[-1]
+    assert "bit-identical" in out.splitlines()[-1]
 
 
 def test_a_damaged_checkpoint_is_described_instead_of_compared(folder, run_inspect):

@@ -211,7 +211,7 @@ def _import_lightning(options: argparse.Namespace) -> int:
     from topoflow.config_io import load_config
     from topoflow.launch import choose_device, read_launch
     from topoflow.rendezvous import distributed_context
-    from topoflow.reproducibility import set_deterministic
+    from topoflow.reproducibility import set_deterministic, set_tf32
     from topoflow.tools.lightning.conversion import import_run
 
     config = load_config(options.config, [*options.overrides, f"run.dir={options.output}"])
@@ -220,6 +220,7 @@ def _import_lightning(options: argparse.Namespace) -> int:
         raise ConfigError(f"import-lightning: started as {launch.world_size} processes: expected one")
     _log_to_terminal()
     set_deterministic(config.run)
+    set_tf32(config.train.tf32)  # as the resume sets it, which compares the probe loss to the bit
     with distributed_context(launch, config.distributed, choose_device(config.run.device, launch)) as context:
         print("\n".join(import_run(options.source, config, context, options.weights)))
     words = ["python", "train.py", options.config, *options.overrides, f"run.dir={options.output}"]

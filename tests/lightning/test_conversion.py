@@ -251,7 +251,7 @@ BROKEN = {
         lambda c: c["state_dict"].update({"model.extra.weight": torch.zeros(1)}), "extra.weight: not in the config's"
     ),
     "names of both programs": (
-        lambda c: c["state_dict"].update({"model.climax.pos_embed": torch.zeros(1)}), "of no known program"
+        lambda c: c["state_dict"].update({"model.climax.pos_embed": torch.zeros(1)}), "not of a known program"
     ),
     "a weight less": (lambda c: c["state_dict"].pop("model.norm.bias"), "expected each of the 44 parameters"),
     "a head of other outputs": (

@@ -114,3 +114,25 @@ def test_a_read_only_run_is_refused_before_the_work_and_scored_elsewhere(program
     done = read_only("--output", str(program.folder / "mine"))
     assert done.returncode == 0, done.stderr
     assert scores(program.folder / "mine")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "import-lightning"])
+def test_float32_is_multiplied_as_train_tf32_demands(program, run, command):
+    """As in training, on whose losses a certificate is compared to the bit; here without a GPU, by torch's setting."""
+    arguments = [str(run), "train.tf32=true", "--output", str(program.folder / "again")]
+    if command == "import-lightning":
+        arguments = [
+            "missing.ckpt",
+            "--config",
+            str(program.config),
+            "-o",
+            str(program.folder / "new"),
+            "train.tf32=true",
+        ]
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        assert cli.main([command, *arguments]) == (0 if command == "evaluate" else 2)
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

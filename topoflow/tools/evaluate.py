@@ -15,7 +15,7 @@ from topoflow.evaluation import evaluate_model
 from topoflow.files import require_writable
 from topoflow.metrics import Record
 from topoflow.ranks import Context
-from topoflow.reproducibility import set_deterministic
+from topoflow.reproducibility import set_deterministic, set_tf32
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ def score_checkpoint(
         config = override_config(saved["config"], overrides, f"the checkpoint {path}")
         _require_same_network(saved["config"], config, path)
         set_deterministic(config.run)
+        set_tf32(config.train.tf32)
     data = open_data(config, context, only=(split,))
     with context.together("model"):
         if split not in data.splits:

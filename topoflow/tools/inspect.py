@@ -33,7 +33,7 @@ UNEXPECTED_CONTENTS = (KeyError, TypeError, AttributeError, ValueError, IndexErr
 
 @dataclass(frozen=True)
 class Findings:
-    """Results as plain values (`report`) and as text (`lines`); `damage`: one line, None if everything is whole."""
+    """Results as plain values (`report`) and as text (`lines`); `damage`: one line, None if everything is intact."""
 
     report: dict[str, Any]
     lines: list[str]
@@ -78,7 +78,7 @@ def compare(path_a: Path, path_b: Path) -> Findings:
 
 def _checkpoints_of(path: Path) -> CheckpointDirectory | None:
     """Return the checkpoint directory if `path` is one or is a run directory, else None."""
-    # os.path returns False where Path raises: on a folder that we may not read
+    # os.path returns False where Path raises: on a folder without read permission
     if os.path.isdir(path / "checkpoints"):
         return CheckpointDirectory(path / "checkpoints")
     directory = CheckpointDirectory(path)
@@ -187,7 +187,7 @@ def _describe_run(directory: CheckpointDirectory) -> Findings:
     """Read and verify all checkpoints of a run, and its pointers; those that a running job deletes are left out.
 
     Raises:
-        MissingPath: there is no checkpoint, nor a trace of one.
+        MissingPath: there is no checkpoint, and no record of one.
     """
     if not directory.traces():
         raise MissingPath(f"{directory.path}: holds no checkpoint: expected a checkpoint or a run directory")
@@ -267,7 +267,7 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 def _difference(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
     """Return the largest absolute difference, also relative to the largest magnitude in a or b; inf if not finite.
 
-    Both are 0 where bits differ and values do not (0 and -0).
+    Both are 0 where only bits differ (0 and -0).
     """
     a, b = a.double().reshape(-1), b.double().reshape(-1)
     differs = (a != b) & ~(a.isnan() & b.isnan())
@@ -342,7 +342,8 @@ def _verdict(compared: dict[str, Any]) -> str:
     count = sum(len(compared[key]) for key in ("only_in_a", "only_in_b", "other_layout", "differing"))
     if count == 0:
         others = [name for name, different in compared["settings"].items() if different]
-        return f"same bits in all {compared['tensors']} tensors" + (f"; {', '.join(others)} differ" if others else "")
+        differ = f"; {', '.join(others)} differ" if others else ""
+        return f"all {compared['tensors']} tensors are bit-identical{differ}"
     verdict = f"{count} of {compared['tensors']} tensors differ"
     if not compared["differing"]:
         return verdict

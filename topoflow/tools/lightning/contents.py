@@ -193,7 +193,7 @@ def _translate(state_dict: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
     is_predecessor = any(name.startswith("model.climax.") for name in state_dict)
     if is_predecessor == ("model.patch_embed.proj_weights" in state_dict):
         raise ResumeRefused(
-            f"weights {shorten(state_dict) or '(empty)'}: of no known program: "
+            f"weights {shorten(state_dict) or '(empty)'}: not of a known program: "
             "expected model.climax.* (the predecessor) or model.patch_embed.proj_weights and so on (the published one)"
         )
     program, names = "predecessor" if is_predecessor else "published", {}

@@ -55,7 +55,7 @@ class Conversion:
 
 
 def import_run(source: Path, config: Config, context: Context, choice: str | None = None) -> list[str]:
-    """Make config.run.dir a run that resumes from a Lightning checkpoint; return the report, line by line.
+    """Create a run in config.run.dir that resumes from a Lightning checkpoint; return the lines of the report.
 
     Its checkpoint is committed as one of ours, certificate included; nothing is written before all has been checked.
 
@@ -63,7 +63,7 @@ def import_run(source: Path, config: Config, context: Context, choice: str | Non
 
     Raises:
         RunDirectoryError: the run directory holds checkpoints, is in use or cannot be written.
-        ResumeRefused: the file cannot be read, is of no known program, contradicts itself, or does not fit the config.
+        ResumeRefused: the file cannot be read, is of unknown origin, contradicts itself, or does not fit the config.
         ConfigError, DataError, MissingPath: the config or its data cannot be used.
     """
     directory = RunDirectory(config.run.dir, context.launch.job, context.launch.restart)
@@ -176,7 +176,7 @@ def convert(
         f"head: kept {len(weights.kept)} of {weights.outputs} outputs, those of {', '.join(data.target_names)}",
         f"step {position.step}, {position.epoch} epochs complete, {samples} samples of the next one done, schedule at "
         f"step {taken['scheduler']['steps']}",
-        f"an epoch of ours has {plan.steps_per_epoch} steps{theirs}; train.max_epochs counts ours from step 0",
+        f"our epoch has {plan.steps_per_epoch} steps{theirs}; train.max_epochs counts ours from step 0",
         "not in the file: the order of its samples (the rest of the epoch follows ours) and the normalization of its "
         "data (the config's is used)",
     ]
@@ -299,7 +299,7 @@ def _describe_file(checkpoint: Mapping[str, Any], contents: Contents) -> list[st
     weights, groups = contents.weights, contents.groups.values()
     sizes = [f"{show(group.get('name'))} {len(group['params'])}" for group in groups]
     left = [show(name) for name in checkpoint if name not in (*PARTS, "pytorch-lightning_version", "hparams_name")]
-    mask = [] if weights.mask is None else [f"china_mask: {weights.mask.sum()} of {weights.mask.numel()} cells count"]
+    mask = [] if weights.mask is None else [f"china_mask: {weights.mask.sum()} of {weights.mask.numel()} cells used"]
     return [
         f"{weights.program} program, Lightning {show(checkpoint.get('pytorch-lightning_version'))}",
         f"in the file: weights {len(weights.names)}, moments {len(contents.moments)}/"

@@ -37,10 +37,10 @@ PLAIN_OBJECTS: list[Callable | tuple[Callable, str]] = [
     (np.dtype, "numpy.dtype"),
     *(type(np.dtype(name)) for name in ("f4", "f8", "i4", "i8", "?")),
 ]
-"""Classes that hyperparameters and callbacks may hold, and what they are read as. None does more than hold values."""
+"""Classes that hyperparameters and callbacks may hold, and what they are read as. They only hold values."""
 
 _DAMAGE = (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError)
-"""What zipfile, torch and its unpickler raise for bytes that make no sense."""
+"""What zipfile, torch and its unpickler raise for invalid bytes."""
 
 _DOS_FOLDER = 0x10
 """Attribute that marks a record as a folder; torch.load leaves the memory of such a record uninitialized."""
@@ -55,7 +55,7 @@ def read_lightning(path: Path) -> dict[str, Any]:
 
     Raises:
         MissingPath: no such file.
-        ResumeRefused: no whole checkpoint of Lightning, or one that is sharded, damaged, or holds other objects.
+        ResumeRefused: not a complete checkpoint of Lightning, or one that is sharded, damaged, or holds other objects.
     """
     if not os.path.exists(path):  # also False where we have no permission to look
         raise MissingPath(f"{path}: not found: expected a Lightning checkpoint (.ckpt)")
@@ -78,7 +78,7 @@ def read_lightning(path: Path) -> dict[str, Any]:
     if missing:
         raise ResumeRefused(
             f"{path}: no {', '.join(missing)} in it, only {shorten(found, 12) or 'nothing'}: "
-            "expected a whole checkpoint of Lightning 2 (not one saved with weights only)"
+            "expected a complete checkpoint of Lightning 2 (not one saved with weights only)"
         )
     return content
 
