@@ -245,7 +245,7 @@ BROKEN = {
     ),
     "no counters": (lambda c: c["loops"]["fit_loop"].pop("epoch_progress"), "fit_loop / epoch_progress / .*not in the"),
     "names of neither program": (
-        lambda c: c.update(state_dict={"model.net.weight": torch.zeros(1)}), "weights model.net.weight: of no known"
+        lambda c: c.update(state_dict={"model.net.weight": torch.zeros(1)}), "weights model.net.weight: not of a known"
     ),
     "a name too many": (
         lambda c: c["state_dict"].update({"model.extra.weight": torch.zeros(1)}), "extra.weight: not in the config's"
