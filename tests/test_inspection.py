@@ -94,7 +94,7 @@ def test_an_intact_checkpoint_is_described(folder, run_inspect):
         "seed 5",
     ):
         assert words in out
-    for words in ("max_steps 9", "ab" * 32, "pm25 [50.0, 20.0]", "and 39 more", "loss_hex 0x1.8p-1", "steps 3"):
+    for words in ("population", "max_steps=9", "ab" * 32, "pm25 [50.0, 20.0]", "and 39 more", "0x1.8p-1", "steps 3"):
         assert words in out
     rates = {line.split()[0]: line.split()[3] for line in out.splitlines() if line.startswith(("vit_blocks", "head "))}
     expected = {group["name"]: f"{group['lr']:.6g}" for group in state["optimizer"]["groups"]}

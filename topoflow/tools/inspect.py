@@ -290,7 +290,10 @@ def _show_checkpoint(report: dict[str, Any]) -> list[str]:
         section = report[name] or {"missing": "training will not resume from this checkpoint"}
         lines.append(f"{name} (sha256 {report['config_sha256'][:16]})" if name == "config" else name)
         for key, value in section.items():
-            lines += _fact(f"  {key}", _text(value, most_entries=12 if name == "certificate" else None))
+            text = _text(value, most_entries=12 if name == "certificate" else None)
+            if name == "config":  # in full
+                text = ", ".join(f"{key}={json.dumps(item)}" for key, item in value.items())
+            lines += _fact(f"  {key}", text)
     total = {key: sum(group[key] for group in report["groups"]) for key in ("tensors", "elements")}
     columns = ("tensors", "elements", "lr", "initial_lr", "weight_decay", "betas", "eps")
     return [*lines, "", *_show_table("group", [*report["groups"], {"name": "all", **total}], columns, digits=6)]
