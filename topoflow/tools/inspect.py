@@ -287,7 +287,7 @@ def _show_checkpoint(report: dict[str, Any]) -> list[str]:
     for name in ("software", "random", "scheduler"):
         lines += _fact(name, _text(report[name]))
     for name in ("data", "config", "certificate"):
-        section = report[name] or {"missing": "training will not resume from this checkpoint"}
+        section: dict[str, Any] = report[name] or {"missing": "training will not resume from this checkpoint"}
         lines.append(f"{name} (sha256 {report['config_sha256'][:16]})" if name == "config" else name)
         for key, value in section.items():
             text = _text(value, most_entries=12 if name == "certificate" else None)
