@@ -4,6 +4,7 @@ The canonical tree is run by ranks that are threads here, and compared with its 
 by three real processes.
 """
 
+import copy
 import queue
 import threading
 from contextlib import nullcontext
@@ -322,12 +323,38 @@ def a_parameter_that_the_loss_does_not_use_is_named(context):
         warm_up(DdpReduction(model, context, 2))
 
 
-def ddp_adds_in_the_same_order_from_the_first_step_on(context):
+def a_compiled_model_is_cut_at_the_buckets(context):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.manual_seed(0)
+    plain, gradients = Layers().eval(), []
+    compiled = copy.deepcopy(plain)
+    compiled.compile(backend=count)
+    with torch.inference_mode():
+        compiled(torch.ones(4, WIDTH))
+    assert len(graphs) == 1  # in an evaluation there are no buckets
+    for model in (plain, compiled):
+        reduction = DdpReduction(model, context, 1)
+        warm_up(reduction)
+        with reduction.micro_batch(0):
+            reduction.forward(torch.ones(4, WIDTH)).square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert len(graphs) > 2
+    for name, gradient in gradients[0].items():  # the names are those of the model alone
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-5)
+
+
+def ddp_keeps_its_promises(context):
     a_resumed_run_adds_gradients_in_the_same_order(context)
     gradients_are_summed_in_several_buckets_in_the_order_in_which_they_are_ready(context)
     the_warm_up_leaves_everything_as_it_was(context)
     a_parameter_that_the_loss_does_not_use_is_named(context)
+    a_compiled_model_is_cut_at_the_buckets(context)
 
 
 def test_ddp_between_three_processes(store_port):
-    run_on_ranks(store_port, ddp_adds_in_the_same_order_from_the_first_step_on)
+    run_on_ranks(store_port, ddp_keeps_its_promises)

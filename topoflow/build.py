@@ -163,6 +163,8 @@ def build_state(config: Config, data: ForecastData, plan: BatchPlan, context: Co
     for buffer in model.buffers():  # derived from the grid, by arithmetic that may differ between machines
         context.broadcast_tensor(buffer)
     if config.train.compile:
+        # torch compiles at the first call. In training that call comes from DDP, and the graph is cut at DDP's buckets,
+        # so that gradients are summed over ranks during the backward pass
         model.compile()
     optimizer = build_optimizer(model, config.optim)
     scheduler = build_scheduler(optimizer, config.optim, plan.steps_per_epoch, total_steps(config.train, plan))

@@ -60,6 +60,7 @@ class DdpReduction:
         """
         if not isinstance(self.forward, DistributedDataParallel):
             return
+        self.context.watch.enter("warm-up")
         device = self.context.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             with self.micro_batch(self.accumulation - 1):

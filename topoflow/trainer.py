@@ -224,7 +224,7 @@ class Trainer:
             if owed:
                 self._validate_and_save(is_stopping=False)
             if not self._is_over():
-                self._warm_up()
+                self.reduction.warm_up(self._loss_of_zeros)
             while not self._is_over():
                 before = progress.step
                 for batches in self._steps_of_epoch():
@@ -242,20 +242,16 @@ class Trainer:
             self.output.saver.close()
             bar.close()
 
-    def _warm_up(self) -> None:
-        """Warm the reduction up with a micro-batch of zeros, in which no target counts."""
-        self.context.watch.enter("warm-up")
-        self.state.model.train()
+    def _loss_of_zeros(self, network: nn.Module) -> torch.Tensor:
+        """Return the loss of `network`, in training mode, on a micro-batch of zeros, in which no target counts."""
+        network.train()
         size = self.data.plan.micro_batch_size
         batch = {
             name: torch.zeros(size, *shape, dtype=dtype, device=self.context.device)
             for name, (dtype, shape) in self.data.train.layout.items()
         }
-
-        def compute_loss(network: nn.Module) -> torch.Tensor:
-            return loss_sums(network, batch, self.data.elevation_m, self.config.precision)[0].sum()
-
-        self.reduction.warm_up(compute_loss)
+        sums, _ = loss_sums(network, batch, self.data.elevation_m, self.config.precision)
+        return sums.sum()
 
     def _is_over(self) -> bool:
         patience = self.config.early_stopping_patience
