@@ -74,7 +74,8 @@ class RunConfig:
     seed: int = key(0, alters=ORDER)
     """Seed of the initial weights, of the order of samples and of every random draw in training."""
     deterministic: bool = key(True, alters=MATHEMATICS)
-    """Use only deterministic algorithms (an operation without one is an error)."""
+    """Use only algorithms that give the same bits each time; an operation that has none is an error. They are slower on
+    GPUs, and compiled kernels are then not tuned by timing."""
     threads: int | None = key(None, alters=NOTHING)
     """Intra-op threads of each process; it affects the last bits on CPU. Absent: the launcher's (torchrun: 1)."""
     device: Literal["auto", "cpu", "cuda"] = key("auto", alters=NOTHING)
