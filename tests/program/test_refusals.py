@@ -268,7 +268,7 @@ def test_a_validation_split_without_a_value_is_no_divergence(program, world):
     for name in ("pm25", "pm10", "so2", "no2", "co", "o3"):
         data[name].loc[{"time": slice("2018-10-07", "2018-10-08")}] = np.nan
     data.drop_encoding().to_netcdf(copy / "data_2018.nc")
-    refused(program.train(f"data.path={copy}"), 2, "data.validation", "no target has a value")
+    refused(program.train(f"data.path={copy}"), 2, "data.validation", "no target has a valid value")
 
 
 def test_an_accepted_normalization_is_the_one_that_is_used(program):
