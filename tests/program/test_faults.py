@@ -73,7 +73,7 @@ ON_ONE_PROCESS = {
     "rates_reset": ["learning rate of group ", ", expected "],
     "scheduler_not_restored": ["scheduler position is 0, expected 6"],
     "best_loss_forgotten": ["progress.best_validation_loss is None, expected "],
-    "another_activation": ["probe loss ", "allowed 1e-05: sources of the network "],
+    "another_activation": ["probe loss ", "allowed 1e-05 because of sources of the network "],
     "stale_buffer": ["blocks.0.attn.H_scale"],
     "wrong_normalization": ["normalization fingerprint"],
     "order_of_another_seed": ["next sample 1 is 2018-10-", "expected 2018-10-"],
