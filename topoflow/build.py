@@ -1,4 +1,4 @@
-"""Builds what a training run consists of from config and data: order of samples, network, optimizer, scheduler.
+"""Build the parts of a training run from config and data: order of samples, network, optimizer, scheduler.
 
 Training and the import of other programs' checkpoints build through the same functions.
 """
@@ -29,7 +29,7 @@ from topoflow.train_state import TrainData, TrainProgress, TrainState, total_ste
 
 
 def program_facts(config: Config) -> dict[str, str]:
-    """Return {name: value} of what must be equal on all ranks: code, versions, number of threads and config."""
+    """Return {name: value} of all that must be equal on all ranks: code, versions, number of threads and config."""
     software = describe_software(torch.device("cpu"))
     facts = {name: str(software[name]) for name in ("python", "torch", "numpy", "topoflow", "threads")}
     facts["system"] = platform.system()
@@ -40,17 +40,17 @@ def program_facts(config: Config) -> dict[str, str]:
 
 
 def require_same_program(context: Context, config: Config) -> None:
-    """Prove that all processes have the same `program_facts`.
+    """Check that all processes have the same `program_facts`.
 
     Raises:
-        RanksDisagree: on every process, with the table of who has what.
+        RanksDisagree: on every process, with a table of the values per rank.
     """
-    if context.world_size > 1:  # one process need not read a hundred source files
+    if context.world_size > 1:  # a single process does not need to hash a hundred source files
         context.require_same(program_facts(config), "at the start")
 
 
 def open_data(config: Config, context: Context, only: Sequence[str] = SPLITS) -> ForecastData:
-    """Open the data set of the config. Rank 0 alone reads its metadata and sends them to the others.
+    """Open the data set of the config. Only rank 0 reads its metadata, and sends them to the others.
 
     The first rank of each node also reads the hours of the fingerprint: a node may see another copy under the same
     path. Ranks that hold the fields in memory compute it too.
@@ -111,7 +111,7 @@ def build_plan(config: Config, data: ForecastData, context: Context) -> BatchPla
 
 
 def resolve(config: Config, data: ForecastData, plan: BatchPlan) -> Config:
-    """Return the config with the keys filled that the user left open: the grid's size, the length of the schedule.
+    """Return the config with the keys filled in that the user left open: the grid's size, the length of the schedule.
 
     Raises:
         ConfigError: model.img_size is not the data's grid.
@@ -160,7 +160,7 @@ def build_state(config: Config, data: ForecastData, plan: BatchPlan, context: Co
     with context.together("model"):
         model = build_network(config, data)
     model.to(context.device)
-    for buffer in model.buffers():  # derived from the grid, by arithmetic that may differ between machines
+    for buffer in model.buffers():  # derived from the grid with arithmetic that may differ between machines
         context.broadcast_tensor(buffer)
     if config.train.compile:
         # torch compiles at the first call. In training that call comes from DDP, and the graph is cut at DDP's buckets,
@@ -214,7 +214,9 @@ def describe_run(config: Config, data: ForecastData, state: TrainState, plan: Ba
     """Return lines for the log at the start: data, parameter groups, batch and length."""
     lines = data.summary()
     if plan.dropped:
-        lines.append(f"{plan.dropped} samples at the end of each epoch's order do not fill a global batch: not used")
+        lines.append(
+            f"{plan.dropped} samples at the end of each epoch's order do not fill a global batch and are not used"
+        )
     groups = [(g["name"], g["params"], f"{g['lr']:.3g}") for g in state.optimizer.param_groups]
     groups.append(("all", [parameter for _, parameters, _ in groups for parameter in parameters], ""))
     rows = [

@@ -1,4 +1,4 @@
-"""Sums the gradients of a step's micro-batches over all ranks: by DDP, or along one fixed tree.
+"""Sum the gradients of a step's micro-batches over all ranks: with DDP, or along one fixed tree.
 
 Both reductions have `forward` (the module that training calls), `warm_up(compute_loss)` (call it once, before the first
 step), `micro_batch(index)` (a context manager around forward and backward of this rank's micro-batch number `index`)
@@ -20,11 +20,11 @@ from topoflow.ranks import Context
 from topoflow.text import shorten
 
 _ALIGNMENT = 16
-"""Elements to which parameters are aligned in a flat gradient (64 bytes in float32): kernels take their wide loads."""
+"""Elements to which parameters are aligned in a flat gradient (64 bytes in float32), so that kernels use wide loads."""
 
 
 class DdpReduction:
-    """DDP around the model, or the bare model where there is one process. Bits depend on the number of ranks.
+    """DDP around the model, or the bare model for one process. The last bits depend on the number of ranks.
 
     The order in which gradients are added depends on DDP's buckets, and DDP fills those anew, in the order in which
     gradients become ready, after its first backward pass. `warm_up` is that pass: all steps then use the same buckets,
@@ -35,14 +35,14 @@ class DdpReduction:
         self.context, self.accumulation = context, accumulation
         self.forward = model
         if context.world_size > 1:
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # torch 2.6 knows no other name
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # torch 2.6 has no other name for it
             self.forward = DistributedDataParallel(
                 model,
                 device_ids=[context.device.index] if context.device.type == "cuda" else None,
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
             )
-            for parameter in model.parameters():  # a backward pass may be long: others see how far it is
+            for parameter in model.parameters():  # a backward pass may be long: report its progress to other ranks
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(lambda _: context.watch.tick())
 
@@ -75,7 +75,7 @@ class DdpReduction:
 
     @contextmanager
     def micro_batch(self, index: int) -> Iterator[None]:
-        """Gradients add up in .grad, and over ranks with the last micro-batch only."""
+        """Accumulate gradients in .grad; sum over ranks only in the last micro-batch."""
         if not isinstance(self.forward, DistributedDataParallel):
             yield
         elif index < self.accumulation - 1:
@@ -86,12 +86,12 @@ class DdpReduction:
                 yield
 
     def finish(self) -> float:
-        """DDP has averaged over ranks: the factor that makes .grad their sum."""
+        """Return the factor that turns .grad, which DDP has averaged over ranks, into the sum."""
         return float(self.context.world_size)
 
 
 class _FlatGradient:
-    """The gradients of all parameters in one piece. flat [length]; views: one of each parameter's shape, into flat."""
+    """The gradients of all parameters in one tensor. flat [length]; views: one per parameter, in its shape."""
 
     def __init__(self, parameters: list[nn.Parameter], world_size: int):
         (dtype,) = {parameter.dtype for parameter in parameters}
@@ -113,8 +113,8 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 class CanonicalReduction:
-    """One fixed binary tree over the micro-batches of the global batch, whoever computes them: the same bits on any
-    number of ranks.
+    """Sums along one fixed binary tree over the micro-batches of the global batch: bit-identical on any number of
+    ranks.
 
     The tree: let a step have M = 2**k * m micro-batches, m odd, numbered 0 to M - 1 in the order of the global batch.
     The sum of a range of 2**i * m of them, i > 0, is the sum of its first half plus the sum of its second half; a range
@@ -122,11 +122,11 @@ class CanonicalReduction:
     depends on the numbering alone. Each rank holds a contiguous 1 / world_size of them, which must be a whole subtree:
     see `require_whole_subtrees`.
 
-    A rank climbs its subtree as a binary counter does, one flat partial sum for each bit; autograd itself adds the
+    A rank sums its subtree like a binary counter, a flat partial sum per bit; autograd itself adds the
     gradients of m micro-batches (of two where m = 1) in place. Above, ranks halve and double recursively: at level l
     ranks that differ in bit l of their number exchange halves of the segment that both have summed so far, and each
     adds the half that it keeps; after log2(world_size) levels each has 1 / world_size of the whole sum, which the same
-    exchanges in reverse hand to all. A rank sends 2 (1 - 1 / world_size) gradients in 2 log2(world_size) messages (R.
+    exchanges in reverse pass to all. A rank sends 2 (1 - 1 / world_size) gradients in 2 log2(world_size) messages (R.
     Thakur, R. Rabenseifner, W. Gropp, "Optimization of collective communication operations in MPICH", IJHPCA 19(1),
     2005, section 4.5; R. Rabenseifner, "Optimization of collective reduction operations", ICCS 2004).
 
@@ -158,7 +158,7 @@ class CanonicalReduction:
 
     @contextmanager
     def micro_batch(self, index: int) -> Iterator[None]:
-        """Forward and backward inside add the gradient to this rank's partial sums, complete subtrees merged."""
+        """Add the gradient of a forward and backward pass to this rank's partial sums, and merge complete subtrees."""
         run, place = divmod(index, self._run_length)
         top = run.bit_count()
         if place == 0:
@@ -170,7 +170,7 @@ class CanonicalReduction:
             top, run = top - 1, run // 2
 
     def finish(self) -> float:
-        """Sum over ranks; .grad is then the sum over all micro-batches of the step, and its factor 1."""
+        """Sum over ranks, so that .grad is the sum over all micro-batches of the step; return the factor, 1."""
         segment, exchanges = self._partial_sums[0].flat, []
         bit = 1
         while bit < self.context.world_size:
@@ -213,7 +213,7 @@ def _power_of_two_in(number: int) -> int:
 def build_reduction(
     config: DistributedConfig, model: nn.Module, context: Context, accumulation: int
 ) -> DdpReduction | CanonicalReduction:
-    """What sums the gradients of `accumulation` micro-batches of each rank.
+    """Return the reduction of the gradients of `accumulation` micro-batches per rank.
 
     Raises:
         ConfigError: canonical with a world size that does not fit.
