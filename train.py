@@ -143,7 +143,7 @@ def evaluate_best(
         if context.is_main:
             directory.require_held()  # another job may have taken the run over
     checkpoints = CheckpointDirectory(directory.checkpoints)
-    path, saved = read_everywhere(context, checkpoints.choose_for_scoring, parts=("model",))
+    path, saved = read_everywhere(context, checkpoints.choose_best_or_last, parts=("model",))
     with context.together("restoring the weights"):
         restore = plan_weights(state.model, saved["model"])
     deliver(context, restore.pairs)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from topoflow import cli
+from topoflow.checkpoint.directory import CheckpointDirectory
 
 TEST_SPLIT = "data.test=[[2018-10-09, 2018-10-10]]"
 
@@ -61,6 +62,21 @@ def test_a_checkpoint_and_a_split_can_be_chosen(program, run, capsys):
     assert scores(run / "evaluation" / "validation") != scores(run / "evaluation")
     assert cli.main(["evaluate", str(checkpoint), "data.test=[]"]) == 2
     assert "data.test" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gone", ["", "state.pt"])
+def test_evaluation_and_fine_tuning_use_the_last_checkpoint_where_the_best_is_gone(program, run, gone, capsys):
+    best = run / "checkpoints" / "step-00000006"
+    CheckpointDirectory(best.parent).point("best", best)
+    shutil.rmtree(best) if gone == "" else (best / gone).unlink()
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(run), "--split", "validation"]) == 0
+    done = program.train("train.max_steps=1", f"checkpoint.init_from={run}", run="tuned")
+    assert done.returncode == 0, done.stderr
+    for output in (capsys.readouterr().err, done.stderr):
+        assert best.name in output
+        assert "using the last one instead" in output
+        assert "step-00000008" in output
 
 
 def test_a_checkpoint_with_code_in_it_is_refused(program, run, capsys):

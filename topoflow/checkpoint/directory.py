@@ -164,7 +164,7 @@ class CheckpointDirectory:
             return report, f"a resume from {Path(resumed).name}"
         return None
 
-    def choose_for_scoring(self) -> Path:
+    def choose_best_or_last(self) -> Path:
         """Return the best checkpoint, or the last one where the best is missing or damaged; log which and why.
 
         Raises:
@@ -176,14 +176,14 @@ class CheckpointDirectory:
             if best is not None:
                 verify_checkpoint(best)
                 return best
-            log.info("no best checkpoint: scoring the last one")
+            log.info("no best checkpoint: using the last one")
         except CheckpointUnreadable:
             raise
         except ResumeRefused as damage:
-            log.warning("best checkpoint cannot be used: %s; scoring the last one instead", damage)
+            log.warning("best checkpoint cannot be used: %s; using the last one instead", damage)
         last = self.pointer("last") or (self.folder(self.steps()[-1]) if self.steps() else None)
         if last is None:
-            raise MissingPath(f"{self.path}: holds no checkpoint")
+            raise MissingPath(f"{self.path}: holds no checkpoint: expected a checkpoint or a run directory")
         return last
 
     def archive_after(self, step: int) -> list[Path]:
@@ -314,14 +314,14 @@ class CheckpointDirectory:
 
 
 def find_checkpoint(path: Path, run_dir: Path | str = "RUN") -> Path:
-    """Return the checkpoint folder that a path means: itself, or the best, else the last, of a run directory.
+    """Return the checkpoint folder that a path means: itself, or the one to use of a run directory.
 
     Args:
         run_dir: for the advice on how to import another program's file.
 
     Raises:
         MissingPath: no such path, or it holds no checkpoint.
-        ResumeRefused: a file of another program, or a damaged pointer.
+        ResumeRefused: a file of another program; see also `CheckpointDirectory.choose_best_or_last`.
     """
     path = Path(path)
     # os.path returns False where permission is missing; Path.exists raises
@@ -338,12 +338,7 @@ def find_checkpoint(path: Path, run_dir: Path | str = "RUN") -> Path:
     if os.path.isfile(path / "manifest.json") or os.path.isfile(path / "state.pt"):
         return path
     directory = CheckpointDirectory(path / "checkpoints" if os.path.lexists(path / "checkpoints") else path)
-    found = directory.pointer("best") or directory.pointer("last")
-    if found is None and directory.steps():
-        found = directory.folder(directory.steps()[-1])
-    if found is None:
-        raise MissingPath(f"{path}: holds no checkpoint: expected a checkpoint or a run directory")
-    return found
+    return directory.choose_best_or_last()
 
 
 def _pointer_text(name: str) -> str:
