@@ -21,7 +21,7 @@ from topoflow.data.packed.reader import PackedIndex, is_packed
 from topoflow.data.source import held_variables, index_source, open_indexed
 from topoflow.data.variables import VARIABLES
 from topoflow.errors import ConfigError, DataError, Refusal
-from topoflow.files import flush_folder, remove_unfinished, write_atomically
+from topoflow.files import flush_folder, remove_unfinished, require_writable, write_atomically
 from topoflow.tools.prepare.precision import DTYPES, choose_variables, cost, decode, encode, sum_up
 from topoflow.tools.prepare.report import PackReport
 from topoflow.tools.prepare.resampling import Method, Resampling, build_resampling
@@ -61,6 +61,7 @@ def pack(data: str, output: Path, options: PackOptions, progress: bool = True) -
     is_free = not (output.exists() or output.is_symlink()) or (output.is_dir() and not any(output.iterdir()))
     if not is_free and not is_packed(output):
         raise ConfigError(f"{output}: is not packed data: expected a new or empty folder, or packed data")
+    require_writable(output.absolute().parent)  # before the work: it is written next to `output`, then renamed
     index = index_source(data, _choose_names(data, options))
     mask = index.mask if isinstance(index, PackedIndex) else None
     if options.mask is not None:
