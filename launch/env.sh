@@ -13,7 +13,7 @@ python=$root/.venv/bin/python
 [ -x "$python" ] || python=python3
 
 fail() {
-  echo "topoflow: $*" >&2
+  echo "topoflow: $*" >&2 || true # stderr may be closed
   exit 2
 }
 

@@ -25,7 +25,7 @@ import yaml
 from topoflow import config as schema
 from topoflow.config import Alters, Config
 from topoflow.errors import ConfigError, MissingPath, Refusal
-from topoflow.terminal import print_error
+from topoflow.terminal import prepare_process, print_error
 
 _SECTIONS: dict[str, Any] = {section.name: section.type for section in dataclasses.fields(Config)}
 _KEYS = {f"{name}.{key.name}": key for name, kind in _SECTIONS.items() for key in dataclasses.fields(kind)}
@@ -354,4 +354,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main())

@@ -20,7 +20,7 @@ from topoflow.files import remove_unfinished, write_atomically
 from topoflow.launch import Launch
 from topoflow.lease import Lease
 from topoflow.logs import close_logging
-from topoflow.terminal import print_error
+from topoflow.terminal import prepare_process, print_error
 
 log = logging.getLogger(__name__)
 
@@ -212,4 +212,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main(sys.argv[1:]))

@@ -42,6 +42,22 @@ def test_a_refusal_that_nobody_reads_has_its_status(program):
     os.close(writer)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"{sys.executable} -m topoflow.run_dir",
+        f"{sys.executable} -m topoflow.config_io --print run.dir none.yaml",
+        f"{sys.executable} -m topoflow.config_io --print run.dir README.md",
+        "bash launch/torchrun.sh none.yaml",
+        "bash launch/torchrun.sh",
+    ],
+)
+def test_a_launch_script_without_stderr_has_its_status(program, command):
+    environ = program.environment({"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+    done = subprocess.run(["sh", "-c", f"{command} 2>&-"], cwd=ROOT, env=environ, stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
 def has_loaded(process, library):
     try:
         return library in Path(f"/proc/{process.pid}/maps").read_text()
