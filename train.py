@@ -4,14 +4,14 @@
 This file is the table of contents: it builds every part in order and passes each to the next.
 """
 
-import argparse
-import logging
-import sys
-
 if __name__ == "__main__":
     from topoflow.terminal import prepare_process
 
     prepare_process()  # before the imports below, which take seconds
+
+import argparse
+import logging
+import sys
 
 from topoflow.activity import StartClock
 from topoflow.build import (
