@@ -298,7 +298,8 @@ class CheckpointConfig:
     allow_changed: tuple[str, ...] = key((), alters=NOTHING)
     """Config keys (or globs) that alter the mathematics but may still differ from the checkpoint's."""
     probe_tolerance: float = key(1e-5, alters=NOTHING)
-    """Largest relative change of the probe loss on a resume with other software, device model or thread count."""
+    """Largest relative change of the probe loss on a resume with other software, sources of the network, device
+    model or thread count."""
     validate_on_resume: bool = key(False, alters=NOTHING)
     """Run the whole validation after a restore, before the first step, and log it next to the checkpoint's."""
     on_error: Literal["stop", "continue"] = key("stop", alters=NOTHING)
@@ -331,7 +332,7 @@ class DistributedConfig:
 
     def __post_init__(self):
         for key in ("setup_timeout_seconds", "timeout_seconds"):
-            _require(self, key, getattr(self, key) > 0, "seconds > 0")
+            _require(self, key, 0 < getattr(self, key) <= 1e7, "seconds > 0, at most 1e7")  # gloo refuses much more
         every = self.verify_every_steps
         _require(self, "verify_every_steps", every is None or every >= 1, "an integer >= 1, or null")
 

@@ -85,7 +85,10 @@ def coerce(kind: Any, value: Any, key: str) -> Any:
         return int(value)
     elif kind in (bool, str, type(None)) and type(value) is kind:
         return value
-    raise ConfigError(f"{key}: {value!r} is not usable: expected {describe(kind)}")
+    expected = describe(kind)
+    if isinstance(value, float) and not math.isfinite(value):
+        expected = expected.replace("number", "a finite number")
+    raise ConfigError(f"{key}: {value!r} is not usable: expected {expected}")
 
 
 def takes_text(kind: Any) -> bool:
