@@ -4,7 +4,6 @@ Each command imports what it needs when it runs, so that those without torch sta
 """
 
 import argparse
-import os
 import shlex
 import sys
 from contextlib import ExitStack
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from topoflow.config_io import config_help
 from topoflow.errors import ConfigError, DataError, Refusal, ResumeRefused
+from topoflow.terminal import print_error, print_output
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,11 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run(options)
     except Refusal as refusal:
-        print(f"topoflow: {refusal}", file=sys.stderr)
+        print_error(str(refusal))
         return refusal.exit_status
-    except BrokenPipeError:  # a reader such as head closed the pipe: Python must not flush to it at exit
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
-        return 0
 
 
 def _add_demo_data(commands) -> None:
@@ -56,8 +53,9 @@ def _demo_data(options: argparse.Namespace) -> int:
     from topoflow.tools.demo.world import make_demo_data
 
     _log_to_terminal()
+    rows, columns = options.grid
     make_demo_data(options.out, options.days, options.grid, options.seed, progress=sys.stderr.isatty())
-    print(f"{options.out}: {options.days} days on {options.grid[0]} x {options.grid[1]} cells, seed {options.seed}")
+    print_output(f"{options.out}: {options.days} days on {rows} x {columns} cells, seed {options.seed}")
     return 0
 
 
@@ -76,7 +74,8 @@ def _grid_stations(options: argparse.Namespace) -> int:
 
     _log_to_terminal()
     shown = sys.stderr.isatty()
-    print(grid_stations(options.inputs, options.output, options.degrees, options.box, options.terrain, shown))
+    report = grid_stations(options.inputs, options.output, options.degrees, options.box, options.terrain, shown)
+    print_output(str(report))
     return 0
 
 
@@ -119,14 +118,14 @@ def _pack(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if options.verify is not None:
         manifest, damage = verify(options.verify, shown)
         if damage:
-            print("\n".join(damage))
+            print_output("\n".join(damage))
             raise DataError(f"{options.verify}: damaged in {len(damage)} place(s), the first: {damage[0]}")
-        print(f"{options.verify}: {len(manifest.files())} files match the manifest")
+        print_output(f"{options.verify}: {len(manifest.files())} files match the manifest")
         return 0
     _log_to_terminal()
     names = options.variables.split(",") if options.variables else None
     settings = PackOptions(names, options.grid, options.method, options.dtype, options.mask)
-    print("\n".join(pack(options.data, options.output, settings, shown).lines()))
+    print_output("\n".join(pack(options.data, options.output, settings, shown).lines()))
     return 0
 
 
@@ -183,7 +182,7 @@ def _inspect(options: argparse.Namespace) -> int:
     from topoflow.tools.inspect import compare, inspect
 
     found = inspect(options.path) if options.other is None else compare(options.path, options.other)
-    print(found.as_json() if options.json else "\n".join(found.lines), flush=True)
+    print_output(found.as_json() if options.json else "\n".join(found.lines))
     if found.damage is not None:
         raise ResumeRefused(found.damage)
     return 0
@@ -222,9 +221,9 @@ def _import_lightning(options: argparse.Namespace) -> int:
     set_deterministic(config.run)
     set_tf32(config.train.tf32)  # as the resume sets it, which compares the probe loss to the bit
     with distributed_context(launch, config.distributed, choose_device(config.run.device, launch)) as context:
-        print("\n".join(import_run(options.source, config, context, options.weights)))
+        print_output("\n".join(import_run(options.source, config, context, options.weights)))
     words = ["python", "train.py", options.config, *options.overrides, f"run.dir={options.output}"]
-    print(f"resume with: {shlex.join(words)}")
+    print_output(f"resume with: {shlex.join(words)}")
     return 0
 
 

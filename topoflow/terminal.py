@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 
-from topoflow.errors import EXIT_INTERRUPTED
+from topoflow.errors import EXIT_INTERRUPTED, ConfigError
 
 
 def prepare_process() -> None:
@@ -40,6 +40,20 @@ def run_program(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print_error("interrupted")
         return EXIT_INTERRUPTED
+
+
+def print_output(text: str) -> None:
+    """Print what a command found on stdout; once its reader has gone (such as head), all that follows is dropped.
+
+    Where stdout cannot be written, as on a full disk, end the program with one line and status 2.
+    """
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
+        if not isinstance(error, BrokenPipeError):
+            print_error(f"stdout: cannot be written: {error.strerror}")
+            sys.exit(ConfigError.exit_status)
 
 
 def print_error(text: str) -> None:

@@ -58,6 +58,30 @@ def test_a_launch_script_without_stderr_has_its_status(program, command):
     assert (done.returncode, done.stdout) == (2, b"")
 
 
+@pytest.mark.parametrize("command", ["inspect RUN", "inspect RUN --json", "pack data -o packed", "doctor"])
+def test_a_full_disk_behind_stdout_is_one_line(program, world, command):
+    assert program.train(*SHORT).returncode == 0
+    words = [{"RUN": str(program.folder / "run"), "data": str(world)}.get(word, word) for word in command.split()]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "topoflow", *words],
+            cwd=program.folder, env=program.environment(), stdout=full, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert done.stderr.splitlines()[-1] == "topoflow: stdout: cannot be written: No space left on device"
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 2
+
+
+def test_a_reader_of_stdout_that_leaves_does_not_change_the_status(program):
+    assert program.train(*SHORT).returncode == 0
+    inspect = [sys.executable, "-m", "topoflow", "inspect", str(program.folder / "run")]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(inspect, env=program.environment(), stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def has_loaded(process, library):
     try:
         return library in Path(f"/proc/{process.pid}/maps").read_text()

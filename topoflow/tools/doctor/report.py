@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from topoflow.config import Config
 from topoflow.errors import RanksDisagree
+from topoflow.terminal import print_output
 from topoflow.text import format_table, number_ranges, shorten
 
 OK, WARNING, FAIL = VERDICTS = ("ok", "WARNING", "FAIL")
@@ -134,7 +135,7 @@ class Report:
         verdict = max((check["verdict"] for check in self.checks), key=VERDICTS.index, default=OK)
         if self._as_json and self._is_shown:
             found = {"verdict": verdict, **self.head, "checks": self.checks, "nodes": [*self.nodes.values()]}
-            print(json.dumps(found, indent=1), flush=True)
+            print_output(json.dumps(found, indent=1))
         figures = [item["figures"] for item in self.nodes.values()]
         columns = [column for column in COLUMNS if any(held.get(column[1]) is not None for held in figures)]
         rows = []
@@ -157,7 +158,7 @@ class Report:
 
     def _print(self, lines: list[str]) -> None:
         if self._is_shown and not self._as_json:
-            print("\n".join(lines), flush=True)
+            print_output("\n".join(lines))
 
 
 def format_bytes(count: float) -> str:
