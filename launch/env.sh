@@ -64,8 +64,17 @@ find_python() {
   fail "$(python3 --version 2>/dev/null || echo 'no python3') found: expected Python 3.11 or newer (or set PYTHON)"
 }
 
+# require_torch: print one line and exit with 2 if there is no .venv and python3 has no torch.
+require_torch() {
+  [ "$python" = python3 ] || return 0
+  { command -v python3 && python3 -c 'import importlib.util as i, sys; sys.exit(not i.find_spec("torch"))'; } >/dev/null ||
+    fail "no $root/.venv, and python3 has no torch: expected .venv (bash -c '. launch/env.sh; make_venv'), or a" \
+      "python3 with torch on the PATH"
+}
+
 # run_dir_of CONFIG [section.key=value ...]: print run.dir; for an unusable config, print one line and return 2.
 run_dir_of() {
+  require_torch
   PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "$python" -m topoflow.config_io --print run.dir "$@"
 }
 

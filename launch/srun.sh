@@ -10,6 +10,7 @@ set -euo pipefail
 # shellcheck source=launch/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
+require_torch
 # one thread, as under torchrun, because bits on CPU depend on the number of threads; run.threads overrides it
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # block stop signals until the program has started and unblocks them

@@ -10,12 +10,17 @@ set -euo pipefail
 # shellcheck source=launch/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-options=()
+options=() option=''
 while [[ ${1:-} = -* ]]; do
+  option=$1
   options+=("$1")
   shift
 done
 [ $# -gt 0 ] || fail "no config: expected launch/torchrun.sh [options of torchrun] CONFIG [section.key=value ...]"
+case $option in
+  '' | *=* | --standalone) ;;
+  *) [ -f "$1" ] || fail "$option $1: expected $option=$1 (options of torchrun as --name=value), then CONFIG" ;;
+esac
 
 # refuse an unusable config with one line, before launching anything
 run_dir=$(run_dir_of "$@")

@@ -142,6 +142,30 @@ NEVER = (
 )  # fmt: skip
 
 
+@pytest.mark.parametrize("script", ["srun.sh", "torchrun.sh", *BATCH])
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_machine_without_torch_is_refused_in_one_line(machine, script, exists):
+    tools = machine.folder.parent / "tools"
+    tools.mkdir()
+    for name in ("bash", "dirname", "env", "true", "rm"):
+        (tools / name).symlink_to(shutil.which(name))
+    if exists:
+        (tools / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # -S: without packages
+        (tools / "python3").chmod(0o755)
+    status, error = machine.run(script, PATH=str(tools))
+    assert status == 2
+    assert error.startswith(f"topoflow: no {machine.folder}/.venv, and python3 has no torch: expected .venv (bash -c ")
+    assert error.count("\n") == 1
+
+
+def test_an_option_of_torchrun_without_its_equals_sign_is_named(machine):
+    command = ["bash", "launch/torchrun.sh", "--nproc-per-node", "2", "run.yaml"]
+    done = subprocess.run(command, cwd=machine.folder, env=machine.environ, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("topoflow: --nproc-per-node 2: expected --nproc-per-node=2 ")
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", ["env.sh", "srun.sh", "torchrun.sh", *BATCH])
 def test_site_settings_are_only_in_their_block_and_none_is_forced(name):
     text = (LAUNCH / name).read_text()
@@ -179,8 +203,7 @@ def test_a_signal_to_a_starting_task_is_held_until_the_program_unblocks_it(machi
         "time.sleep(30)\n"
     )
     python = machine.folder.parent / "bin/python3"
-    python.unlink()
-    python.symlink_to(sys.executable)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     process = machine.start("srun.sh")
     wait_for(machine.notes / "starting")
     process.send_signal(signal.SIGUSR1)
