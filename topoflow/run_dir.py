@@ -24,7 +24,7 @@ from topoflow.terminal import prepare_process, print_error
 
 log = logging.getLogger(__name__)
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopFlag:
@@ -35,8 +35,12 @@ class StopFlag:
 
     @contextmanager
     def listening(self) -> Iterator["StopFlag"]:
-        """Catch the stop signals (Ctrl-C, preemption and scancel, SLURM's warning) while the block runs."""
-        previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        """Catch the stop signals (Ctrl-C, preemption and scancel, SLURM's warning, the terminal closed) in the block.
+
+        SIGHUP stays ignored where the caller ignores it: nohup does.
+        """
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        previous = {number: signal.signal(number, self._note) for number in set(STOP_SIGNALS) - ignored}
         # launch/srun.sh starts the program with these blocked: one sent during the start arrives now
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         try:

@@ -1,9 +1,12 @@
 """What happens to the terminal of a run must not change how the run ends."""
 
+import fcntl
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -17,6 +20,34 @@ def assert_whole(program):
     assert program.exit_record()["status"] == 0
     assert sorted(program.losses()) == [1, 2, 3, 4]
     assert "step 4/4" in (program.folder / "run" / "train.log").read_text()
+
+
+@pytest.mark.parametrize(("before", "steps", "status"), [([], 100000, 75), (["nohup"], 12, 0)])
+def test_a_terminal_that_closes_ends_in_a_checkpoint_unless_nohup_is_used(program, before, steps, status):
+    main, side = pty.openpty()
+    command = [*before, *program.command(f"train.max_steps={steps}", "data.validation=[]", "data.workers=0")]
+
+    def take_terminal():
+        os.setsid()
+        fcntl.ioctl(side, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    # nohup would otherwise write nohup.out
+    output = subprocess.DEVNULL if before else side
+    process = subprocess.Popen(
+        command, stdin=side, stdout=output, stderr=output, env=program.environment(), preexec_fn=take_terminal
+    )
+    os.close(side)
+    metrics = program.folder / "run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_bytes()):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.close(main)
+    assert process.wait(timeout=120) == status
+    last = program.events(kind="train")[-1]["step"]
+    assert program.events(kind="end")[0]["step"] == last
+    assert (program.folder / "run" / "checkpoints" / f"step-{last:08d}").is_dir()
+    assert program.exit_record()["status"] == status
 
 
 @pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
