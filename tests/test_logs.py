@@ -341,6 +341,13 @@ def test_a_folder_of_curves_that_cannot_be_made_is_refused(tmp_path):
         MetricsWriter(tmp_path, None)
 
 
+def test_metrics_that_are_a_link_to_nothing_are_refused_with_its_target(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/not/mounted/metrics.jsonl")
+    expected = r"metrics\.jsonl \(a link to /not/mounted/metrics\.jsonl\): cannot be written: No such file or directory"
+    with pytest.raises(RunDirectoryError, match=expected):
+        MetricsWriter(tmp_path, None)
+
+
 def test_curves_end_where_their_disk_is_full(tmp_path, full_disk, capsys):
     writer = MetricsWriter(tmp_path, None)
     setup_logging(tmp_path, True)

@@ -138,8 +138,9 @@ class MetricsWriter:
             self._lines = self._path.open("ab", buffering=0)
             self._curves = tensorboard.SummaryWriter(str(self._curves_path), purge_step=resumed + 1)
         except OSError as error:
-            path = error.filename or self._path
-            raise RunDirectoryError(f"{path}: cannot be written: {error.strerror or error}") from None
+            path = Path(error.filename or self._path)
+            link = f" (a link to {os.readlink(path)})" if path.is_symlink() else ""
+            raise RunDirectoryError(f"{path}{link}: cannot be written: {error.strerror or error}") from None
         if cut:
             logger.info(
                 "%s: %d lines after step %d moved to %s", self._path, cut, max(resumed, 0), _abandoned(self._path).name
