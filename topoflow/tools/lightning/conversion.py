@@ -25,8 +25,9 @@ from topoflow.errors import ResumeRefused, RunDirectoryError
 from topoflow.ranks import Context
 from topoflow.run_dir import RunDirectory
 from topoflow.text import matches, shorten
-from topoflow.tools.lightning.contents import BATCH_KEYS, MASK, Contents, read_contents, read_schedule
+from topoflow.tools.lightning.contents import BATCH_KEYS, Contents, read_contents, read_schedule
 from topoflow.tools.lightning.reading import PARTS, is_kind, read_lightning, show
+from topoflow.tools.lightning.weights import MASK
 from topoflow.train_state import TrainProgress, TrainState
 
 log = logging.getLogger(__name__)

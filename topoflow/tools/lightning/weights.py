@@ -1,0 +1,160 @@
+"""The network's weights in a Lightning checkpoint of either program, under its names and ours.
+
+Every function raises ResumeRefused where the file does not hold what it expects, naming what it found.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from topoflow.errors import ResumeRefused
+from topoflow.text import shorten
+from topoflow.tools.lightning.reading import show, take
+
+MASK, TARGET_INDICES = "china_mask", "model.target_indices"
+"""Buffers of the training module that are not part of the network."""
+
+PUBLISHED_H_SCALE_M = 1931.40 * 1000
+"""The published program divides normalized heights by 1000, and normalizes by a deviation of 1931.40 m."""
+
+ALPHA, H_SCALE = "blocks.0.attn.elevation_alpha", "blocks.0.attn.H_scale"
+
+PROGRAMS = {
+    "predecessor": {
+        "model.climax.head.weight": "head.0.weight", "model.climax.head.bias": "head.0.bias", "model.climax.": ""
+    },
+    "published": {"model.patch_embed.": "token_embeds.", "model.blocks.0.attn.alpha": ALPHA, "model.": ""},
+}  # fmt: skip
+"""{program: {beginning of a name in its files: beginning of ours}}; the first that fits."""
+
+NEEDS = {
+    r"token_embeds\.norm\.": "model.patch_norm=true",
+    r"blocks\.0\.attn\.rel_pos_bias\.": "model.relative_position=true",
+    r"blocks\.0\.attn\.(elevation_alpha|H_scale)": "model.terrain=endpoint",
+    r"blocks\.\d+\.(norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12])\.": "a larger model.depth",
+    r"head\.\d+\.": "a larger model.decoder_depth",
+    "": "only weights that the two programs have",
+}
+"""{pattern of a name: the config key that gives a network such a weight}; the first that matches the beginning."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The network in a file: `names` {name in the file: name here} in the file's order, `tensors` {name in the file}.
+
+    last: the last layer of the head, which has `outputs`. kept: which of them stay, int64. mask: bool [H, W].
+    """
+
+    program: str
+    names: Mapping[str, str]
+    tensors: Mapping[str, Tensor]
+    last: str
+    outputs: int
+    kept: Tensor
+    mask: Tensor | None
+    target_indices: list[int] | None
+
+    def adapt(self, source: str, tensor: Tensor) -> Tensor:
+        """Return a weight, or a moment of it, in the shape that our network has."""
+        name = self.names[source]
+        if name.startswith(f"{self.last}."):
+            return tensor[self.kept]
+        scalar = {ALPHA: (1,), H_SCALE: ()}.get(name)
+        return tensor if scalar is None or tensor.numel() != 1 else tensor.reshape(scalar)
+
+    def model(self) -> dict[str, Tensor]:
+        """Return weights and buffers by our names."""
+        model = {name: self.adapt(source, self.tensors[source]) for source, name in self.names.items()}
+        if self.program == "published" and ALPHA in model:
+            model[H_SCALE] = torch.tensor(PUBLISHED_H_SCALE_M)
+        return model
+
+
+def _choose_state_dict(checkpoint: Mapping[str, Any], choice: str | None) -> Mapping[str, Any]:
+    """Return the trained weights or the averaged ones.
+
+    Lightning's WeightAveraging moves the trained ones to `current_model_state`, and the averaged to `state_dict`.
+    """
+    both = "current_model_state" in checkpoint or "averaging_state" in checkpoint
+    if both and choice is None:
+        raise ResumeRefused(
+            "the file holds trained weights (current_model_state) and averaged ones (state_dict), from Lightning's "
+            "WeightAveraging: expected --weights trained, as its training resumes, or --weights averaged"
+        )
+    if choice == "averaged" and not both:
+        raise ResumeRefused("--weights averaged: the file holds no averaged weights (averaging_state)")
+    return take(checkpoint, Mapping, "current_model_state" if both and choice == "trained" else "state_dict")
+
+
+def read_weights(
+    checkpoint: Mapping[str, Any], choice: str | None, known: Iterable[str], inputs: list[str], targets: list[str]
+) -> Weights:
+    """Return the network in a file; arguments as of `read_contents`.
+
+    What it lacks of the `known` names of our network is left to the restore.
+    """
+    state_dict = _choose_state_dict(checkpoint, choice)
+    program, names = _translate(state_dict)
+    here = {name: source for source, name in names.items()}
+    last = [name for name in known if name.startswith("head.")][-1].rpartition(".")[0]
+    required = ("token_embeds.proj_weights", f"{last}.weight", f"{last}.bias")
+    foreign = {source: name for source, name in names.items() if name not in known}
+    needs = {next(need for part, need in NEEDS.items() if re.match(part, name)) for name in foreign.values()}
+    for wrong, problem in (
+        (list(foreign), f"not in the config's network: expected {' and '.join(sorted(needs))}"),
+        ([source for source, name in names.items() if here[name] != source], "under two names: expected one"),
+        ([name for name in required if name not in here], "not in the file: expected all of the config's network"),
+    ):
+        if wrong:
+            raise ResumeRefused(f"weights {shorten(wrong)}: {problem}")
+    tensors = {source: take(state_dict, torch.float32, source) for source in names}
+    patches, weight, bias = (tensors[here[name]].shape for name in required)
+    if len(patches) != 5 or len(weight) != 2 or bias != weight[:1]:
+        raise ResumeRefused(f"weights: {last}.weight {tuple(weight)} does not fit its bias or patches {tuple(patches)}")
+    kept = _outputs_of_targets(weight[0], patches[0], patches[-2:].numel(), inputs, targets)
+    mask = take(state_dict, torch.float32, MASK) > 0.5 if MASK in state_dict else None
+    if mask is not None and mask.dim() != 2:
+        raise ResumeRefused(f"{MASK}: shape {tuple(mask.shape)}: expected rows and columns")
+    indices = take(state_dict, torch.int64, TARGET_INDICES).tolist() if TARGET_INDICES in state_dict else None
+    return Weights(program, names, tensors, last, weight[0], kept, mask, indices)
+
+
+def _translate(state_dict: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+    """Return the program that wrote a state dict, and {name in the file: name here}, empty if it has none."""
+    unreadable = [name for name in state_dict if not isinstance(name, str) or not name.isprintable()]
+    if unreadable:
+        raise ResumeRefused(f"weights {show(unreadable)}: expected names")
+    is_predecessor = any(name.startswith("model.climax.") for name in state_dict)
+    if is_predecessor == ("model.patch_embed.proj_weights" in state_dict):
+        raise ResumeRefused(
+            f"weights {shorten(state_dict) or '(empty)'}: not of a known program: "
+            "expected model.climax.* (the predecessor) or model.patch_embed.proj_weights and so on (the published one)"
+        )
+    program, names = "predecessor" if is_predecessor else "published", {}
+    for source in state_dict:
+        if source not in (MASK, TARGET_INDICES):
+            beginnings = (old for old in PROGRAMS[program] if source.startswith(old))
+            names[source] = next((PROGRAMS[program][old] + source.removeprefix(old) for old in beginnings), "")
+    return program, names
+
+
+def _outputs_of_targets(outputs: int, variables: int, cells: int, inputs: list[str], targets: list[str]) -> Tensor:
+    """Return which outputs of a head stay: ordered (cell of the patch, variable), for all inputs or the targets."""
+    if len(inputs) != variables:
+        raise ResumeRefused(
+            f"data.variables: {len(inputs)} input channels ({', '.join(inputs)}), but the file's network has "
+            f"{variables}: expected the same, in the order of its training"
+        )
+    if outputs == cells * variables and set(targets) <= set(inputs):
+        chosen = torch.tensor([inputs.index(target) for target in targets])
+        return (torch.arange(cells).unsqueeze(1) * variables + chosen).flatten()
+    if outputs == cells * len(targets):
+        return torch.arange(outputs)
+    raise ResumeRefused(
+        f"head: {outputs} outputs for patches of {cells} cells and data.targets {', '.join(targets)}: expected "
+        f"{cells * variables}, one per cell and input (targets among them), or {cells * len(targets)}, one per target"
+    )
