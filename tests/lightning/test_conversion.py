@@ -206,9 +206,29 @@ def batches_of(content):
     return content["loops"]["fit_loop"]["epoch_loop.batch_progress"]
 
 
-def set_batches(content, count):
+def steps_of(content):
+    """The optimizer's steps in this epoch."""
+    optimizer = content["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+    return optimizer["step"]["current"]
+
+
+def set_place(content, batches, steps):
     for progress in ("current", "total"):
-        batches_of(content)[progress]["processed"] = count
+        batches_of(content)[progress]["processed"] = batches
+    content["global_step"] = steps_of(content)["completed"] = steps
+    set_step_counts(content, steps)
+
+
+def set_step_counts(content, count):
+    for entry in states_of(content).values():
+        entry["step"] = torch.tensor(float(count))
+
+
+def zero(content, *keys, keep=0):
+    """Zero these moments of all but the first `keep` parameters."""
+    for entry in list(states_of(content).values())[keep:]:
+        for key in keys:
+            entry[key].zero_()
 
 
 def without_state(content):
@@ -260,8 +280,8 @@ BROKEN = {
     "other heads": (lambda c: config_of(c)["model"].update(num_heads=4), "model.num_heads: 4 in the file, 2 in"),
     "variables in another order": (lambda c: config_of(c)["data"]["variables"].reverse(), r"variables: \[population"),
     "a wind scan": (lambda c: config_of(c)["model"].update(parallel_patch_embed=True), "wind: tokens sorted by"),
-    "a place inside a step": (lambda c: set_batches(c, 3), "3 batches of 2 samples of epoch 0 .*not between two"),
-    "a place past our epoch": (lambda c: set_batches(c, 6), "6 batches of 2 samples of epoch 0 .*not between two"),
+    "a place inside a step": (lambda c: set_place(c, 3, 2), "3 batches of 2 samples of epoch 0 .*not between two"),
+    "a place past our epoch": (lambda c: set_place(c, 6, 3), "6 batches of 2 samples of epoch 0 .*not between two"),
     # what contradicts itself
     "more batches than were made": (
         lambda c: batches_of(c)["current"].update(processed=5), "5 batches in this epoch and 4 in all"
@@ -271,7 +291,20 @@ BROKEN = {
     "a negative global_step": (lambda c: c.update(global_step=-2), "global_step: -2: expected a whole number"),
     "a global_step that is no number": (lambda c: c.update(global_step=None), "global_step: None: expected a whole"),
     "a global_step before its steps": (lambda c: c.update(global_step=1), "step count of .*2.*expected 1 to global_s"),
-    "a global_step after its steps": (lambda c: c.update(global_step=3), "global_step 3, but 2 steps in the first"),
+    "a global_step after its step counts": (
+        lambda c: c.update(global_step=3), "largest step count of the optimizer is 2, but global_step is 3: expected"
+    ),
+    "a global_step after its steps": (
+        lambda c: steps_of(c).update(completed=1), "global_step 2, but 1 steps in the first"
+    ),
+    "step counts below global_step": (
+        lambda c: set_step_counts(c, 1), "largest step count of the optimizer is 1, but global_step is 2: expected"
+    ),
+    "a mask without a cell": (lambda c: c["state_dict"]["china_mask"].zero_(), "china_mask: .*, 0 cells used"),
+    "a mask below zero": (lambda c: c["state_dict"]["china_mask"].neg_(), "china_mask: .*, 0 cells used"),
+    "a rate that is not finite": (
+        lambda c: groups_of(c)[2].update(lr=float("nan")), "optimizer group head / lr: nan: expected a finite number"
+    ),
     "a step count of zero": (lambda c: state_of(c).update(step=torch.tensor(0.0)), "step count of .*: 0.0: expected"),
     "a step count below zero": (lambda c: state_of(c).update(step=-1), "step count of model.*: -1: expected 1 to"),
     "a step count between steps": (lambda c: state_of(c).update(step=1.5), "step count of model.*: 1.5: expected"),
@@ -295,10 +328,21 @@ BROKEN = {
     # optimizers without usable moments
     "moments of none": (lambda c: c["optimizer_states"][0].update(state={}), "no moments .*_step is 2.*allow_new"),
     "no moments in entries": (
-        lambda c: [entry.clear() for entry in states_of(c).values()], "no moments .*_step is 2.*of 45 parameters"
+        lambda c: [entry.clear() for entry in states_of(c).values()], "no moments .*_step is 2.*of every parameter"
     ),
     "moments of zeros": (
         lambda c: [entry["exp_avg_sq"].zero_() for entry in states_of(c).values()], "no moments .*other than zero"
+    ),
+    "means of zeros": (lambda c: zero(c, "exp_avg"), "no moments .*other than zero"),
+    "moments of zeros in all but one": (
+        lambda c: zero(c, "exp_avg", "exp_avg_sq", keep=1),
+        "exp_avg and exp_avg_sq of blocks.0.norm1.bias, .*: all zero at global_step 2: .*allow_new",
+    ),
+    "a mean of zeros": (
+        lambda c: state_of(c)["exp_avg"].zero_(), "optimizer_states: exp_avg of blocks.0.norm1.weight: all zero"
+    ),
+    "a mean of squares of zeros": (
+        lambda c: state_of(c)["exp_avg_sq"].zero_(), "optimizer_states: exp_avg_sq of blocks.0.norm1.weight: all zero"
     ),
     "amsgrad's moments": (
         lambda c: state_of(c).update(max_exp_avg_sq=torch.ones(16)), "parameter 0 has max_exp_avg_sq: expected AdamW"
@@ -486,6 +530,68 @@ def test_adamw_of_an_older_torch_and_parameters_by_name_are_read(in_flight):
             assert torch.equal(ours, expected.optimizer.state[parameter][key])
 
 
+@pytest.mark.parametrize("beginning", ["", "model."])
+def test_names_that_torch_wrote_decide_which_moments_are_whose(in_flight, beginning):
+    run, content = in_flight
+    order = numbered_names(run)
+
+    def name_in_another_order(c):
+        for group in groups_of(c):
+            group["param_names"] = [order[number].removeprefix("model.") for number in group["params"]]
+            group["param_names"] = [beginning + name for name in group["param_names"]]
+        states, names = states_of(c), groups_of(c)[0]["param_names"]
+        names[0], names[1] = names[1], names[0]  # both [16]
+        states[0], states[1] = states[1], states[0]
+
+    expected, other = importing_run(run), importing_run(run)
+    expected.take(content)
+    content = edited(content, name_in_another_order)
+    other.take(content)
+    for name, parameter in expected.model.named_parameters():
+        ours = other.optimizer.state[other.model.get_parameter(name)]
+        assert torch.equal(ours["exp_avg"], expected.optimizer.state[parameter]["exp_avg"]), name
+    for names, words in (
+        (["model.stranger", *groups_of(content)[1]["param_names"][1:]], "model.stranger of them unknown"),
+        (groups_of(content)[1]["param_names"][1:], "3 names for 4 parameters"),
+        (groups_of(content)[0]["param_names"][:4], "45 parameters, 41 of them different"),
+    ):
+        with pytest.raises(ResumeRefused, match=words):
+            importing_run(run).take(edited(content, lambda c, n=names: groups_of(c)[1].update(param_names=n)))
+
+
+def test_steps_that_a_grad_scaler_skipped_are_reported(in_flight):
+    run, content = in_flight
+    content = edited(content, lambda c: set_step_counts(c, 1))
+    content["MixedPrecision"] = {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 1}
+    other = importing_run(run)
+    conversion, _ = other.take(content)
+    [warning] = conversion.warnings
+    assert "step count of the optimizer is 1, but global_step is 2: the GradScaler skipped" in warning
+    assert (other.progress.step, other.progress.updates) == (2, 1)
+
+
+def test_a_parameter_with_fewer_steps_than_the_others_is_reported(in_flight):
+    run, content = in_flight
+    other = importing_run(run)
+    conversion, _ = other.take(edited(content, lambda c: state_of(c).update(step=torch.tensor(1.0))))
+    [warning] = conversion.warnings
+    assert "step counts below 2: blocks.0.norm1.weight (1): parameters without a gradient" in warning
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda c: batches_of(c)["total"].update(processed=9999), "7 steps in 9999 batches, with accumulate_grad_bat"),
+        (lambda c: steps_of(c).update(completed=0), "0 steps in 2 batches, with accumulate_grad_batches=2"),
+    ],
+)
+def test_counters_that_contradict_the_accumulation_are_refused(edit, words):
+    run = lightning_run()
+    run.train(14)
+    with pytest.raises(ResumeRefused, match=words):
+        importing_run(run).convert(edited(run.checkpoint(), edit))
+
+
 def numbered_names(run):
     """{number in the optimizer: name in the file}."""
     names = {parameter: f"model.{name}" for name, parameter in run.network.named_parameters()}
@@ -521,6 +627,26 @@ def test_trained_and_averaged_weights_are_told_apart(in_flight):
         moment = other.optimizer.state[other.model.pos_embed]["exp_avg"]
         assert torch.equal(moment, run.optimizer.state[run.network.pos_embed]["exp_avg"])
         assert ["moments are those of the trained" in line for line in conversion.warnings] == [True] * (factor < 1)
+
+
+@pytest.mark.parametrize("choice", ["trained", "averaged"])
+def test_the_set_of_weights_that_is_not_taken_must_be_intact_too(in_flight, choice):
+    run, content = in_flight
+    both = copy.deepcopy(averaged(content))
+    other = "state_dict" if choice == "trained" else "current_model_state"
+    both[other]["model.pos_embed"].fill_(float("nan"))
+    with pytest.raises(ResumeRefused, match=f"{other} / model.pos_embed: .*expected finite"):
+        importing_run(run).take(both, choice)
+
+
+def test_single_names_with_moments_of_zeros_start_fresh_where_allow_new_lists_them(in_flight):
+    run, content = in_flight
+    content = edited(content, lambda c: [state_of(c)[key].zero_() for key in ("exp_avg", "exp_avg_sq")])
+    other = importing_run(run, allow_new=["blocks.0.norm1.weight"])
+    conversion, report = other.take(content)
+    assert (report.moments, report.moments_expected) == (44, 44)
+    assert other.optimizer.state[other.model.get_parameter("blocks.0.norm1.weight")]["step"] == 0
+    assert conversion.warnings == ["moments of blocks.0.norm1.weight: all zero in the file: they start fresh"]
 
 
 def test_single_names_without_moments_start_fresh_where_allow_new_lists_them(in_flight):

@@ -171,6 +171,12 @@ def test_refusals_leave_no_run(program, config, lightning, tmp_path, capsys):
     assert not (tmp_path / "made").exists()
 
 
+def test_a_folder_that_cannot_be_written_is_found_before_the_work(program, config, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert import_lightning(program, name="never looked for.ckpt", run="file/run") == 2
+    assert f"{tmp_path / 'file'}: cannot be written" in one_line(capsys)
+
+
 @pytest.mark.parametrize("key", ["checkpoint.resume", "checkpoint.init_from"])
 def test_a_lightning_file_as_checkpoint_is_refused_with_the_command_to_run(program, config, lightning, key):
     done = program.train(f"{key}={program.folder / 'in.ckpt'}")

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from topoflow.config_io import config_to_dict
 from topoflow.data.assembly import ForecastData, open_forecast_data
 from topoflow.data.sampling import BatchPlan
 from topoflow.errors import ResumeRefused, RunDirectoryError
+from topoflow.files import require_writable
 from topoflow.ranks import Context
 from topoflow.run_dir import RunDirectory
 from topoflow.text import matches, shorten
@@ -65,10 +67,12 @@ def import_run(source: Path, config: Config, context: Context, choice: str | Non
     Raises:
         RunDirectoryError: the run directory holds checkpoints, is in use or cannot be written.
         ResumeRefused: the file cannot be read, is of unknown origin, contradicts itself, or does not fit the config.
-        ConfigError, DataError, MissingPath: the config or its data cannot be used.
+        ConfigError, DataError, MissingPath: the config or its data cannot be used, or the folder cannot be written.
     """
     directory = RunDirectory(config.run.dir, context.launch.job, context.launch.restart)
     _require_empty(directory)
+    existing = next(folder for folder in (directory.path, *directory.path.absolute().parents) if os.path.exists(folder))
+    require_writable(existing)  # before the work; a refusal leaves no folder
     content = read_lightning(source)
     data = open_forecast_data(config.data, config.model.wind != "none", config.model.terrain != "none")
     plan = build_plan(config, data, context)
@@ -144,7 +148,8 @@ def convert(
         ResumeRefused: it is of no known program, its parts contradict each other, or it contradicts the config.
     """
     initial = capture_state(state.model, state.optimizer, state.scheduler)
-    contents = read_contents(checkpoint, initial, list(data.input_names), list(data.target_names), choice)
+    inputs, targets, allow_new = list(data.input_names), list(data.target_names), config.checkpoint.allow_new
+    contents = read_contents(checkpoint, initial, inputs, targets, choice, allow_new)
     weights, position, interval = contents.weights, contents.position, config.optim.schedule_interval
     groups = {group["name"]: group for group in initial["optimizer"]["groups"]}
     stated = (*_optimizer_settings(contents, groups, config.optim), *_settings(contents, config, data))
@@ -181,7 +186,7 @@ def convert(
         "not in the file: the order of its samples (the rest of the epoch follows ours) and the normalization of its "
         "data (the config's is used)",
     ]
-    warnings = list(map(str, differing))
+    warnings = [*map(str, differing), *contents.warnings]
     if choice == "averaged":
         warnings.append("the weights are averaged ones; the moments are those of the trained weights")
     rates_from_config = any(setting.key.startswith("optim.") for setting in differing)
@@ -246,12 +251,12 @@ def _settings(contents: Contents, config: Config, data: ForecastData) -> Iterato
         yield Setting("model.wind", "legacy_regional", wind, note, may_differ=not exists)
     elif stated.get("model.parallel_patch_embed") is True:
         yield Setting("model.wind", "tokens sorted by parallel_patch_embed, which no option does,", wind)
-    size, accumulation = config.train.global_batch_size, stated.get("train.accumulate_grad_batches")
+    size = config.train.global_batch_size
     if contents.batch_samples is None and contents.position.batches:
         found = ", ".join(f"{key}: {show(stated[key]) if key in stated else 'missing'}" for key in BATCH_KEYS)
         yield Setting("train.global_batch_size", "unknown", size, f"(which counts the samples of the epoch; {found})")
-    elif contents.batch_samples is not None and is_kind(accumulation, int) and accumulation > 0:
-        yield Setting("train.global_batch_size", contents.batch_samples * accumulation, size)
+    elif contents.batch_samples is not None and contents.accumulation is not None:
+        yield Setting("train.global_batch_size", contents.batch_samples * contents.accumulation, size)
 
 
 def same(one: Any, other: Any) -> bool:

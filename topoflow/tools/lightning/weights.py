@@ -74,8 +74,8 @@ class Weights:
         return model
 
 
-def _choose_state_dict(checkpoint: Mapping[str, Any], choice: str | None) -> Mapping[str, Any]:
-    """Return the trained weights or the averaged ones.
+def _choose_state_dict(checkpoint: Mapping[str, Any], choice: str | None) -> tuple[Mapping[str, Any], str | None]:
+    """Return the trained weights or the averaged ones, and the key of the other set if there are both.
 
     Lightning's WeightAveraging moves the trained ones to `current_model_state`, and the averaged to `state_dict`.
     """
@@ -87,7 +87,9 @@ def _choose_state_dict(checkpoint: Mapping[str, Any], choice: str | None) -> Map
         )
     if choice == "averaged" and not both:
         raise ResumeRefused("--weights averaged: the file holds no averaged weights (averaging_state)")
-    return take(checkpoint, Mapping, "current_model_state" if both and choice == "trained" else "state_dict")
+    if both and choice == "trained":
+        return take(checkpoint, Mapping, "current_model_state"), "state_dict"
+    return take(checkpoint, Mapping, "state_dict"), "current_model_state" if both else None
 
 
 def read_weights(
@@ -97,7 +99,7 @@ def read_weights(
 
     What it lacks of the `known` names of our network is left to the restore.
     """
-    state_dict = _choose_state_dict(checkpoint, choice)
+    state_dict, other = _choose_state_dict(checkpoint, choice)
     program, names = _translate(state_dict)
     here = {name: source for source, name in names.items()}
     last = [name for name in known if name.startswith("head.")][-1].rpartition(".")[0]
@@ -112,13 +114,18 @@ def read_weights(
         if wrong:
             raise ResumeRefused(f"weights {shorten(wrong)}: {problem}")
     tensors = {source: take(state_dict, torch.float32, source) for source in names}
+    if other is not None:
+        for source in names:
+            take(checkpoint, torch.float32, other, source)
     patches, weight, bias = (tensors[here[name]].shape for name in required)
     if len(patches) != 5 or len(weight) != 2 or bias != weight[:1]:
         raise ResumeRefused(f"weights: {last}.weight {tuple(weight)} does not fit its bias or patches {tuple(patches)}")
     kept = _outputs_of_targets(weight[0], patches[0], patches[-2:].numel(), inputs, targets)
     mask = take(state_dict, torch.float32, MASK) > 0.5 if MASK in state_dict else None
-    if mask is not None and mask.dim() != 2:
-        raise ResumeRefused(f"{MASK}: shape {tuple(mask.shape)}: expected rows and columns")
+    if mask is not None and (mask.dim() != 2 or not mask.any()):
+        raise ResumeRefused(
+            f"{MASK}: shape {tuple(mask.shape)}, {int(mask.sum())} cells used: expected rows and columns, at least 1"
+        )
     indices = take(state_dict, torch.int64, TARGET_INDICES).tolist() if TARGET_INDICES in state_dict else None
     return Weights(program, names, tensors, last, weight[0], kept, mask, indices)
 
