@@ -98,7 +98,7 @@ def test_each_fault_is_found_on_its_node(examine, place, clock, tmp_path):
     expected = {
         "ranks": (set(), []),
         "devices": ({(FAIL, "c")}, ["c: run.device: 'cuda' is not usable"]),
-        "software": ({(FAIL, "c")}, ["c: sources of topoflow is", "c: run.seed is 5, on 2 other"]),
+        "software": ({(FAIL, "c")}, ["c: sources of topoflow is", "c: run.seed is 5, but 0 on 2 other"]),
         "addresses": ({(FAIL, "b")}, ["GLOO_SOCKET_IFNAME=nowhere0: no interface nowhere0: expected one of .*eth0"]),
         "clocks": ({(FAIL, "b"), (WARNING, "c")}, [r"b: .* [45]\.\d+ s ahead of most", r"c: .* 0\.\d+ s behind most"]),
         "caches": (
