@@ -18,7 +18,8 @@ case ${1-} in
 esac
 
 # The first of two halves that run concurrently: it mostly waits for SLURM, and none of its tests measures time.
-half=(tests/slurm tests/data tests/model tests/lightning tests/checkpoint tests/test_benchmarks.py)
+half=(tests/slurm tests/data tests/model tests/lightning tests/checkpoint tests/test_benchmarks.py
+  tests/program/test_{canonical,durability,evaluate,faults,refusals,terminal,training}.py)
 log=$(mktemp)
 trap 'kill $(jobs -p) 2>/dev/null; rm -f -- "$log"' EXIT
 trap 'exit 130' INT

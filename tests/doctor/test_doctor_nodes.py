@@ -13,6 +13,8 @@ from conftest import Node
 
 from topoflow.tools.demo.world import make_demo_data
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 FAIL, WARNING = "FAIL", "WARNING"
 CLOCK = """

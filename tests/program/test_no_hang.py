@@ -124,6 +124,7 @@ def test_under_torchrun_a_lost_rank_is_named_and_all_end(program):
     assert json.loads((program.folder / "run" / "exit.json").read_text())["status"] == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("failure", "words"),
     [("raises:step:1", "ZeroDivisionError: an injected failure"), ("killed:reduced:1", "Signal 9 (SIGKILL)")],
@@ -138,6 +139,7 @@ def test_torchruns_report_names_the_rank_that_failed_first(program, failure, wor
     assert words in root_cause
 
 
+@pytest.mark.slow
 def test_torchrun_may_start_all_ranks_again(program):
     script = Path(__file__).with_name("rank_failures.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]

@@ -168,7 +168,7 @@ def test_a_fine_tune_takes_weights_only(program):
     assert program.state("tuned", 1)["optimizer"]["state"]["head.0.bias"]["step"] == 1
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer_step(program, processes):
     assert program.train("train.max_steps=2", processes=processes).returncode == 0
     done = program.train(
