@@ -105,7 +105,7 @@ EXPORTED = ("RANK=0", "WORLD_SIZE=2", "LOCAL_RANK=0", "MASTER_ADDR=n1", "MASTER_
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (("env", *EXPORTED, "srun", "-N2", "-n2", "-K", *SAY_WHO), ["RANK=0 in a task", "SLURM_PROCID=1"]),
+        (("env", *EXPORTED, "srun", "-N2", "-n2", "-K", *SAY_WHO), ["RANK=0 with SLURM_PROCID=1"]),
         (("srun", "-m", "arbitrary", "-w", "n2,n1", "-n2", *SAY_WHO), ["SLURM_DISTRIBUTION=arbitrary", "MASTER_ADDR"]),
     ],
     ids=["exported rank", "arbitrary"],
