@@ -17,9 +17,10 @@ case ${1-} in
   *) exec "$python" -m pytest "$@" ;;
 esac
 
-# The first of two halves that run concurrently: it mostly waits for SLURM, and none of its tests measures time.
+# The first of two halves that run concurrently: it mostly waits for SLURM, and none of its tests measures time. Bash
+# starts it in the background with SIGINT ignored, so none of its tests sends Ctrl-C.
 half=(tests/slurm tests/data tests/model tests/lightning tests/checkpoint tests/test_benchmarks.py
-  tests/program/test_{canonical,durability,evaluate,faults,refusals,terminal,training}.py)
+  tests/doctor/test_doctor.py tests/program/test_{canonical,durability,evaluate,faults,refusals,training}.py)
 log=$(mktemp)
 trap 'kill $(jobs -p) 2>/dev/null; rm -f -- "$log"' EXIT
 trap 'exit 130' INT

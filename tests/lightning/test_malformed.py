@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 
 from tests.lightning.importing_run import ImportingRun, build_config
@@ -58,6 +59,7 @@ def spoiled(content):
             yield f"{path}: {change}", variant
 
 
+@pytest.mark.slow
 def test_a_spoiled_file_is_refused_or_imported(tmp_path):
     run = LightningRun(Network(True, IMG_SIZE, depth=1, width=8))
     run.train(4)

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import rank_failures
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 4
 BUSY = 6.0
 """Extra seconds allowed on a busy machine."""
@@ -124,7 +126,6 @@ def test_under_torchrun_a_lost_rank_is_named_and_all_end(program):
     assert json.loads((program.folder / "run" / "exit.json").read_text())["status"] == 5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("failure", "words"),
     [("raises:step:1", "ZeroDivisionError: an injected failure"), ("killed:reduced:1", "Signal 9 (SIGKILL)")],
@@ -139,7 +140,6 @@ def test_torchruns_report_names_the_rank_that_failed_first(program, failure, wor
     assert words in root_cause
 
 
-@pytest.mark.slow
 def test_torchrun_may_start_all_ranks_again(program):
     script = Path(__file__).with_name("rank_failures.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
