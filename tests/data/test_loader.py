@@ -245,13 +245,7 @@ def test_a_worker_whose_parent_is_killed_while_it_starts_ends(tmp_path, monkeypa
         os.kill(os.getpid(), signal.SIGKILL)
     assert os.waitpid(parent, 0)[1] == signal.SIGKILL
     worker = int(noted.read_text())
-    deadline = time.monotonic() + 10
-    while is_running(worker) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    alive = is_running(worker)
-    if alive:
-        os.kill(worker, signal.SIGKILL)
-    assert not alive
+    assert ends_or_is_killed(worker)
 
 
 class Stuck(WorkerProbe):
@@ -279,13 +273,18 @@ def test_a_worker_stuck_in_a_read_ends_with_its_rank(tmp_path, end):
         end()
     os.waitpid(parent, 0)
     worker = int(stuck.noted.read_text())
+    assert ends_or_is_killed(worker)
+
+
+def ends_or_is_killed(pid):
+    """Return whether a process ends within 10 s; kill it if not."""
     deadline = time.monotonic() + 10
-    while is_running(worker) and time.monotonic() < deadline:
+    while is_running(pid):
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            return False
         time.sleep(0.05)
-    alive = is_running(worker)
-    if alive:
-        os.kill(worker, signal.SIGKILL)
-    assert not alive
+    return True
 
 
 def is_running(pid):
