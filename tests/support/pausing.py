@@ -28,7 +28,7 @@ sys.exit(main({plans!r}))
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Where one start of a job pauses; `point` is None for nowhere.
+    """Where one start of a job pauses; `point` is None if it does not pause at one.
 
     rank: the one that pauses. step, count: as for `kill_points.Kill`. step_seconds: added to each training step.
     """
