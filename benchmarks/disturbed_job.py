@@ -140,6 +140,7 @@ class DisturbedJob:
             self._wait(lambda: files.is_pausing or self._has_ended(), f"a process that is {disturbance.plan.point}")
         if not self._has_ended():
             start = time.monotonic()
+            output_before = self.campaign.log(self.name).stat().st_size
             self._disturb(disturbance, files)
             self._wait(lambda: self._has_left(restart), f"the end after {disturbance.kind}")
             seconds = time.monotonic() - start
@@ -151,7 +152,7 @@ class DisturbedJob:
         if now["Restarts"] != str(restart + 1):
             raise JobFailed(f"start {now['Restarts']} follows start {restart}")
         if disturbance.signal is not None:
-            self._require_75()
+            self._require_stop(output_before)
         self.cycles.append(Cycle(disturbance, lost_steps(self.run), seconds))
         return True
 
@@ -183,12 +184,11 @@ class DisturbedJob:
             states = self.campaign.slurm.node_states
             self._wait(lambda: not states()[node].startswith("down"), f"{node} to come back")
 
-    def _require_75(self) -> None:
-        """Check the status: 75 is the only reason for which the batch script requeues the job."""
-        path = self.run / "exit.json"
-        status = json.loads(path.read_text())["status"] if path.exists() else None
-        if status != 75:
-            raise JobFailed(f"exit.json: status {status}, expected 75: {last_line(self.campaign.log(self.name))}")
+    def _require_stop(self, output_before: int) -> None:
+        """Check that this start ended as a stop on request; its exit.json may be gone, because the next start removes it."""
+        log = self.campaign.log(self.name)
+        if b"stopped by SIG" not in log.read_bytes()[output_before:]:
+            raise JobFailed(f"requeued, but its output does not say 'stopped by SIG...': {last_line(log)}")
 
     def _has_ended(self) -> bool:
         return self.job.state in ENDED
