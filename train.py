@@ -77,7 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
             require_same_program(context, config)
             train(config, context, directory)
 
-    with StopFlag().listening() as stop:  # until the end: no signal may kill a process that is about to exit with 75
+    # until the end: no signal may kill a process that is about to exit with 0 or 75
+    with StopFlag().listening(until_exit=arguments is None) as stop:
         return run_to_exit(run, launch, directory)
 
 

@@ -34,9 +34,10 @@ class StopFlag:
         self.signal_name: str | None = None
 
     @contextmanager
-    def listening(self) -> Iterator["StopFlag"]:
+    def listening(self, until_exit: bool = False) -> Iterator["StopFlag"]:
         """Catch the stop signals (Ctrl-C, preemption and scancel, SLURM's warning, the terminal closed) in the block.
 
+        until_exit: the process exits after the block, so a signal that arrives then must not change its status.
         SIGHUP stays ignored where the caller ignores it: nohup does.
         """
         ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
@@ -47,7 +48,7 @@ class StopFlag:
             yield self
         finally:
             for number, handler in previous.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if until_exit else handler)
 
     def _note(self, number: int, frame: object) -> None:
         self.signal_name = self.signal_name or signal.Signals(number).name
