@@ -1,0 +1,56 @@
+"""rules.drop: which values the recipe calls missing."""
+
+import operator
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from topoflow.tools.prepare.findings import Findings
+
+_COMPARISONS: dict[str, Callable] = {
+    "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq,
+}  # fmt: skip
+_RULE = re.compile(r"\s*(?P<name>\w+)\s*(?P<comparison><=|>=|==|<|>)\s*(?P<number>[-+.\deE]+)\s*")
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Values of a variable (or `any`) that compare so with a number, in our unit."""
+
+    name: str
+    comparison: str
+    number: float
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.comparison} {self.number:g}"
+
+    def concerns(self, name: str) -> bool:
+        """Return whether the rule is about variable `name`."""
+        return self.name in (name, "any")
+
+    def finds(self, values: np.ndarray) -> np.ndarray:
+        """Return bool of the shape of `values`: those to drop. Numbers are equal within float32's precision."""
+        with np.errstate(invalid="ignore"):
+            if self.comparison == "==":
+                return np.abs(values - self.number) <= 1e-5 * max(abs(self.number), 1e-30)
+            return _COMPARISONS[self.comparison](values, self.number)
+
+
+def parse_drops(texts: Sequence[str], names: Sequence[str], findings: Findings) -> tuple[Drop, ...]:
+    """Return the rules; a finding for each that cannot be read, or is about no variable."""
+    drops = []
+    for text in texts:
+        match = _RULE.fullmatch(text)
+        try:
+            drop = Drop(match["name"], match["comparison"], float(match["number"])) if match else None
+        except ValueError:
+            drop = None
+        if drop is None:
+            findings.add("error", "recipe", "", f"rules.drop: {text!r}", "a comparison like 'pm25 < -50'")
+        elif drop.name != "any" and drop.name not in names:
+            findings.add("error", "recipe", "", f"rules.drop: {text!r}", f"any, or one of {', '.join(names)}")
+        else:
+            drops.append(drop)
+    return tuple(drops)
