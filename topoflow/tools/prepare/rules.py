@@ -30,12 +30,20 @@ class Drop:
         """Return whether the rule is about variable `name`."""
         return self.name in (name, "any")
 
-    def finds(self, values: np.ndarray) -> np.ndarray:
-        """Return bool of the shape of `values`: those to drop. Numbers are equal within float32's precision."""
+    def finds(self, values: np.ndarray, of_raw: tuple[float, float] | None = None) -> np.ndarray:
+        """Return bool of the shape of `values`: those to drop. Numbers are equal within float32's precision.
+
+        of_raw: factor and offset from the file's unit to ours; `==` is then about the number in the file too.
+        """
         with np.errstate(invalid="ignore"):
-            if self.comparison == "==":
-                return np.abs(values - self.number) <= 1e-5 * max(abs(self.number), 1e-30)
-            return _COMPARISONS[self.comparison](values, self.number)
+            if self.comparison != "==":
+                return _COMPARISONS[self.comparison](values, self.number)
+            found = _is_close(values, self.number)
+            return found if of_raw is None else found | _is_close(values, self.number * of_raw[0] + of_raw[1])
+
+
+def _is_close(values: np.ndarray, number: float) -> np.ndarray:
+    return np.abs(values - number) <= 1e-5 * max(abs(number), 1e-30)
 
 
 def parse_drops(texts: Sequence[str], names: Sequence[str], findings: Findings) -> tuple[Drop, ...]:

@@ -1,0 +1,183 @@
+"""Values that cannot be: found, counted, and dropped where the recipe says so."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from topoflow.data.variables import VARIABLES
+from topoflow.tools.prepare.findings import Findings
+from topoflow.tools.prepare.names import KNOWN, Known
+from topoflow.tools.prepare.recipe import Rules
+from topoflow.tools.prepare.rules import Drop, parse_drops
+from topoflow.tools.prepare.units import conversion
+
+_MOST_VALUES = 1000
+_MARK_COUNT = 10
+_CONSTANT_CELLS = 16
+_FLOAT_RANGE = (float(np.finfo(np.float32).min), float(np.finfo(np.float32).max))
+
+
+@dataclass
+class _Seen:
+    """What one variable of one file held, after what is dropped.
+
+    below, above: counts of values outside the possible range. low, high: of finite values; lowest, highest: of all.
+    outside: counts of the first different values outside the range.
+    """
+
+    of_raw: tuple[float, float] | None
+    count: int = 0
+    below: int = 0
+    above: int = 0
+    low: float = np.inf
+    high: float = -np.inf
+    lowest: float = np.inf
+    highest: float = -np.inf
+    outside: Counter[float] = field(default_factory=Counter)
+    constant_hours: int = 0
+    constant: float = 0.0
+
+
+class Checker:
+    """Find values that cannot be, and drop those that the recipe names; counts by day.
+
+    rules.drop is applied first. What then lies outside the possible range of its variable, is infinite, or has the size
+    of another unit is a decision. Small negative concentrations are noise of the instrument, and stay.
+    """
+
+    def __init__(self, rules: Rules, findings: Findings, units: Mapping[str, str]):
+        self._findings, self._units = findings, units
+        self._drops: tuple[Drop, ...] = parse_drops(rules.drop, tuple(units), findings)
+        self._constant = rules.constant
+        self._dropped: dict[np.datetime64, Counter[str]] = {}
+        self._seen: dict[tuple[str, str], _Seen] = {}
+
+    def check(
+        self, name: str, values: np.ndarray, times: np.ndarray, path: Path, of_raw: tuple[float, float] | None = None
+    ) -> np.ndarray:
+        """Return float32 values of variable `name` without those that are dropped.
+
+        Args:
+            name: ours.
+            values: [n, ...] in our unit.
+            times: [n], datetime64.
+            path: names the file in findings.
+            of_raw: the reader's; with it a rule `== number` is also about the number in the file.
+        """
+        values = values.astype(np.float32, copy=True)
+        days = times.astype("datetime64[D]")
+        for drop in self._drops:
+            if drop.concerns(name):
+                self._drop(name, values, drop.finds(values, of_raw), str(drop), days)
+        seen = self._seen.setdefault((name, str(path)), _Seen(of_raw))
+        if name in VARIABLES and self._constant != "keep" and values.ndim == 3:
+            self._check_constant(name, values, days, seen)
+        self._look(KNOWN.get(name), values, seen)
+        return values
+
+    def _look(self, known: Known | None, values: np.ndarray, seen: _Seen) -> None:
+        present = values[~np.isnan(values)]
+        finite = present[np.isfinite(present)]
+        seen.count += present.size
+        if finite.size:
+            seen.low, seen.high = min(seen.low, float(finite.min())), max(seen.high, float(finite.max()))
+        least, most = (known.low, known.high) if known is not None else _FLOAT_RANGE
+        below, above = present < least, present > most
+        outside = present[below | above]
+        if not outside.size:
+            return
+        seen.below, seen.above = seen.below + int(below.sum()), seen.above + int(above.sum())
+        seen.lowest, seen.highest = min(seen.lowest, float(outside.min())), max(seen.highest, float(outside.max()))
+        found, counts = np.unique(outside, return_counts=True)
+        for value, count in zip(found.tolist(), counts.tolist(), strict=True):
+            if value in seen.outside or len(seen.outside) < _MOST_VALUES:
+                seen.outside[value] += count
+
+    def _check_constant(self, name: str, values: np.ndarray, days: np.ndarray, seen: _Seen) -> None:
+        """Whole fields of one value among others that vary."""
+        flat = values.reshape(len(values), -1)
+        present = np.isfinite(flat).sum(axis=1)
+        high = np.where(np.isnan(flat), -np.inf, flat).max(axis=1, initial=-np.inf)
+        low = np.where(np.isnan(flat), np.inf, flat).min(axis=1, initial=np.inf)
+        constant = (present >= _CONSTANT_CELLS) & (high == low)
+        if not constant.any() or constant.all():
+            return
+        if self._constant == "drop":
+            found = np.broadcast_to(constant[:, None, None], values.shape) & ~np.isnan(values)
+            self._drop(name, values, found, "constant field", days)
+            return
+        seen.constant_hours += int(constant.sum())
+        seen.constant = float(high[constant][0])
+
+    def _drop(self, name: str, values: np.ndarray, found: np.ndarray, reason: str, days: np.ndarray) -> None:
+        if not found.any():
+            return
+        per_time = found.reshape(len(found), -1).sum(axis=1)
+        values[found] = np.nan
+        for day in np.unique(days):
+            count = int(per_time[days == day].sum())
+            if count:
+                self._dropped.setdefault(day, Counter())[f"{name}: {reason}"] += count
+
+    def dropped(self, day: np.datetime64) -> dict[str, int]:
+        """Return and forget what was dropped on a day: {variable and rule: count}."""
+        return dict(self._dropped.pop(day, Counter()))
+
+    def is_decided(self) -> bool:
+        """Return whether no value was found that cannot be."""
+        return not any(seen.below or seen.above or seen.constant_hours for seen in self._seen.values())
+
+    def report(self) -> None:
+        """Add the findings about all values since the last report."""
+        for (name, path), seen in self._seen.items():
+            known = KNOWN.get(name)
+            if seen.constant_hours:
+                found = f"{seen.constant_hours} hours have one value everywhere, such as {seen.constant:g}"
+                self._findings.add("decision", path, name, found, "fields that vary", "rules: {constant: drop}")
+            if known is None or not self._report_unit(name, path, known, seen):
+                self._report_outside(name, path, known, seen)
+        self._seen.clear()
+
+    def _report_unit(self, name: str, path: str, known: Known, seen: _Seen) -> bool:
+        """Add a decision where all values would be possible in another unit, and are not in the stated one."""
+        if not np.isfinite([seen.low, seen.high]).all() or seen.low == seen.high == 0:
+            return False
+        is_low = known.least_top is not None and seen.count > 1 and 0 < seen.high < known.least_top
+        is_outside = seen.below + seen.above == seen.count > 0
+        if seen.of_raw is None or not (is_low or is_outside):
+            return False
+        factor, offset = seen.of_raw
+        raw = (np.array([seen.low, seen.high]) - offset) / factor
+        for unit in (*known.other_units, known.unit):
+            scale, shift = conversion(unit, known.unit)
+            low, high = raw * scale + shift
+            if known.low <= low and (known.least_top or -np.inf) <= high <= known.high:
+                found = f"{raw[0]:.4g} to {raw[1]:.4g} in the file, which is possible in {unit} alone"
+                expected, line = f"{known.low:g} to {known.high:g} {known.unit}", f'units: {{{name}: "{unit}"}}'
+                self._findings.add("decision", path, name, found, expected, line)
+                return True
+        return False
+
+    def _report_outside(self, name: str, path: str, known: Known | None, seen: _Seen) -> None:
+        unit, outside = self._units.get(name, ""), seen.below + seen.above
+        least, most = (known.low, known.high) if known is not None else _FLOAT_RANGE
+        expected = f"{least:g} to {most:g} {known.unit}" if known is not None else "finite numbers"
+        below, above = seen.below, seen.above
+        for value, count in seen.outside.most_common(3):
+            is_mark = count > 1 and (count >= _MARK_COUNT or 2 * count >= outside)
+            if not is_mark or not np.isfinite(value):
+                continue
+            found = f"{value:.6g} {unit} occurs {count} times: a mark of missing values that no attribute states?"
+            line = f'rules: {{drop: ["{name} == {value:.6g}"]}}'
+            self._findings.add("decision", path, name, found, expected, line)
+            below, above = (below - count, above) if value < least else (below, above - count)
+        for count, extreme, rule in ((below, seen.lowest, f"< {least:g}"), (above, seen.highest, f"> {most:g}")):
+            if count:
+                found = f"{count} values that cannot be, such as {extreme:.6g} {unit}"
+                if np.isinf(extreme):
+                    found = f"{count} values that are infinite, or computed from values that cannot be"
+                line = f'rules: {{drop: ["{name} {rule}"]}}'
+                self._findings.add("decision", path, name, found, expected, line)
