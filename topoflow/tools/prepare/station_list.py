@@ -1,5 +1,6 @@
 """The list of stations: where each is."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def read_station_list(path: Path, findings: Findings) -> Positions | None:
         return None
 
 
-def merge_positions(positions: Positions, rows) -> None:
+def merge_positions(positions: Positions, rows: Iterable[tuple[str, float, float]]) -> None:
     """Add rows of (id, latitude, longitude) to positions.
 
     Raises:

@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar, cast
 
 import pandas as pd
 
@@ -37,8 +37,8 @@ def read_columns(path: Path) -> list[str]:
     return columns
 
 
-def read_parts(path: Path, columns: list[str], rows: int = ROWS) -> Iterator[pd.DataFrame]:
-    """Yield a table in parts of at most `rows`: text columns for CSV (missing: empty), typed ones for Parquet.
+def read_parts(path: Path, columns: list[str], rows: int = ROWS) -> Iterator[Any]:
+    """Yield DataFrames of at most `rows` rows: columns of text for CSV (missing: empty), typed ones for Parquet.
 
     Raises:
         DataError: the file is unreadable, cut or damaged.
@@ -109,7 +109,7 @@ def _find_encoding(head: bytes) -> str:
 
 def _open(path: Path) -> IO[bytes]:
     if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rb")
+        return cast(IO[bytes], gzip.open(path, "rb"))
     if path.suffix.lower() != ".zip":
         return path.open("rb")
     archive = zipfile.ZipFile(path)
@@ -119,7 +119,7 @@ def _open(path: Path) -> IO[bytes]:
     return archive.open(names[0])
 
 
-def _read_parquet(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
+def _read_parquet(path: Path, columns: list[str] | None = None) -> Any:
     try:
         table = _guarded(lambda: pd.read_parquet(path, columns=columns))
     except ImportError:

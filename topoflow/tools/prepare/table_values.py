@@ -11,7 +11,7 @@ from topoflow.errors import DataError
 MISSING = ("", "na", "n/a", "nan", "-", "--", "---", "null", "none", "nd", "<na>", "nat")
 """Marks of a missing value, in lower case."""
 
-_POINTS = "N NNE NE ENE E ESE SE SSE S SSW SW WSW W WNW NW NNW".split()
+_POINTS = ("N", "NNE", "NE", "ENE", "E", "ESE", "SE", "SSE", "S", "SSW", "SW", "WSW", "W", "WNW", "NW", "NNW")
 _DEGREES = {point: 22.5 * i for i, point in enumerate(_POINTS)}
 
 _STAMP = (
@@ -28,17 +28,19 @@ class Numbers:
     Attributes:
         counts: by name, how many fields hold a number and how many hold text.
         examples: by name, the first text.
+        directions: names of variables with directions as words.
     """
 
     def __init__(self) -> None:
         self.counts: collections.defaultdict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros(2, int))
         self.examples: dict[str, str] = {}
+        self.directions: set[str] = set()
 
-    def read(self, fields: pd.Series, names: Any) -> np.ndarray:
+    def read(self, fields: Any, names: Any) -> np.ndarray:
         """Return float64 [n], NaN where missing or text; the 16 points of the compass (N, NNE, ...) in degrees.
 
         Args:
-            fields: [n], text or numbers.
+            fields: Series [n], text or numbers.
             names: the name of the variable, or an array [n] of names.
         """
         if fields.dtype.kind in "fiub":
@@ -46,7 +48,8 @@ class Numbers:
             self._count(names, np.isfinite(values), 0)
             return values
         text = fields.astype(str).str.strip()
-        values = pd.to_numeric(text, errors="coerce").to_numpy("float64", na_value=np.nan)
+        numbers: Any = pd.to_numeric(text, errors="coerce")
+        values = numbers.to_numpy("float64", copy=True, na_value=np.nan)
         self._count(names, ~np.isnan(values), 0)
         odd = np.flatnonzero(np.isnan(values))
         odd = odd[~text.iloc[odd].str.lower().isin(MISSING).to_numpy()]
@@ -56,6 +59,7 @@ class Numbers:
         if directions.notna().all():
             values[odd] = directions.to_numpy("float64")
             self._count(names, np.isin(np.arange(len(values)), odd), 0)
+            self.directions.update([names] if isinstance(names, str) else pd.unique(names[odd]))
             return values
         self._count(names, np.isin(np.arange(len(values)), odd), 1)
         for place in odd[:1000]:
@@ -67,7 +71,7 @@ class Numbers:
         if isinstance(names, str):
             self.counts[names][column] += int(which.sum())
             return
-        for name, count in pd.Series(names)[which].value_counts().items():
+        for name, count in collections.Counter(names[which]).items():
             self.counts[str(name)][column] += count
 
 
@@ -82,8 +86,8 @@ class Stamps:
         self.is_utc: bool | None = None
         self._is_day_first = is_day_first
 
-    def read(self, frame: pd.DataFrame) -> np.ndarray:
-        """Return datetime64[ns] [n] of the columns of a frame: stamps, date and hour, or year, month, day, hour.
+    def read(self, frame: Any) -> np.ndarray:
+        """Return datetime64[ns] [n] of the columns of a DataFrame: stamps, date and hour, or year, month, day, hour.
 
         Raises:
             DataError: a stamp is missing or not understood, day and month cannot be told apart, or only some stamps
@@ -108,15 +112,16 @@ class Stamps:
             raise DataError(f"{np.isnat(times).sum()} stamps are missing or not understood (first: {example!r})")
         return times
 
-    def _parse(self, text: pd.Series) -> np.ndarray:
-        parts = text.str.extract(_STAMP)
-        number = {name: pd.to_numeric(parts[name]) for name in parts if name != "zone"}
+    def _parse(self, text: Any) -> np.ndarray:
+        parts: Any = text.str.extract(_STAMP)
+        number: dict[str, Any] = {name: pd.to_numeric(parts[name]) for name in parts if name != "zone"}
         if number["last"].notna().any():
             is_day_first = self._find_order(number["first"], number["second"], text)
             day, month = ("first", "second") if is_day_first else ("second", "first")
             for name, other in (("year", "last"), ("month", month), ("day", day)):
                 number[name] = number[name].fillna(number[other])
-        date = pd.to_datetime({name: number[name] for name in ("year", "month", "day")}, errors="coerce")
+        days: Any = pd.DataFrame({name: number[name] for name in ("year", "month", "day")})
+        date: Any = pd.to_datetime(days, errors="coerce")
         hour, minute, second = (number[name].fillna(0).astype(float) for name in "hms")
         seconds = 3600 * hour + 60 * minute + second
         seconds = seconds.where((minute < 60) & (second < 60) & (seconds <= 86400))
@@ -129,7 +134,7 @@ class Stamps:
         east = sign * (3600 * offset.str[1:3].astype(int) + 60 * offset.str[3:5].astype(int))
         return (date + pd.to_timedelta(seconds - east, unit="s")).to_numpy().astype("M8[ns]")
 
-    def _find_order(self, first: pd.Series, second: pd.Series, text: pd.Series) -> bool:
+    def _find_order(self, first: Any, second: Any, text: Any) -> bool:
         if self._is_day_first is None:
             if (first > 12).any() == (second > 12).any():
                 raise DataError(f"day and month of stamps cannot be told apart (first: {text.iloc[0]!r})")
