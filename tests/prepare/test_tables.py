@@ -10,9 +10,11 @@ import pandas as pd
 import pytest
 import xarray as xr
 
+from topoflow.tools.prepare.clock import read_times
 from topoflow.tools.prepare.findings import Finding, Findings
+from topoflow.tools.prepare.place import read_place
 from topoflow.tools.prepare.recipe import Source, read_recipe
-from topoflow.tools.prepare.tables import read_table
+from topoflow.tools.prepare.tables import read_table, without_columns
 
 RECIPES = Path(__file__).parents[2] / "configs" / "recipes"
 
@@ -177,6 +179,12 @@ def test_columns_are_those_that_the_recipe_names(tmp_path):
     dataset = table(path, names={"time": "wann", "station": "wo", "lat": "nord", "lon": "ost"})
     assert value(dataset, "was", "2019-01-01T00", "a") == 3
     assert float(dataset["lon"][0]) == 8
+    source = Source(path="x", names={"time": "wann", "station": "wo", "lat": "nord", "lon": "ost"})
+    clock = read_times(dataset, without_columns(source), Findings(), path)
+    place = read_place(dataset, without_columns(source), Findings(), path)
+    assert clock is not None
+    assert place is not None
+    assert (place.ids, place.lat.tolist(), clock.times.tolist()[0].hour) == (("a",), [50], 0)
     _, (finding,) = read(path, names={"time": "when"})
     assert "'when'" in finding.found
 

@@ -1,5 +1,6 @@
 """Tables of stations (CSV, Parquet) as data sets, whatever their layout."""
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,10 +21,15 @@ from topoflow.tools.prepare.table_values import MISSING, Numbers, Stamps
 Duplicates = Literal["refuse", "first", "last", "mean"]
 
 COLUMN_ROLES = ("time", "lat", "lon", "station", "parameter", "value")
-"""Keys of a recipe's `names` that name columns. In the data set that `read_table` returns, time, lat, lon and station
-have these names."""
+"""Keys of a recipe's `names` that name columns."""
 
 _UNIT_IN_NAME = re.compile(r".*\S\s*[\[(]([^\])]+)[\])]$")
+
+
+def without_columns(source: Source) -> Source:
+    """Return a source for what `read_table` returned, where time, lat, lon and station have these names."""
+    names = {ours: name for ours, name in source.names.items() if ours not in COLUMN_ROLES}
+    return dataclasses.replace(source, names=names)
 
 
 def read_table(
