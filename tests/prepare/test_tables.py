@@ -218,6 +218,18 @@ def test_cut_gzip_is_refused(tmp_path):
     assert "not readable" in finding.found
 
 
+@pytest.mark.parametrize("text", [AQS, UCI, RAMA_LONG])
+def test_damaged_text_is_read_or_refused_without_a_traceback(tmp_path, text):
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        damaged = bytearray(text.encode())
+        place = int(rng.integers(len(damaged)))
+        damaged[place : place + int(rng.integers(30))] = rng.choice([b"", b",", b'"', b"\n", b"\x00", b"\xff99"])
+        (tmp_path / "a.csv").write_bytes(damaged[: None if rng.random() < 0.7 else place])
+        dataset, found = read(tmp_path / "a.csv", rows=2)
+        assert dataset is not None or found[0].severity == "error"
+
+
 def test_dates_that_can_be_read_two_ways_are_refused(tmp_path):
     _, (finding,) = read(write(tmp_path, "station,time,o3\na,01/02/2019 00:00,1\n"))
     assert "cannot be told apart" in finding.found
