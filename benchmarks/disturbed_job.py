@@ -185,7 +185,7 @@ class DisturbedJob:
             self._wait(lambda: not states()[node].startswith("down"), f"{node} to come back")
 
     def _require_stop(self, output_before: int) -> None:
-        """Check that this start ended as a stop on request; its exit.json may be gone, because the next start removes it."""
+        """Check that this start stopped on request, by its output: the next start removes exit.json."""
         log = self.campaign.log(self.name)
         if b"stopped by SIG" not in log.read_bytes()[output_before:]:
             raise JobFailed(f"requeued, but its output does not say 'stopped by SIG...': {last_line(log)}")

@@ -19,6 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="topoflow", description="Air pollution forecasts: data, scores and tools.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_demo_data(commands)
+    _add_prepare(commands)
     _add_grid_stations(commands)
     _add_pack(commands)
     _add_evaluate(commands)
@@ -57,6 +58,33 @@ def _demo_data(options: argparse.Namespace) -> int:
     make_demo_data(options.out, options.days, options.grid, options.seed, progress=sys.stderr.isatty())
     print_output(f"{options.out}: {options.days} days on {rows} x {columns} cells, seed {options.seed}")
     return 0
+
+
+def _add_prepare(commands) -> None:
+    parser = commands.add_parser(
+        "prepare",
+        help="read data files as they are and write the format that training reads fastest",
+        epilog="If interrupted, run the same command again to resume. With more data in the files, it appends them.",
+    )
+    parser.add_argument("paths", nargs="*", metavar="RECIPE.yaml | PATH", help="a recipe, or files, globs and folders")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("-o", "--output", metavar="OUT", type=Path, help="folder to create, or to append to")
+    target.add_argument("--check", action="store_true", help="only look; exit with 1 if anything needs a decision")
+    target.add_argument("--verify", metavar="OUT", type=Path, help="compare prepared data with its hashes")
+    parser.set_defaults(run=lambda options: _prepare(options, parser))
+
+
+def _prepare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from topoflow.tools.prepare.command import run, run_verify
+
+    if options.verify is not None:
+        if options.paths:
+            parser.error("expected --verify OUT alone")
+        return run_verify(options.verify)
+    if not options.paths:
+        parser.error("expected a recipe or data files")
+    _log_to_terminal()
+    return run(options.paths, options.output, options.check)
 
 
 def _add_grid_stations(commands) -> None:

@@ -45,7 +45,7 @@ class Examined:
         return json.loads(self.out[0])
 
     def findings(self, check, speed=True):
-        """{(verdict, node)} of a check; speed=False: without nodes slower than the others, as any busy machine has them."""
+        """{(verdict, node)} of a check; speed=False: without nodes slower than others, as on any busy machine."""
         [found] = [item for item in self.report["checks"] if item["check"] == check]
         kept = [item for item in found["findings"] if speed or "the median node" not in item["text"]]
         return {(item["verdict"], item["node"]) for item in kept}

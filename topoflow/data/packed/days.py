@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ class DayRecord:
     """One day (UTC) of the year's array.
 
     sha256: of its bytes. moments: of the values as they are read back. errors: by name, the largest difference from the
-    values that were packed and the sum of its squares; empty where the array holds those values themselves.
+    values that were packed and the sum of its squares; empty where the array holds those values themselves. dropped:
+    number of values that were left out, by reason.
     """
 
     day: str
@@ -23,18 +24,27 @@ class DayRecord:
     sha256: str
     moments: dict[str, Moments]
     errors: dict[str, tuple[float, float]]
+    dropped: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; floats come back from JSON to the bit."""
         moments = {name: [m.count, m.mean, m.squares] for name, m in self.moments.items()}
-        return {"day": self.day, "hours": self.hours, "sha256": self.sha256, "moments": moments, "errors": self.errors}
+        return {
+            "day": self.day,
+            "hours": self.hours,
+            "sha256": self.sha256,
+            "moments": moments,
+            "errors": self.errors,
+            "dropped": self.dropped,
+        }
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "DayRecord":
         """What `to_dict` gave. KeyError, TypeError or ValueError for anything else."""
         moments = {name: Moments(int(n), float(mean), float(sq)) for name, (n, mean, sq) in content["moments"].items()}
         errors = {name: (float(largest), float(squares)) for name, (largest, squares) in content["errors"].items()}
-        return cls(str(content["day"]), int(content["hours"]), str(content["sha256"]), moments, errors)
+        dropped = {str(reason): int(count) for reason, count in content["dropped"].items()}
+        return cls(str(content["day"]), int(content["hours"]), str(content["sha256"]), moments, errors, dropped)
 
 
 def days_text(days: list[DayRecord]) -> str:

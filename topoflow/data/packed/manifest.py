@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from topoflow.errors import DataError
 from topoflow.files import write_atomically
 
 MANIFEST = "manifest.json"
-FORMAT = "topoflow packed data 1"
+FORMAT = "topoflow packed data 2"
 _HOUR = np.timedelta64(1, "h")
 
 
@@ -44,7 +44,7 @@ class PackedVariable:
 
 @dataclass(frozen=True)
 class PackedYear:
-    """One year. runs: unbroken hours, [first hour as YYYY-MM-DDTHH, how many]. header: bytes before the numbers.
+    """One year. runs: times without a gap, [first as YYYY-MM-DDTHH, how many]. header: bytes before the numbers.
 
     array: [time, variable, row, column]. days: the record of its days. source_files: hash of the sizes and times of
     change of the files that it was packed from, by which a later `pack` knows them.
@@ -56,12 +56,13 @@ class PackedYear:
     array: FileRecord
     days: FileRecord
     source_files: str
+    step_hours: int = 1
 
     @property
     def times(self) -> np.ndarray:
         """datetime64[h] [T]."""
         starts = [(np.datetime64(first, "h"), count) for first, count in self.runs]
-        return np.concatenate([first + np.arange(count) * _HOUR for first, count in starts])
+        return np.concatenate([first + np.arange(count) * self.step_hours * _HOUR for first, count in starts])
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Manifest:
     """All of a packed data set but its numbers. Years are in order; shape is that of the grid.
 
     settings: what it was asked to be, by the names of the options: years appended later must have the same.
+    step_hours: hours from each time to the next. provenance: the recipe and the files that were read.
     """
 
     settings: dict[str, Any]
@@ -77,6 +79,8 @@ class Manifest:
     variables: tuple[PackedVariable, ...]
     statics: dict[str, FileRecord]
     years: tuple[PackedYear, ...]
+    step_hours: int = 1
+    provenance: dict[str, Any] = field(default_factory=dict)
 
     def files(self) -> list[FileRecord]:
         """All files but the manifest."""
@@ -120,6 +124,8 @@ def read_manifest(folder: Path) -> Manifest:
             variables=tuple(PackedVariable(**variable) for variable in content["variables"]),
             statics={name: FileRecord(**file) for name, file in content["statics"].items()},
             years=tuple(_year(**year) for year in content["years"]),
+            step_hours=content["step_hours"],
+            provenance=content["provenance"],
         )
     except (KeyError, TypeError):
         raise DataError(f"{path}: is damaged: it lacks a key of the format") from None
@@ -145,7 +151,7 @@ def _year(runs: list, array: dict, days: dict, **more: Any) -> PackedYear:
     return PackedYear(runs=unbroken, array=FileRecord(**array), days=FileRecord(**days), **more)
 
 
-def runs_of(times: np.ndarray) -> tuple[tuple[str, int], ...]:
-    """Increasing hours (datetime64[h] [T]) as unbroken runs."""
-    pieces = np.split(times, np.flatnonzero(np.diff(times) != _HOUR) + 1)
+def runs_of(times: np.ndarray, step_hours: int = 1) -> tuple[tuple[str, int], ...]:
+    """Increasing times (datetime64[h] [T]), a step apart but for gaps, as runs without a gap."""
+    pieces = np.split(times, np.flatnonzero(np.diff(times) != step_hours * _HOUR) + 1)
     return tuple((str(piece[0]), len(piece)) for piece in pieces)

@@ -48,6 +48,11 @@ def index_packed(folder: Path, variables: Sequence[str]) -> PackedIndex:
     """
     manifest = read_manifest(folder)
     check_sizes(manifest, folder)
+    if manifest.step_hours != 1:
+        raise DataError(
+            f"data.path: {folder} has a time every {manifest.step_hours} hours: expected hourly data (prepare it with "
+            "hourly sources)"
+        )
     held = {variable.name: variable for variable in manifest.variables}
     wanted = [name for name in variables if VARIABLES[name].kind != "computed"]
     for name in wanted:

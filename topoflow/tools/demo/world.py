@@ -87,7 +87,6 @@ def make_demo_data(
         attributes={
             "title": f"TopoFlow demo world, seed {seed}",
             "Conventions": "CF-1.8",
-            "time_zone": "local solar time",
         },
     )
     with writer, tqdm(total=len(times), desc="demo-data", unit="h", disable=not progress) as bar:

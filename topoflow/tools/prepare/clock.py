@@ -126,18 +126,17 @@ def _to_utc(
     file: object,
 ) -> np.ndarray | None:
     """Return stamps [n] in UTC: of the zone that they state, else the recipe's unless the file contradicts it."""
-    zone = parse_zone(source.time_zone)
+    zone_name = source.time_zone or "UTC"
+    zone = parse_zone(zone_name)
     if zone is None:
-        findings.add(
-            "error", file, name, f"time_zone {source.time_zone!r} is not known", "such as Asia/Shanghai or UTC+8"
-        )
+        findings.add("error", file, name, f"time_zone {zone_name!r} is not known", "such as Asia/Shanghai or UTC+8")
         return None
     if is_utc:
         if zone != datetime.UTC:
             found = f"stamps state UTC: the recipe's time_zone {source.time_zone} is not applied"
             findings.add("note", file, name, found)
         return stamps
-    utc = _localize(stamps, zone, name, source.time_zone, findings, file)
+    utc = _localize(stamps, zone, name, zone_name, findings, file)
     if utc is None:
         return None
     attributes = (
@@ -150,7 +149,7 @@ def _to_utc(
     if said is not None and np.array_equal(_in_zone(stamps, said), utc):
         return utc
     found = f"attribute {key} {str(stated)!r}"
-    if zone != datetime.UTC:
+    if source.time_zone is not None:
         findings.add("note", file, name, f"{found}: the recipe's time_zone {source.time_zone} is applied")
         return utc
     line = "UTC+8" if said is None else said.key if isinstance(said, zoneinfo.ZoneInfo) else str(said)
@@ -203,7 +202,7 @@ def _to_hours(
         found = f"{found}, with stamp: middle"
         findings.add("decision", file, name, found, "30 minutes past the hour", "stamp: end")
     else:
-        zone = "" if utc[0] == stamps[0] else f" in UTC (time_zone {source.time_zone})"
+        zone = "" if utc[0] == stamps[0] else f" in UTC (time_zone {source.time_zone or 'UTC'})"
         findings.add("error", file, name, found, f"whole hours{zone}")
     return None
 

@@ -179,7 +179,14 @@ class _Packing:
             where = f"the interrupted packing in {self.work} was started (delete it to start over)"
             _require_same_settings(self.settings, content["settings"], where)
             return tuple(begun)
-        chosen = choose_variables(self.source, self.dtype)
+        source, names = self.source, [name for name in VARIABLES if name in self.source.dynamic]
+        units = {name: VARIABLES[name].unit for name in names}
+        chosen = choose_variables(
+            units,
+            self.dtype,
+            source.times,
+            lambda hours: np.stack([source.read(name, hours) for name in names], axis=1),
+        )
         plain = [vars(variable) for variable in chosen]
         write_atomically(plan, json.dumps({"settings": self.settings, "variables": plain}, indent=1))
         return chosen

@@ -2,38 +2,44 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from topoflow.data.fields import FieldSource
 from topoflow.data.moments import Moments, moments_of
 from topoflow.data.packed.days import DayRecord
 from topoflow.data.packed.manifest import PackedVariable
-from topoflow.data.variables import VARIABLES
 from topoflow.errors import ConfigError
 
 DTYPES = {"float32": "<f4", "float16": "<f2"}
 _SAMPLED_HOURS = 24
 
 
-def choose_variables(source: FieldSource, dtype: str) -> tuple[PackedVariable, ...]:
-    """The dynamic variables of `source`, in the order of VARIABLES, with the constants of `dtype`, "<f4" or "<f2".
+def choose_variables(
+    units: Mapping[str, str], dtype: str, times: np.ndarray, read: Callable[[np.ndarray], np.ndarray]
+) -> tuple[PackedVariable, ...]:
+    """Return the variables with the constants of `dtype`, "<f4" or "<f2".
 
     float32 holds values as they are. float16 has 11 bits, so it holds (value - offset) / scale: offset is about the
     mean and scale about the standard deviation of some hours, a power of two, so that dividing by it costs nothing.
-    Years appended later keep these constants; float16 reaches to 65504 of such deviations.
+    Data appended later keep these constants; float16 reaches to 65504 of such deviations.
+
+    Args:
+        units: {name: unit}, in the order in which the variables lie.
+        dtype: of the array.
+        times: of the data.
+        read: float32 [n, V, H, W] at positions [n] of `times`.
     """
-    names = [name for name in VARIABLES if name in source.dynamic]
     if dtype == "<f4":
-        return tuple(PackedVariable(name, VARIABLES[name].unit, 1.0, 0.0) for name in names)
-    hours = np.unique(np.linspace(0, len(source.times) - 1, _SAMPLED_HOURS).astype(np.int64))
+        return tuple(PackedVariable(name, unit, 1.0, 0.0) for name, unit in units.items())
+    hours = np.unique(np.linspace(0, len(times) - 1, _SAMPLED_HOURS).astype(np.int64))
+    fields = read(hours)
     variables = []
-    for name in names:
-        found = moments_of(source.read(name, hours))
+    for column, (name, unit) in enumerate(units.items()):
+        found = moments_of(fields[:, column])
         scale = 2.0 ** round(math.log2(found.std)) if found.count and found.std > 0 else 1.0
-        variables.append(PackedVariable(name, VARIABLES[name].unit, scale, float(np.float32(found.mean))))
+        variables.append(PackedVariable(name, unit, scale, float(np.float32(found.mean))))
     return tuple(variables)
 
 

@@ -32,8 +32,9 @@ class Source:
     (time, lat, lon, station)."""
     units: Mapping[str, str] = field(default_factory=dict)
     """{our name: unit of the file}, where the file states none, or a wrong one."""
-    time_zone: str = "UTC"
-    """Zone of stamps that state none: an IANA name (Asia/Shanghai) or an offset (UTC+8)."""
+    time_zone: str | None = None
+    """Zone of stamps that state none: an IANA name (Asia/Shanghai) or an offset (UTC+8). By default UTC, unless an
+    attribute of the file states another one."""
     stamp: Stamp = "end"
     """Whether a stamp is the start, middle or end of the hour that a mean is taken over. Prepared data have the end,
     when the mean is known; stamps of values at an instant are `end` too: they stay as they are."""

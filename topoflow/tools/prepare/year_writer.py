@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ class YearWriter:
         data = np.ascontiguousarray(values).data.cast("B")
         self._file.write(data)
         self._file.flush()  # before the journal records it
-        day = DayRecord(record.day, record.hours, hashlib.sha256(data).hexdigest(), record.moments, record.errors)
+        day = replace(record, sha256=hashlib.sha256(data).hexdigest())
         self._journal.write(json.dumps(day.to_dict()) + "\n")
         self._journal.flush()
         self.days.append(day)

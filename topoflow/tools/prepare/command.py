@@ -1,0 +1,149 @@
+"""`topoflow prepare`: read files as people have them, write the one format that training reads."""
+
+import dataclasses
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from topoflow.data.packed.manifest import read_manifest
+from topoflow.errors import ConfigError, DataError
+from topoflow.terminal import print_output
+from topoflow.tools.prepare.findings import Findings
+from topoflow.tools.prepare.joined import JoinedSource
+from topoflow.tools.prepare.recipe import Recipe, read_recipe, recipe_of_paths, recipe_text
+from topoflow.tools.prepare.scan import Opener, Scan, scan
+from topoflow.tools.prepare.summary import finding_lines, write_report
+from topoflow.tools.prepare.target import DEFAULT_DEGREES, Statics, Target, build_target
+from topoflow.tools.prepare.verification import verify
+from topoflow.tools.prepare.writing import write
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` did. lines: of the report. is_decided: whether nothing needs a decision."""
+
+    recipe: Recipe
+    lines: list[str]
+    is_decided: bool
+
+
+def load_recipe(paths: list[str]) -> Recipe:
+    """Return the recipe of a YAML file, or that of data files.
+
+    Raises:
+        MissingPath, ConfigError: see `read_recipe`.
+    """
+    if len(paths) == 1 and paths[0].endswith((".yaml", ".yml")):
+        return read_recipe(Path(paths[0]))
+    if any(path.endswith((".yaml", ".yml")) for path in paths):
+        raise ConfigError(f"{' '.join(paths)}: expected one recipe, or data files")
+    return recipe_of_paths(paths)
+
+
+def prepare(recipe: Recipe, output: Path | None, progress: bool = True) -> Prepared:
+    """Prepare the data of `recipe` in the folder `output`; None: only look at all of it.
+
+    Nothing is written to `output` while a finding needs a decision.
+
+    Raises:
+        ConfigError, DataError: see `write`.
+    """
+    findings = Findings()
+    opener = Opener(recipe, findings)
+    try:
+        found = scan(recipe, opener, findings)
+        target = None if found is None else build_target(recipe.grid, found.pieces, opener, findings)
+        if found is None or target is None:
+            return Prepared(recipe, finding_lines(findings.sorted()), not findings.open())
+        recipe = _completed(recipe, found)
+        statics = Statics(recipe, target, found.pieces, opener, findings).build()
+        source = JoinedSource(recipe, found, target, opener, findings)
+        manifest = None
+        if output is None:
+            _look(source, progress)
+        else:
+            provenance = {"recipe": recipe_text(recipe), "files": _files(found)}
+            manifest = write(source, statics, _settings(recipe, found, target, statics), provenance, output, progress)
+        source.finish()
+    finally:
+        opener.close()
+    if manifest is None or output is None:
+        return Prepared(recipe, finding_lines(findings.sorted()), not findings.open())
+    how = {n: next(p.readers[n].text for p in found.pieces if n in p.readers) for n in found.names}
+    return Prepared(recipe, write_report(output, manifest, findings.sorted(), how), True)
+
+
+def _look(source: JoinedSource, progress: bool) -> None:
+    """Read and check everything."""
+    from tqdm import tqdm
+
+    from topoflow.data.moments import day_pieces
+
+    pieces = day_pieces(source.times, np.arange(len(source.times)))
+    with tqdm(total=len(source.times), desc="check", unit="hour", disable=not progress) as bar:
+        for piece, _, _ in source.days(pieces):
+            bar.update(len(piece))
+
+
+def _completed(recipe: Recipe, found: Scan) -> Recipe:
+    """With what was chosen by default, as it is to be kept."""
+    grid = recipe.grid
+    kinds = {piece.place.kind for piece in found.pieces if piece.readers}
+    if grid == type(grid)() and kinds == {"stations"}:
+        grid = dataclasses.replace(grid, degrees=DEFAULT_DEGREES)
+    frequency = recipe.frequency or f"{found.step_hours}h"
+    return dataclasses.replace(recipe, grid=grid, frequency=frequency, variables=recipe.variables or found.names)
+
+
+def _settings(recipe: Recipe, found: Scan, target: Target, statics: dict[str, np.ndarray]) -> dict[str, str]:
+    """What must stay the same in data that are appended."""
+    mask = statics.get("mask")
+    return {
+        "variables": ", ".join(f"{name} {found.units[name]}" for name in found.names),
+        "frequency": f"{found.step_hours}h",
+        "grid": f"{target.shape[0]}x{target.shape[1]} {recipe.grid.method}",
+        "dtype": recipe.dtype,
+        "mask": "none" if mask is None else hashlib.sha256(mask.tobytes()).hexdigest()[:16],
+        "rules.drop": ", ".join(recipe.rules.drop),
+    }
+
+
+def _files(found: Scan) -> list[dict[str, object]]:
+    from topoflow.tools.prepare.files import file_states
+
+    return [
+        {"path": str(piece.path), "state": hashlib.sha256("\n".join(file_states(piece.path)).encode()).hexdigest()[:16]}
+        for piece in found.pieces
+    ]
+
+
+def run(paths: list[str], output: Path | None, check: bool) -> int:
+    """Prepare or check, print the report, and return the exit status."""
+    recipe = load_recipe(paths)
+    done = prepare(recipe, None if check else output, progress=sys.stderr.isatty())
+    is_new = not paths[0].endswith((".yaml", ".yml"))
+    if is_new:
+        print_output(f"# the recipe of these files; keep it as recipe.yaml to change it\n{recipe_text(done.recipe)}")
+    print_output("\n".join(done.lines))
+    if done.is_decided:
+        return 0
+    if check:
+        return 1
+    raise DataError(f"{output}: not written: expected a recipe that settles what is listed above")
+
+
+def run_verify(folder: Path) -> int:
+    """Read a prepared data set again, compare it with its hashes, and return the exit status.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    _, damage = verify(folder, sys.stderr.isatty())
+    if damage:
+        print_output("\n".join(damage))
+        raise DataError(f"{folder}: damaged in {len(damage)} place(s), the first: {damage[0]}")
+    print_output(f"{folder}: {len(read_manifest(folder).files())} files match the manifest")
+    return 0

@@ -1,0 +1,233 @@
+"""Look at all files of a recipe: what they hold, where, when, and on which grid it is to be written."""
+
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+from topoflow.data.variables import VARIABLES
+from topoflow.tools.prepare.clock import Clock, read_times
+from topoflow.tools.prepare.files import find_files, open_file
+from topoflow.tools.prepare.findings import Findings
+from topoflow.tools.prepare.place import Place, read_place
+from topoflow.tools.prepare.recipe import Recipe, Source
+from topoflow.tools.prepare.tables import read_table, without_columns
+from topoflow.tools.prepare.variables import Reader, describe
+
+_OPEN_FILES = 40
+_HOUR = np.timedelta64(1, "h")
+_TABLE = re.compile(r"\.(csv|tsv|txt|parquet|pq)(\.(gz|zip|bz2|xz))?$", re.IGNORECASE)
+_DURATION = re.compile(r"(\d+)\s*(h|d)")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One file. source: its number in the recipe. clock: None where nothing in it changes in time.
+
+    readers: {our name: reader} of what changes in time, statics of what does not. chunk_hours: times that are stored
+    together, and so read together.
+    """
+
+    source: int
+    spec: Source
+    path: Path
+    place: Place
+    clock: Clock | None
+    readers: Mapping[str, Reader]
+    statics: Mapping[str, Reader]
+    chunk_hours: int
+
+
+class Opener:
+    """The datasets of pieces; the last ones stay open."""
+
+    def __init__(self, recipe: Recipe, findings: Findings):
+        self.rules, self._findings = recipe.rules, findings
+        self._open: OrderedDict[Path, xr.Dataset] = OrderedDict()
+
+    def open(self, path: Path, spec: Source) -> xr.Dataset | None:
+        """Return the dataset of a file; None, with a finding, where it cannot be read."""
+        if path in self._open:
+            self._open.move_to_end(path)
+            return self._open[path]
+        if _TABLE.search(path.name):
+            dataset = read_table(path, spec, self._findings, self.rules.duplicates)
+        else:
+            dataset = open_file(path, self.rules, self._findings)
+        if dataset is not None:
+            self._open[path] = dataset
+            if len(self._open) > _OPEN_FILES:
+                self._open.popitem(last=False)[1].close()
+        return dataset
+
+    def close(self) -> None:
+        """Close all files."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+
+@dataclass
+class Scan:
+    """What was found. times: datetime64[h] [T], regular, of what will be written."""
+
+    pieces: list[Piece]
+    step_hours: int
+    times: np.ndarray
+    names: tuple[str, ...]
+    units: dict[str, str] = field(default_factory=dict)
+    missing_hours: int = 0
+
+
+def scan(recipe: Recipe, opener: Opener, findings: Findings) -> Scan | None:
+    """Look at every file of `recipe`; None where nothing can be written, for which `findings` has the reason."""
+    pieces = []
+    for number, spec in enumerate(recipe.sources):
+        for path in find_files(spec.path, findings):
+            piece = _look(number, spec, path, opener, findings)
+            if piece is not None:
+                pieces.append(piece)
+    changing = [piece for piece in pieces if piece.clock is not None and piece.readers]
+    if not changing:
+        if not findings.open():
+            findings.add("error", _files(recipe), "", "no variable that changes in time", "pollutants or weather")
+        return None
+    step = _step(recipe, changing, findings)
+    times, missing = _times(recipe, changing, step, findings)
+    names = _names(recipe, changing, findings)
+    units = {name: next(p.readers[name].unit for p in changing if name in p.readers) for name in names}
+    return Scan(pieces, step, times, names, units, missing)
+
+
+def _files(recipe: Recipe) -> str:
+    return ", ".join(str(source.path) for source in recipe.sources)
+
+
+def _look(number: int, spec: Source, path: Path, opener: Opener, findings: Findings) -> Piece | None:
+    given, dataset = spec, opener.open(path, spec)
+    if dataset is None:
+        return None
+    if _TABLE.search(path.name):
+        spec = without_columns(spec)
+    place = read_place(dataset, spec, findings, str(path), opener.rules.positions)
+    readers = describe(dataset, spec, findings, str(path))
+    if place is None or not readers:
+        return None
+    changing, statics, chunk = {}, {}, 1
+    for name, reader in readers.items():
+        leading = [dim for need in reader.needs for dim in dataset[need].dims if dim not in place.dims]
+        if leading and (name not in VARIABLES or VARIABLES[name].kind == "dynamic"):
+            changing[name] = reader
+            for need in reader.needs:
+                sizes = dataset[need].encoding.get("preferred_chunks") or {}
+                chunk = max(chunk, int(sizes.get(leading[0], 1)))
+        else:
+            statics[name] = reader
+    clock = read_times(dataset, spec, findings, str(path), opener.rules.duplicates) if changing else None
+    if changing and clock is None:
+        return None
+    return Piece(number, given, path, place, clock, changing, statics, chunk)
+
+
+def _step(recipe: Recipe, pieces: list[Piece], findings: Findings) -> int:
+    steps = {piece.clock.step_hours for piece in pieces if piece.clock is not None and piece.clock.step_hours}
+    coarsest = max(steps, default=1)
+    if recipe.frequency is None:
+        if len(steps) > 1:
+            found = f"times every {', '.join(f'{step} h' for step in sorted(steps))}"
+            findings.add("note", _files(recipe), "", f"{found}: every {coarsest} h is written")
+        return coarsest
+    match = _DURATION.fullmatch(recipe.frequency)
+    step = int(match[1]) if match is not None and match[2] == "h" else 0
+    if step not in (1, 3, 6):
+        findings.add("error", "recipe", "", f"frequency: {recipe.frequency}", "1h, 3h or 6h", "frequency: 1h")
+        return coarsest
+    if step < coarsest:
+        findings.add(
+            "error", _files(recipe), "", f"times every {coarsest} h, frequency: {step}h", "a frequency that all have",
+            f"frequency: {coarsest}h",
+        )  # fmt: skip
+        return coarsest
+    return step
+
+
+def _times(recipe: Recipe, pieces: list[Piece], step: int, findings: Findings) -> tuple[np.ndarray, int]:
+    present = np.unique(np.concatenate([piece.clock.times for piece in pieces if piece.clock is not None]))
+    on_grid = present.astype(np.int64) % step == 0
+    if not on_grid.all() and not on_grid.any():
+        on_grid = present.astype(np.int64) % step == present[0].astype(np.int64) % step
+    if not on_grid.all():
+        findings.add(
+            "note", _files(recipe), "", f"{(~on_grid).sum()} times between the {step}-hourly ones are left out"
+        )
+    kept = present[on_grid]
+    times = np.arange(kept[0], kept[-1] + _HOUR, step * _HOUR)
+    gaps = np.diff(kept) // _HOUR
+    limit = _hours(recipe.rules.longest_gap, findings)
+    missing = len(times) - len(kept)
+    if len(gaps) and gaps.max() > limit + step:
+        at = int(gaps.argmax())
+        days = -(-int(gaps.max()) // 24)
+        findings.add(
+            "decision", _files(recipe), "", f"no data from {kept[at]} to {kept[at + 1]}",
+            f"gaps of at most {recipe.rules.longest_gap}", f"rules: {{longest_gap: {days}d}}",
+        )  # fmt: skip
+    elif missing:
+        longest = int(gaps.max()) - step
+        text = f"{missing} times without data, the longest gap {longest + step} h, are written as missing values"
+        findings.add("note", _files(recipe), "", text)
+    return times, missing
+
+
+def _hours(text: str, findings: Findings) -> int:
+    match = _DURATION.fullmatch(text.strip())
+    if match is None:
+        findings.add("error", "recipe", "", f"rules.longest_gap: {text}", "hours or days", "rules: {longest_gap: 48h}")
+        return 0
+    return int(match[1]) * (24 if match[2] == "d" else 1)
+
+
+def _names(recipe: Recipe, pieces: list[Piece], findings: Findings) -> tuple[str, ...]:
+    """Variables to write, in order; a finding where one comes from fields and from stations, or twice at one hour."""
+    held = {name for piece in pieces for name in piece.readers}
+    names = recipe.variables or (*(n for n in VARIABLES if n in held), *sorted(held - VARIABLES.keys()))
+    for name in names:
+        having = [piece for piece in pieces if name in piece.readers]
+        if not having:
+            known = ", ".join(sorted(held))
+            findings.add("error", "recipe", name, "no file has this variable", f"one of {known}")
+            continue
+        kinds = {piece.place.kind for piece in having}
+        if len(kinds) > 1:
+            found = f"fields in {_first(having, 'grid')} and stations in {_first(having, 'stations')}"
+            findings.add("decision", having[0].path, name, found, "one of them", f"names: {{{name}: ...}}")
+        units = {piece.readers[name].unit for piece in having}
+        if len(units) > 1:
+            found = f"units {' and '.join(sorted(units))}"
+            findings.add("decision", having[0].path, name, found, "one unit", f"units: {{{name}: {min(units)}}}")
+        if kinds == {"grid"}:
+            _require_once(name, having, recipe, findings)
+    return tuple(name for name in names if name in held)
+
+
+def _first(pieces: list[Piece], kind: str) -> Path:
+    return next(piece.path for piece in pieces if piece.place.kind == kind)
+
+
+def _require_once(name: str, pieces: list[Piece], recipe: Recipe, findings: Findings) -> None:
+    """A finding where two gridded files have a variable at the same hour."""
+    times = np.concatenate([piece.clock.times for piece in pieces if piece.clock is not None])
+    owner = np.concatenate([np.full(len(p.clock.times), i) for i, p in enumerate(pieces) if p.clock is not None])
+    order = np.argsort(times, kind="stable")
+    twice = np.flatnonzero(times[order][1:] == times[order][:-1])
+    if not len(twice):
+        return
+    a, b = (pieces[int(owner[order[twice[0] + k]])] for k in (0, 1))
+    found = f"{len(twice)} times that {b.path} has too, the first {times[order][twice[0]]}"
+    if recipe.rules.duplicates in ("first", "last"):
+        findings.add("note", a.path, name, f"{found}: the {recipe.rules.duplicates} file counts")
+        return
+    findings.add("decision", a.path, name, found, "each time once", "rules: {duplicates: first}")

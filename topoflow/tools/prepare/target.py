@@ -1,0 +1,215 @@
+"""The grid that is written, and the fields that do not change on it."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from topoflow.data.grid import same_place
+from topoflow.data.packed.reader import is_packed
+from topoflow.errors import ConfigError
+from topoflow.tools.prepare.cells import build_cells
+from topoflow.tools.prepare.findings import Findings
+from topoflow.tools.prepare.joined import read_field
+from topoflow.tools.prepare.place import Place, read_place
+from topoflow.tools.prepare.recipe import GridSpec, Recipe, Source
+from topoflow.tools.prepare.regridding import Axes, FieldRegridding, axes_of
+from topoflow.tools.prepare.scan import Opener, Piece
+from topoflow.tools.prepare.variables import describe
+
+DEFAULT_DEGREES = 1.0
+"""Side of a cell where only stations are given and the recipe says nothing."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """lat, lon: float64 [H, W], north first, west to east. axes: of straight rows and columns."""
+
+    lat: np.ndarray
+    lon: np.ndarray
+    axes: Axes | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.lat.shape
+
+
+def build_target(spec: GridSpec, pieces: Sequence[Piece], opener: Opener, findings: Findings) -> Target | None:
+    """Return the grid of the recipe, or None with a finding.
+
+    native: the cells of the first gridded source, or cells of one degree around stations.
+    """
+    fields = [piece.place for piece in pieces if piece.place.kind == "grid" and piece.readers]
+    if sum((spec.like is not None, spec.degrees is not None, spec.shape is not None)) > 1:
+        findings.add("error", "recipe", "", "grid: more than one of like, degrees, shape", "one of them")
+        return None
+    try:
+        if spec.like is not None:
+            return _like(spec.like, opener, findings)
+        if spec.shape is not None:
+            if not fields:
+                findings.add("error", "recipe", "", f"grid: shape: {list(spec.shape)}", "a gridded source, or degrees")
+                return None
+            return _coarser(fields[0], spec.shape)
+        if spec.degrees is None and fields:
+            return Target(fields[0].lat, fields[0].lon, axes_of(fields[0].lat, fields[0].lon))
+        lat = np.concatenate([piece.place.lat.ravel() for piece in pieces])
+        lon = np.concatenate([piece.place.lon.ravel() for piece in pieces])
+        there = np.isfinite(lat) & np.isfinite(lon)
+        cells = build_cells(lat[there], lon[there], spec.degrees or DEFAULT_DEGREES, spec.box)
+    except ConfigError as error:
+        findings.add("error", "recipe", "", f"grid: {error}")
+        return None
+    lat2d, lon2d = np.meshgrid(cells.lat[::-1], cells.lon, indexing="ij")
+    rows, columns = cells.shape
+    lat_edges = cells.south + np.arange(rows, -1, -1) * cells.degrees
+    lon_edges = cells.west + np.arange(columns + 1) * cells.degrees
+    return Target(lat2d, lon2d, Axes(cells.lat[::-1], cells.lon, lat_edges, lon_edges))
+
+
+def _like(path: str, opener: Opener, findings: Findings) -> Target | None:
+    if is_packed(Path(path)):
+        lat, lon = (np.load(Path(path) / f"{name}.npy", allow_pickle=False) for name in ("lat2d", "lon2d"))
+        return Target(lat, lon, axes_of(lat, lon))
+    spec = Source(path=path)
+    dataset = opener.open(Path(path), spec)
+    place = None if dataset is None else read_grid(dataset, spec, opener, findings)
+    return None if place is None else Target(place.lat, place.lon, axes_of(place.lat, place.lon))
+
+
+def read_grid(dataset, spec: Source, opener: Opener, findings: Findings) -> Place | None:
+    """Return the place of a file that must be gridded."""
+    place = read_place(dataset, spec, findings, str(spec.path), opener.rules.positions)
+    if place is not None and place.kind != "grid":
+        findings.add("error", spec.path, "", "stations", "fields on a grid")
+        return None
+    return place
+
+
+def _coarser(place: Place, shape: tuple[int, int]) -> Target:
+    """`shape` rows and columns over the extent of `place`."""
+    axes = axes_of(place.lat, place.lon)
+    if axes is None:
+        raise ConfigError("shape: the source's rows or columns are not straight: expected degrees and box")
+    if min(shape) < 2:
+        raise ConfigError(f"shape: {list(shape)}: expected at least [2, 2]")
+    lat_edges, lon_edges = (
+        np.interp(np.linspace(0, len(edges) - 1, n + 1), np.arange(len(edges)), edges)
+        for edges, n in ((axes.lat_edges, shape[0]), (axes.lon_edges, shape[1]))
+    )
+    lat, lon = (lat_edges[1:] + lat_edges[:-1]) / 2, (lon_edges[1:] + lon_edges[:-1]) / 2
+    lat2d, lon2d = np.meshgrid(lat, lon, indexing="ij")
+    return Target(lat2d, lon2d, Axes(lat, lon, lat_edges, lon_edges))
+
+
+class Statics:
+    """The fields that do not change, on the target: terrain height, population, mask, positions of the cells."""
+
+    def __init__(self, recipe: Recipe, target: Target, pieces: Sequence[Piece], opener: Opener, findings: Findings):
+        self._recipe, self._target, self._pieces = recipe, target, pieces
+        self._opener, self._findings = opener, findings
+
+    def build(self) -> dict[str, np.ndarray]:
+        """Return {name: [H, W]}: lat2d and lon2d float64, mask bool, others float32."""
+        fields = {"lat2d": self._target.lat, "lon2d": self._target.lon}
+        for name in ("elevation", "population"):
+            field = self._field(name)
+            if field is not None:
+                fields[name] = field
+        mask = self._mask()
+        return fields if mask is None else {**fields, "mask": mask}
+
+    def _field(self, name: str) -> np.ndarray | None:
+        path = getattr(self._recipe, name)
+        if path is not None:
+            spec = Source(path=path, names=self._names_of(name), units=self._units_of(name))
+            found = self._read(Path(path), spec, name)
+            if found is None and not self._findings.open():
+                self._findings.add("error", path, name, f"no field {name}", f"{name} on latitudes and longitudes")
+        else:
+            having = [piece for piece in self._pieces if name in piece.statics and piece.place.kind == "grid"]
+            found = self._read(having[0].path, having[0].spec, name) if having else None
+        if found is None:
+            return None
+        return self._elevation(found, path or name) if name == "elevation" else found
+
+    def _names_of(self, name: str) -> dict[str, str]:
+        return next(({name: s.names[name]} for s in self._recipe.sources if name in s.names), {})
+
+    def _units_of(self, name: str) -> dict[str, str]:
+        return next(({name: s.units[name]} for s in self._recipe.sources if name in s.units), {})
+
+    def _read(self, path: Path, spec: Source, name: str) -> np.ndarray | None:
+        """The field of a file on the target's cells."""
+        dataset = self._opener.open(path, spec)
+        place = None if dataset is None else read_grid(dataset, spec, self._opener, self._findings)
+        if dataset is None or place is None:
+            return None
+        reader = describe(dataset, spec, self._findings, str(path)).get(name)
+        if reader is None:
+            return None
+        values = read_field(dataset, place, reader)
+        method = self._recipe.grid.method
+        regridding = FieldRegridding(place.lat, place.lon, self._target.lat, self._target.lon, method)
+        if name != "population" or regridding.is_identity or method == "bilinear":
+            return regridding.mean(values)
+        return regridding.share_out(values)
+
+    def _elevation(self, field: np.ndarray, path: str) -> np.ndarray:
+        """Without a missing value: 0 m where the terrain has none, as over the sea."""
+        empty = np.isnan(field)
+        if not empty.any():
+            return field
+        found = f"{empty.sum()} of {field.size} cells have no height"
+        if self._recipe.rules.sea == "refuse":
+            self._findings.add("decision", path, "elevation", found, "a height in each cell", "rules: {sea: zero}")
+        else:
+            self._findings.add("note", path, "elevation", f"{found}: 0 m, as over the sea")
+        return np.where(empty, np.float32(0), field)
+
+    def _mask(self) -> np.ndarray | None:
+        path = self._recipe.mask
+        if path is None:
+            return None
+        counts = self._array_mask(Path(path)) if path.endswith(".npy") else self._file_mask(Path(path))
+        if counts is None:
+            return None
+        if not counts.any():
+            self._findings.add("error", path, "mask", "no cell counts", "at least one cell that is not 0")
+        return counts
+
+    def _array_mask(self, path: Path) -> np.ndarray | None:
+        try:
+            values = np.load(path, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            self._findings.add("error", path, "mask", f"cannot be read: {error}".splitlines()[0])
+            return None
+        if values.shape != self._target.shape or values.dtype.kind not in "biuf" or not np.isfinite(values).all():
+            found = f"shape {values.shape}, type {values.dtype}"
+            expected = f"0 or 1 in each of {self._target.shape[0]} x {self._target.shape[1]} cells, north first"
+            self._findings.add("error", path, "mask", found, expected)
+            return None
+        return values != 0
+
+    def _file_mask(self, path: Path) -> np.ndarray | None:
+        spec = Source(path=str(path))
+        dataset = self._opener.open(path, spec)
+        place = None if dataset is None else read_grid(dataset, spec, self._opener, self._findings)
+        if dataset is None or place is None:
+            return None
+        flat = [name for name in dataset.data_vars if set(dataset[name].dims) == set(place.dims)]
+        named = [name for name in flat if re.search("mask|land|lsm", str(name), re.IGNORECASE)] or flat
+        if len(named) != 1:
+            self._findings.add("error", path, "mask", f"{len(named)} fields that could be the mask", "one field `mask`")
+            return None
+        values = place.turn(dataset[named[0]].values.astype(np.float64), dataset[named[0]].dims)
+        if not np.isfinite(values).all():
+            self._findings.add("error", path, "mask", "values that are missing", "0 or 1 in each cell")
+            return None
+        if same_place(place.lat, self._target.lat) and same_place(place.lon, self._target.lon):
+            return values != 0
+        regridding = FieldRegridding(place.lat, place.lon, self._target.lat, self._target.lon, "area")
+        return np.nan_to_num(regridding.mean((values != 0).astype(np.float64))) >= 0.5
