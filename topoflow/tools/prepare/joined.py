@@ -79,8 +79,8 @@ class JoinedSource:
             fields = self._read(together, self._checker)
             begin = 0
             for piece in group:
-                day = self.times[piece[0]].astype("datetime64[D]")
-                yield piece, fields[begin : begin + len(piece)], self._checker.dropped(np.datetime64(day, "D"))
+                day = np.datetime64(str(self.times[piece[0]])[:10])
+                yield piece, fields[begin : begin + len(piece)], self._checker.dropped(day)
                 begin += len(piece)
 
     def finish(self) -> None:
@@ -208,16 +208,18 @@ def _read_turned(
 ) -> np.ndarray:
     """[n, h, w] or [n, S] at `rows`, which count along `time_dims`, the last fastest; further dimensions of size 1."""
     variable = dataset[name]
+    if rows is None:  # a field that does not change, even where the file repeats it at each time
+        values = read_values(dataset, name, {str(dim): 0 for dim in variable.dims if dim not in place.dims})
+        return place.turn(values, [dim for dim in variable.dims if dim in place.dims])
     levels = {str(dim): 0 for dim in variable.dims if dim not in (*place.dims, *time_dims)}
     if any(variable.sizes[dim] > 1 for dim in levels):
         sizes = ", ".join(f"{dim} {variable.sizes[dim]}" for dim in levels)
         raise DataError(f"has dimensions beside time and place ({sizes}): expected one level")
     here = [dim for dim in time_dims if dim in variable.dims]
     dims = [str(dim) for dim in variable.dims if dim not in levels]
-    if rows is None or not here:
-        values = read_values(dataset, name, {**levels, **dict.fromkeys(here, 0)})
-        values = place.turn(values, [dim for dim in dims if dim not in here])
-        return values if rows is None else np.broadcast_to(values, (len(rows), *values.shape))
+    if not here:
+        values = place.turn(read_values(dataset, name, levels), dims)
+        return np.broadcast_to(values, (len(rows), *values.shape))
     if len(here) == 1:
         first, last = int(rows.min()), int(rows.max())
         values = read_values(dataset, name, {**levels, here[0]: slice(first, last + 1)})

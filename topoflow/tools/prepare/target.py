@@ -9,7 +9,7 @@ import numpy as np
 
 from topoflow.data.grid import same_place
 from topoflow.data.packed.reader import is_packed
-from topoflow.errors import ConfigError
+from topoflow.errors import ConfigError, DataError
 from topoflow.tools.prepare.cells import build_cells
 from topoflow.tools.prepare.findings import Findings
 from topoflow.tools.prepare.joined import read_field
@@ -151,7 +151,11 @@ class Statics:
         reader = describe(dataset, spec, self._findings, str(path)).get(name)
         if reader is None:
             return None
-        values = read_field(dataset, place, reader)
+        try:
+            values = read_field(dataset, place, reader)
+        except DataError as error:
+            self._findings.add("error", path, name, str(error), "values that can be read")
+            return None
         method = self._recipe.grid.method
         regridding = FieldRegridding(place.lat, place.lon, self._target.lat, self._target.lon, method)
         if name != "population" or regridding.is_identity or method == "bilinear":
