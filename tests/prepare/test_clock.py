@@ -1,6 +1,7 @@
 """Clocks: whole hours in UTC whatever the file has, or a finding that names the stamp and the line that settles it."""
 
 import datetime
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ def source_of(**options) -> Source:
     return Source(path="x.nc", **options)
 
 
-def read(dataset: xr.Dataset, duplicates="refuse", **options) -> tuple[Clock | None, list]:
+def read(
+    dataset: xr.Dataset, duplicates: Literal["refuse", "first", "last", "mean"] = "refuse", **options
+) -> tuple[Clock | None, list]:
     findings = Findings()
     clock = read_times(dataset, source_of(**options), findings, "x.nc", duplicates)
     return clock, findings.sorted()
