@@ -12,6 +12,7 @@ from topoflow.tools.prepare.clock import Clock, parse_zone, read_times
 from topoflow.tools.prepare.findings import Findings
 from topoflow.tools.prepare.recipe import Source
 
+Rule = Literal["refuse", "first", "last", "mean"]
 START = np.datetime64("2019-01-01T00", "h")
 HOURS = START + np.arange(48)
 

@@ -145,9 +145,9 @@ def test_coordinates_that_repeat_over_time_are_taken_once():
 
 
 def test_coordinates_that_change_over_time_are_refused():
-    dataset = curvilinear().expand_dims(Time=3)
-    dataset["lat"] = dataset["lat"] + xr.DataArray([0.0, 0.0, 1.0], dims="Time")
-    assert "lat: changes along (Time)" in finding_of(dataset)
+    dataset = curvilinear().expand_dims(Time=100)
+    dataset["lat"] = dataset["lat"] + xr.DataArray([0.0] * 99 + [1.0], dims="Time")
+    assert "lat: changes along dimensions (Time)" in finding_of(dataset)
 
 
 def test_radians_are_refused_by_name():
@@ -156,9 +156,17 @@ def test_radians_are_refused_by_name():
     assert "lat: units 'radian': expected degrees" in finding_of(dataset)
 
 
-def test_a_wrong_unit_is_settled_by_the_recipe():
+@pytest.mark.parametrize("unit", ["", "degrees_north", "degree_N", "degreesN", "Degrees", "decimal degrees", "°"])
+def test_units_of_degrees(unit):
     dataset = rectilinear()
-    dataset["lat"].attrs["units"] = "m"
+    dataset["lat"].attrs["units"] = unit
+    assert_turned(dataset, place_of(dataset))
+
+
+@pytest.mark.parametrize("unit", ["m", "degC", "degrees_east"])
+def test_a_wrong_unit_is_settled_by_the_recipe(unit):
+    dataset = rectilinear()
+    dataset["lat"].attrs["units"] = unit
     assert "units: {lat: degrees}" in finding_of(dataset, severity="decision")
     assert_turned(dataset, place_of(dataset, Source(path="x.nc", units={"lat": "degrees"})))
 

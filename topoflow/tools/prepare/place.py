@@ -10,18 +10,11 @@ import xarray as xr
 
 from topoflow.data.grid import SAME_PLACE_DEGREES, same_place
 from topoflow.tools.prepare.cells import continuous_longitudes
+from topoflow.tools.prepare.coordinates import find_pair, name_line, names_text, read_degrees
 from topoflow.tools.prepare.findings import Findings
 from topoflow.tools.prepare.recipe import Kind, Source
 
-USUAL_NAMES = {
-    "lat": ("lat", "latitude", "nav_lat", "xlat", "xlat_m", "lats", "latitudes", "gridlat", "clat", "tlat"),
-    "lon": ("lon", "longitude", "nav_lon", "xlong", "xlong_m", "lons", "longitudes", "gridlon", "clon", "tlon", "long"),
-}
-"""Names in lower case that coordinates have where no CF attribute says what they are, the more usual first."""
-
-_CF_NAME = {"lat": "latitude", "lon": "longitude"}
 _LIMITS = {"lat": (-90.0, 90.0), "lon": (-180.0, 360.0)}
-_TIME_DIMS = ("time", "times", "valid_time", "t", "datetime", "date", "step", "tstep")
 
 
 @dataclass(frozen=True)
@@ -94,138 +87,21 @@ def read_place(
         positions: what to do with stations whose position cannot be (missing, out of range, exactly 0 N 0 E). refuse:
             add a decision; drop: add a note. Either way they are left out of what is returned.
     """
-    pair = _find_pair(dataset, source, findings, file)
+    pair = find_pair(dataset, source, findings, file)
     if pair is None:
         return None
-    lat = _read_degrees(dataset, "lat", pair[0], source, findings, file)
-    lon = _read_degrees(dataset, "lon", pair[1], source, findings, file)
+    lat = read_degrees(dataset, "lat", pair[0], source, findings, file)
+    lon = read_degrees(dataset, "lon", pair[1], source, findings, file)
     if lat is None or lon is None:
         return None
     kind: Kind = "stations" if lat.ndim <= 1 and lat.dims == lon.dims else "grid"
     if source.kind not in (None, kind):
-        found = f"{pair[0]} has dimensions {_names(lat.dims)}, {pair[1]} {_names(lon.dims)}: {_KINDS[kind]}"
+        found = f"{pair[0]} has dimensions {names_text(lat.dims)}, {pair[1]} {names_text(lon.dims)}: {_KINDS[kind]}"
         findings.add("decision", file, pair[0], found, _KINDS[source.kind or kind], f"kind: {kind}")
         return None
     if kind == "stations":
         return _build_stations(dataset, source, lat, lon, findings, file, positions)
     return _build_grid(lat, lon, findings, file)
-
-
-def _names(names: Sequence[Hashable]) -> str:
-    return f"({', '.join(map(str, names))})"
-
-
-def _find_pair(dataset: xr.Dataset, source: Source, findings: Findings, file: object) -> tuple[str, str] | None:
-    """Return the names of latitude and longitude: of all pairs that fit, the one that most variables are on."""
-    candidates = {}
-    for which in ("lat", "lon"):
-        candidates[which] = _find_candidates(dataset, which, source)
-        if which in source.names and source.names[which] not in dataset.variables:
-            found = f"there is no variable {source.names[which]!r}, which the recipe names as {which}"
-            findings.add("decision", file, "", found, f"one of {_names(list(dataset.variables))}", _name_line(which))
-            return None
-    if not (candidates["lat"] and candidates["lon"]):
-        _report_no_coordinates(dataset, findings, file)
-        return None
-    pairs = [(lat, lon) for lat in candidates["lat"] for lon in candidates["lon"] if _is_pair(dataset, lat, lon)]
-    if not pairs:
-        found = ", ".join(f"{n}{_names(dataset[n].dims)}" for which in candidates.values() for n in which)
-        expected = "both over the same dimensions, or over one dimension each"
-        findings.add(
-            "decision", file, candidates["lat"][0], f"coordinates have dimensions {found}", expected, _name_line()
-        )
-        return None
-    uses = [_count_uses(dataset, pair) for pair in pairs]
-    best = [pair for pair, count in zip(pairs, uses, strict=True) if count == max(uses)]
-    # of several on the same dimensions, those with the more usual names, as XLAT before XLAT_M
-    ranks = [sum(map(_rank, pair)) for pair in best]
-    best = [pair for pair, rank in zip(best, ranks, strict=True) if rank == min(ranks)]
-    if len(best) > 1:
-        found = "several coordinates fit: " + ", ".join(_names(pair) for pair in best)
-        findings.add("decision", file, best[0][0], found, "one latitude and one longitude", _name_line())
-        return None
-    return best[0]
-
-
-def _name_line(which: str = "") -> str:
-    return f"names: {{{which}: NAME}}" if which else "names: {lat: NAME, lon: NAME}"
-
-
-def _find_candidates(dataset: xr.Dataset, which: str, source: Source) -> list[str]:
-    if which in source.names:
-        return [source.names[which]] if source.names[which] in dataset.variables else []
-    # cf_xarray looks at coordinates only, and files often have theirs among the data
-    known = dataset.set_coords(list(dataset.data_vars)).cf.coordinates.get(_CF_NAME[which], [])
-    bounds = {variable.attrs.get("bounds") for variable in dataset.variables.values()}
-    usual = [name for name in dataset.variables if str(name).lower() in USUAL_NAMES[which]]
-    return [str(name) for name in dict.fromkeys([*known, *usual]) if name not in bounds]
-
-
-def _rank(name: str) -> int:
-    usual = [*USUAL_NAMES["lat"], *USUAL_NAMES["lon"]]
-    return usual.index(name.lower()) % len(USUAL_NAMES["lat"]) if name.lower() in usual else len(usual)
-
-
-def _space_dims(array: xr.DataArray) -> tuple[str, ...]:
-    """Return the dimensions of a coordinate that are not time, nor of size 1 beside two others."""
-    dims = [str(d) for d in array.dims if str(d).lower() not in _TIME_DIMS and array[d].dtype.kind != "M"]
-    if len(dims) > 2:
-        dims = [dim for dim in dims if array.sizes[dim] > 1]
-    return tuple(dims)
-
-
-def _is_pair(dataset: xr.Dataset, lat: str, lon: str) -> bool:
-    a, b = _space_dims(dataset[lat]), _space_dims(dataset[lon])
-    return (a == b and len(a) <= 2) or (len(a) == len(b) == 2 and set(a) == set(b)) or (len(a) == len(b) == 1)
-
-
-def _count_uses(dataset: xr.Dataset, pair: tuple[str, str]) -> int:
-    needed = {*_space_dims(dataset[pair[0]]), *_space_dims(dataset[pair[1]])}
-    return sum(needed <= set(map(str, array.dims)) for name, array in dataset.data_vars.items() if name not in pair)
-
-
-def _report_no_coordinates(dataset: xr.Dataset, findings: Findings, file: object) -> None:
-    has_projection = any(
-        "grid_mapping_name" in variable.attrs
-        or str(variable.attrs.get("standard_name", "")).startswith(("projection_", "grid_l"))
-        for variable in dataset.variables.values()
-    )
-    found = f"no latitude and longitude among {_names(list(dataset.variables))}"
-    expected = "variables lat and lon in degrees, over the rows and columns"
-    if has_projection:
-        found += "; x and y are those of a projection"
-        expected = "2-D variables lat and lon in degrees over the projection's y and x (pyproj computes them)"
-    findings.add("decision", file, "", found, expected, _name_line())
-
-
-def _read_degrees(
-    dataset: xr.Dataset, which: str, name: str, source: Source, findings: Findings, file: object
-) -> xr.DataArray | None:
-    """Return a coordinate as float64 over its dimensions in space, or None after a finding."""
-    array = dataset[name]
-    unit = str(source.units.get(which, array.attrs.get("units", ""))).strip()
-    if "deg" not in unit.lower() and unit not in ("", "°"):
-        severity = "error" if "rad" in unit.lower() else "decision"
-        line = "" if severity == "error" else f"units: {{{which}: degrees}}"
-        findings.add(severity, file, name, f"units {unit!r}", "degrees", line)
-        return None
-    dims = _space_dims(array)
-    others = [dim for dim in array.dims if dim not in dims]
-    try:
-        values = array.transpose(*others, *dims).values.astype("float64")
-    except (OSError, RuntimeError, ValueError, TypeError) as error:
-        findings.add("error", file, name, f"cannot be read as numbers: {' '.join(str(error).split())}")
-        return None
-    values = values.reshape(-1, *(array.sizes[dim] for dim in dims))
-    if not len(values):
-        findings.add("error", file, name, f"no values: dimensions {dict(array.sizes)}", "at least one time")
-        return None
-    if not np.allclose(values, values[:1], rtol=0, atol=SAME_PLACE_DEGREES, equal_nan=True):
-        findings.add(
-            "error", file, name, f"changes along {_names(others)}", f"the same positions at all {_names(others)}"
-        )
-        return None
-    return xr.DataArray(values[0], dims=dims, name=name)
 
 
 def _build_stations(
@@ -271,7 +147,7 @@ def _station_ids(
     """Return the stations' names, or their numbers from 0 where the file has no names; None after a finding."""
     if source.names.get("station", "") not in ("", *map(str, dataset.variables)):
         found = f"there is no variable {source.names['station']!r}, which the recipe names as station"
-        findings.add("decision", file, "", found, f"one of {_names(list(dataset.variables))}", _name_line("station"))
+        findings.add("decision", file, "", found, f"one of {names_text(list(dataset.variables))}", name_line("station"))
         return None
     by_role = dataset.set_coords(list(dataset.data_vars)).cf.cf_roles.get("timeseries_id", [])
     for name in (source.names.get("station"), *by_role, *dims, "station_id", "station"):
@@ -284,7 +160,7 @@ def _station_ids(
         repeated = sorted({i for i in ids if ids.count(i) > 1}) if len(set(ids)) < len(ids) else []
         if repeated:
             found = f"{len(repeated)} names of stations occur more than once (first: {repeated[0]!r})"
-            findings.add("decision", file, str(name), found, "one name for each station", _name_line("station"))
+            findings.add("decision", file, str(name), found, "one name for each station", name_line("station"))
             return None
         return ids
     return [str(i) for i in range(count)]
@@ -304,7 +180,7 @@ def _build_grid(lat: xr.DataArray, lon: xr.DataArray, findings: Findings, file: 
         steps = [np.abs(np.diff(lat.values, axis=axis)).mean() if lat.shape[axis] > 1 else 0.0 for axis in (0, 1)]
         if steps[1] > steps[0]:
             lat, lon = lat.transpose(), lon.transpose()
-    where = f"{lat.shape[0]} x {lat.shape[1]} cells over {_names(lat.dims)}"
+    where = f"{lat.shape[0]} x {lat.shape[1]} cells over {names_text(lat.dims)}"
     if min(lat.shape) < 2:
         findings.add("error", file, str(lat.name), where, "a grid of at least 2 x 2 cells")
         return None

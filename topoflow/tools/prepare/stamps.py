@@ -62,7 +62,8 @@ def _rank(array: xr.DataArray, is_known: bool) -> int | None:
 def bounds_name(dataset: xr.Dataset, name: str) -> str | None:
     """Return the name that a variable gives for its bounds (CF), if it gives one."""
     array = dataset[name]
-    return array.attrs.get("bounds") or array.encoding.get("bounds")
+    bounds = array.attrs.get("bounds", array.encoding.get("bounds"))
+    return bounds if isinstance(bounds, str) else None
 
 
 def read_stamps(dataset: xr.Dataset, name: str) -> tuple[np.ndarray, tuple[str, ...], bool]:
@@ -73,7 +74,7 @@ def read_stamps(dataset: xr.Dataset, name: str) -> tuple[np.ndarray, tuple[str, 
     array = dataset[name]
     if name == "TFLAG":
         return *_read_tflag(array), True
-    if array.dtype.kind == "S" and array.dtype.itemsize == 1:  # characters that were not joined
+    if array.dtype == "S1" and array.ndim:  # characters that were not joined
         rows = array.values.reshape(-1, array.shape[-1])
         joined = np.array([b"".join(row) for row in rows]).reshape(array.shape[:-1])
         array = xr.DataArray(joined, dims=array.dims[:-1], name=name)
@@ -97,6 +98,10 @@ def read_stamps(dataset: xr.Dataset, name: str) -> tuple[np.ndarray, tuple[str, 
 
 def _read_tflag(array: xr.DataArray) -> tuple[np.ndarray, tuple[str, ...]]:
     """Return CMAQ's times, which are UTC: TFLAG (TSTEP, VAR, 2) holds YYYYDDD and HHMMSS (Models-3 I/O API)."""
+    if array.ndim != 3 or 0 in array.shape or array.shape[2] != 2 or array.dtype.kind not in "iu":
+        raise DataError(
+            f"dtype {array.dtype} and dimensions {dict(array.sizes)} are not those of TFLAG (TSTEP, VAR, 2)"
+        )
     day, clock = (array.values[:, 0, i].astype("int64") for i in (0, 1))
     days = (day // 1000 - 1970).astype("M8[Y]").astype("M8[D]") + (day % 1000 - 1)
     seconds = clock // 10000 * 3600 + clock // 100 % 100 * 60 + clock % 100
