@@ -1,9 +1,12 @@
 """Clocks: whole hours in UTC whatever the file has, or a finding that names the stamp and the line that settles it."""
 
 import datetime
+import os
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 from numpy.typing import ArrayLike
@@ -115,7 +118,8 @@ def test_stamps_off_the_hour_are_named():
 )
 def test_means_are_stamped_at_their_end(stamps, stamp, step):
     times = np.datetime64(f"2019-01-01T{stamps}") + 60 * step * np.arange(8)
-    clock = clock_of(hourly(times), stamp=stamp)
+    # a step of several hours may also be hourly means with gaps, so the move is noted
+    clock = clock_of(hourly(times), ["note"] if step > 1 else [], stamp=stamp)
     np.testing.assert_array_equal(clock.times, START + step * np.arange(1, 9))
 
 
@@ -165,6 +169,8 @@ def test_daylight_saving_time():
     line = finding_of(hourly(night), "decision", time_zone="Europe/Berlin")
     assert "1 stamps are in an hour that the change of clocks in Europe/Berlin repeats or skips" in line
     assert "2019-10-27 02:00:00" in line
+    assert "recipe: time_zone: UTC+01:00" in line
+    np.testing.assert_array_equal(clock_of(hourly(night), time_zone="UTC+01:00").times, night - 1)
 
 
 def test_half_hour_zones_are_refused_with_their_name():
@@ -183,6 +189,9 @@ def test_stamps_that_state_their_zone_are_not_moved_twice():
     dataset = xr.decode_cf(raw(np.arange(48), "hours since 2019-01-01 08:00:00 +08:00"))
     np.testing.assert_array_equal(clock_of(dataset).times, HOURS)
     np.testing.assert_array_equal(clock_of(dataset, ["note"], time_zone="UTC+8").times, HOURS)
+    table = hourly()
+    table["time"].attrs["time_zone"] = "UTC"  # of tables whose stamps had a zone
+    np.testing.assert_array_equal(clock_of(table, ["note"], time_zone="UTC+8").times, HOURS)
     texts = xr.Dataset({"time": ("time", ["2019-01-01T00:00:00+08:00", "2019-01-01T01:00:00+08:00"])})
     np.testing.assert_array_equal(clock_of(texts).times, HOURS[:2] - 8)
 
@@ -274,3 +283,22 @@ def test_forecasts_have_the_time_that_they_are_for(has_valid_time):
     np.testing.assert_array_equal(clock.times, START + 3 * np.arange(8))
     assert clock.dims == ("time", "step")
     assert clock.step_hours == 3
+
+
+def test_no_lead_time_is_added_to_valid_time():
+    dataset = forecasts(True).isel(step=2)
+    assert "step" in dataset.coords
+    np.testing.assert_array_equal(clock_of(dataset).times, START + np.array([6, 18]))
+
+
+@pytest.mark.skipif(
+    "TOPOFLOW_SHARED" not in os.environ, reason="TOPOFLOW_SHARED is not set: the real data are not here"
+)
+@pytest.mark.parametrize("name", ["china_cnemc_2019_hourly.nc", "beijing_12_stations_2013_2017_hourly.nc"])
+def test_real_files_state_their_zone(name):
+    with xr.open_dataset(Path(os.environ["TOPOFLOW_SHARED"]) / "data" / name) as dataset:
+        assert "recipe: time_zone: UTC+08:00" in finding_of(dataset, "decision")
+        clock = clock_of(dataset, time_zone="Asia/Shanghai")
+        local = pd.DatetimeIndex(dataset["time"].values).tz_localize("Asia/Shanghai")
+        np.testing.assert_array_equal(clock.times, local.tz_convert(None).to_numpy().astype("M8[h]"))
+        assert clock.step_hours == 1

@@ -63,6 +63,7 @@ def read_times(
         return None
     try:
         stamps, dims, is_utc = read_stamps(dataset, name)
+        place_in_bounds = _place_in_bounds(dataset, name, stamps)
     except (DataError, OSError, RuntimeError, ValueError, TypeError, OverflowError) as error:
         findings.add("error", file, name, " ".join(str(error).split()), "CF times in the Gregorian calendar")
         return None
@@ -70,7 +71,9 @@ def read_times(
         found = f"{np.isnat(stamps).sum()} of {stamps.size} times are missing"
         findings.add("error", file, name, found, "a time for each value")
         return None
-    if not _agrees_with_bounds(dataset, name, stamps, source.stamp, findings, file):
+    if place_in_bounds not in (None, source.stamp):
+        found = f"stamps are at the {place_in_bounds} of their bounds ({bounds_name(dataset, name)})"
+        findings.add("decision", file, name, found, f"at the {source.stamp}", f"stamp: {place_in_bounds}")
         return None
     utc = _to_utc(dataset, name, stamps.ravel(), is_utc, source, findings, file)
     if utc is None:
@@ -79,24 +82,18 @@ def read_times(
     return None if hours is None else _sort(hours, dims, name, duplicates, findings, file)
 
 
-def _agrees_with_bounds(
-    dataset: xr.Dataset, name: str, stamps: np.ndarray, stamp: Stamp, findings: Findings, file: object
-) -> bool:
-    """Return whether the file's bounds of time, if it has them, put stamps where the recipe says."""
-    bounds_of = bounds_name(dataset, name)
-    if bounds_of not in dataset.variables or dataset[bounds_of].dtype.kind != "M":
-        return True
-    bounds = dataset[bounds_of].values.astype("M8[ns]")
+def _place_in_bounds(dataset: xr.Dataset, name: str, stamps: np.ndarray) -> Stamp | None:
+    """Return where in the file's bounds of time all stamps are; None without bounds, or anywhere else."""
+    of_time = bounds_name(dataset, name)
+    if of_time not in dataset.variables or dataset[of_time].dtype.kind != "M" or not stamps.size:
+        return None
+    bounds = dataset[of_time].values.astype("M8[ns]")
     if bounds.shape != (*stamps.shape, 2) or not (bounds[..., 1] > bounds[..., 0]).all():
-        return True
+        return None
     at = (stamps - bounds[..., 0]) / (bounds[..., 1] - bounds[..., 0])
     places: dict[Stamp, float] = {"start": 0.0, "middle": 0.5, "end": 1.0}
-    for place, fraction in places.items():
-        if np.allclose(at, fraction, rtol=0, atol=0.02) and place != stamp:
-            found = f"stamps are at the {place} of their bounds ({bounds_of})"
-            findings.add("decision", file, name, found, f"at the {stamp}", f"stamp: {place}")
-            return False
-    return True
+    near: list[Stamp] = [place for place, fraction in places.items() if (np.abs(at - fraction) < 0.02).all()]
+    return near[0] if near else None
 
 
 def parse_zone(text: str) -> datetime.tzinfo | None:
@@ -172,7 +169,12 @@ def _localize(
         return utc
     found = f"{unclear.sum()} stamps are in an hour that the change of clocks in {zone_name} repeats or skips"
     found += f" (first: {_text(stamps[unclear][0])})"
-    findings.add("decision", file, name, found, "stamps without daylight saving time", "time_zone: UTC+N")
+    year = stamps[0].astype("M8[Y]").astype("int64") + 1970
+    offsets = [
+        datetime.datetime(int(year), month, 1, tzinfo=zone).utcoffset() or datetime.timedelta() for month in (1, 7)
+    ]
+    line = f"time_zone: {datetime.timezone(min(offsets))}"
+    findings.add("decision", file, name, found, "stamps that keep to standard time", line)
     return None
 
 
@@ -185,6 +187,10 @@ def _to_hours(
     hours = _nearest(ends, _HOUR)
     off = np.abs(ends - hours)
     if off.max() <= _MINUTE:
+        if source.stamp != "end" and step > _HOUR:
+            # hourly means with gaps look the same as means over the whole step
+            found = f"stamps moved to the end of their step of {step // _HOUR} h (stamp: {source.stamp})"
+            findings.add("note", file, name, found)
         if off.max() > _SECOND:
             found = (
                 f"times are up to {off.max() / _SECOND:.0f} s off the hour (first: {_text(stamps[off > _SECOND][0])})"
