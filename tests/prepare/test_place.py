@@ -1,5 +1,8 @@
 """Places: grids come out north first and west to east, stations without positions that cannot be."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -53,6 +56,19 @@ def test_rows_and_columns_come_out_in_one_order(lat, lon, is_transposed):
     assert place.kind == "grid"
     assert place.shape == (4, 3)
     assert_turned(dataset, place)
+
+
+def test_a_square_mask_is_turned_like_the_fields():
+    lat, lon = np.arange(30.0, 34.0), np.arange(110.0, 114.0)
+    fields = place_of(rectilinear(lat, lon))
+    is_south = np.zeros((4, 4), bool)
+    is_south[3] = True  # rows run from north to south
+    mask = xr.Dataset(
+        {"mask": (("latitude", "longitude"), is_south)}, coords={"latitude": lat[::-1], "longitude": lon}
+    ).transpose("longitude", "latitude")
+    place = place_of(mask)
+    assert place.is_same(fields)
+    np.testing.assert_array_equal(place.turn(mask["mask"].values, mask["mask"].dims), fields.lat == 30)
 
 
 def test_other_dimensions_stay_in_front_in_their_order():
@@ -270,3 +286,20 @@ def test_same_places_are_known_whatever_their_order():
     place = place_of(rectilinear(lon=LON + 90))
     assert place.is_same(place_of(rectilinear(LAT[::-1], LON + 90 - 360 + 1e-6)))
     assert not place.is_same(place_of(rectilinear(LAT + 0.01)))
+
+
+@pytest.mark.skipif(
+    "TOPOFLOW_SHARED" not in os.environ, reason="TOPOFLOW_SHARED is not set: the real data are not here"
+)
+def test_real_files_have_places():
+    folder = Path(os.environ["TOPOFLOW_SHARED"]) / "data"
+    with xr.open_dataset(folder / "terrain_asia_20min.nc") as dataset:
+        place = place_of(dataset)
+        expected = dataset["elevation"].sortby("lat", ascending=False).transpose("lat", "lon")
+        turned = place.turn(dataset["elevation"].values, dataset["elevation"].dims)
+        np.testing.assert_array_equal(turned, expected.values)
+        np.testing.assert_array_equal(place.lat[:, 0], expected["lat"].values.astype("float64"))
+    with xr.open_dataset(folder / "china_cnemc_2019_hourly.nc") as dataset:
+        place = place_of(dataset)
+        assert place.shape == (1476,)
+        assert place.ids == tuple(dataset["station"].values.tolist())

@@ -1,5 +1,6 @@
 """Where the values of a file are: a grid (rows north first, columns west to east) or stations."""
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -153,11 +154,13 @@ def _station_ids(
     for name in (source.names.get("station"), *by_role, *dims, "station_id", "station"):
         if name is None or name not in dataset.variables or dataset[name].dims != dims:
             continue
-        values = np.atleast_1d(dataset[name].values)
-        ids = [
-            v.decode("utf-8", "replace").strip() if isinstance(v, bytes) else str(v).strip() for v in values.tolist()
-        ]
-        repeated = sorted({i for i in ids if ids.count(i) > 1}) if len(set(ids)) < len(ids) else []
+        try:
+            values = np.atleast_1d(dataset[name].values).tolist()
+        except (OSError, RuntimeError, ValueError) as error:
+            findings.add("error", file, str(name), f"cannot be read: {' '.join(str(error).split())}")
+            return None
+        ids = [v.decode("utf-8", "replace").strip() if isinstance(v, bytes) else str(v).strip() for v in values]
+        repeated = [i for i, times in Counter(ids).items() if times > 1]
         if repeated:
             found = f"{len(repeated)} names of stations occur more than once (first: {repeated[0]!r})"
             findings.add("decision", file, str(name), found, "one name for each station", name_line("station"))
