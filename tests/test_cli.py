@@ -39,6 +39,18 @@ def test_grid_stations_writes_cell_means(tmp_path, stations, capsys):
     assert "2 x 2" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words", [["--box", "-35,-33,-71,-69"], ["--box=-35,-33,-71,-69"]])
+def test_grid_stations_takes_a_box_south_of_the_equator(tmp_path, stations, words):
+    dataset = xr.load_dataset(stations)
+    dataset = dataset.assign_coords(lat=dataset["lat"] - 55, lon=dataset["lon"] - 171)
+    dataset.to_netcdf(tmp_path / "south.nc")
+    out = tmp_path / "gridded"
+    assert cli.main(["grid-stations", str(tmp_path / "south.nc"), "-o", str(out), *words]) == 0
+    store = xr.open_zarr(out / "data_2019.zarr", consolidated=False)
+    np.testing.assert_allclose(store["lat"], [-34.5, -33.5])
+    np.testing.assert_allclose(store["lon"], [-70.5, -69.5])
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [

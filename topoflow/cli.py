@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_import_lightning(commands)
     _add_doctor(commands)
     # argparse accepts overrides only before the first option; those after it end up in `rest`
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.parse_known_args(_join_box(sys.argv[1:] if arguments is None else arguments))
     if rest and ("overrides" not in options or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if "overrides" in options:
@@ -37,6 +37,17 @@ def main(arguments: list[str] | None = None) -> int:
     except Refusal as refusal:
         print_error(str(refusal))
         return refusal.exit_status
+
+
+def _join_box(arguments: list[str]) -> list[str]:
+    """Return arguments with `--box S,N,W,E` as one word: argparse takes -35,-33,150,152 for an option."""
+    joined: list[str] = []
+    for word in arguments:
+        if joined and joined[-1] == "--box":
+            joined[-1] = f"--box={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _add_demo_data(commands) -> None:
