@@ -87,9 +87,9 @@ def test_a_file_that_is_cut_later_is_refused_before_it_is_mapped(packed):
         (lambda text: text[:-2], "it is not JSON"),
         (lambda text: text.replace('"co"', '"o3"'), "does not match its own hash"),
         (lambda text: text.replace("\n", "\n ", 1), "does not match its own hash"),
-        (lambda text: text.replace("data 1", "data 9"), "has the format 'topoflow packed data 9'"),
+        (lambda text: text.replace("data 2", "data 9"), "has the format 'topoflow packed data 9'"),
         (lambda text: "[]", "has the format None"),
-        (lambda text: json.dumps({"format": "topoflow packed data 1"}), "lacks a key of the format"),
+        (lambda text: json.dumps({"format": "topoflow packed data 2"}), "lacks a key of the format"),
     ],
 )
 def test_a_manifest_that_was_changed_is_refused(packed, change, message):

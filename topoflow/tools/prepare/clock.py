@@ -123,7 +123,7 @@ def _to_utc(
     file: object,
 ) -> np.ndarray | None:
     """Return stamps [n] in UTC: of the zone that they state, else the recipe's unless the file contradicts it."""
-    zone_name = source.time_zone or "UTC"
+    zone_name = "UTC" if source.time_zone is None else source.time_zone
     zone = parse_zone(zone_name)
     if zone is None:
         findings.add("error", file, name, f"time_zone {zone_name!r} is not known", "such as Asia/Shanghai or UTC+8")

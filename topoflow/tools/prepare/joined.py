@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
@@ -13,12 +12,9 @@ from topoflow.tools.prepare.files import file_states, read_values
 from topoflow.tools.prepare.findings import Findings
 from topoflow.tools.prepare.place import Place
 from topoflow.tools.prepare.recipe import Recipe
-from topoflow.tools.prepare.regridding import FieldRegridding, PointMeans
+from topoflow.tools.prepare.regridding import FieldRegridding, PointMeans, Target
 from topoflow.tools.prepare.scan import Opener, Piece, Scan
 from topoflow.tools.prepare.variables import Reader
-
-if TYPE_CHECKING:
-    from topoflow.tools.prepare.target import Target
 
 _BLOCK_BYTES = 64 * 2**20
 """Approximate size of the fields that are read at once, if the files' chunks are smaller."""
@@ -43,7 +39,7 @@ class JoinedSource:
     Fields are regridded; stations are averaged in cells, over all files. A station is one by its id.
     """
 
-    def __init__(self, recipe: Recipe, found: Scan, target: "Target", opener: Opener, findings: Findings):
+    def __init__(self, recipe: Recipe, found: Scan, target: Target, opener: Opener, findings: Findings):
         self.times, self.step_hours, self.shape = found.times, found.step_hours, target.shape
         self.units: Mapping[str, str] = {name: found.units[name] for name in found.names}
         self._recipe, self._target, self._opener, self._findings = recipe, target, opener, findings
@@ -237,7 +233,7 @@ def _read_turned(
 class _Stations:
     """All stations of all files, each once by its id. points: their cells."""
 
-    def __init__(self, places: Sequence[Place], target: "Target", findings: Findings):
+    def __init__(self, places: Sequence[Place], target: Target, findings: Findings):
         self._number: dict[str, int] = {}
         lat, lon = [], []
         for place in places:

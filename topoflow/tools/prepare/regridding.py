@@ -28,6 +28,20 @@ class Axes:
     lon_edges: np.ndarray
 
 
+@dataclass(frozen=True)
+class Target:
+    """lat, lon: float64 [H, W], north first, west to east. axes: of straight rows and columns."""
+
+    lat: np.ndarray
+    lon: np.ndarray
+    axes: Axes | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.lat.shape
+
+
 def axes_of(lat2d: np.ndarray, lon2d: np.ndarray) -> Axes | None:
     """Return the axes of a grid [H, W], or None where rows or columns are not straight."""
     straight = np.ptp(lat2d, axis=1).max() <= _REGULAR_DEGREES and np.ptp(lon2d, axis=0).max() <= _REGULAR_DEGREES

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,26 +14,12 @@ from topoflow.tools.prepare.findings import Findings
 from topoflow.tools.prepare.joined import read_field
 from topoflow.tools.prepare.place import Place, read_place
 from topoflow.tools.prepare.recipe import GridSpec, Recipe, Source
-from topoflow.tools.prepare.regridding import Axes, FieldRegridding, axes_of
+from topoflow.tools.prepare.regridding import Axes, FieldRegridding, Target, axes_of
 from topoflow.tools.prepare.scan import Opener, Piece
 from topoflow.tools.prepare.variables import describe
 
 DEFAULT_DEGREES = 1.0
 """Side of a cell where only stations are given and the recipe says nothing."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """lat, lon: float64 [H, W], north first, west to east. axes: of straight rows and columns."""
-
-    lat: np.ndarray
-    lon: np.ndarray
-    axes: Axes | None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(H, W)."""
-        return self.lat.shape
 
 
 def build_target(spec: GridSpec, pieces: Sequence[Piece], opener: Opener, findings: Findings) -> Target | None:
