@@ -22,7 +22,7 @@ esac
 half=(tests/slurm tests/data tests/model tests/lightning tests/checkpoint tests/test_benchmarks.py
   tests/doctor/test_doctor.py tests/program/test_{canonical,durability,evaluate,faults,refusals,training}.py)
 log=$(mktemp)
-trap 'kill $(jobs -p) 2>/dev/null; rm -f -- "$log"' EXIT
+trap 'kill $(jobs -p) 2>/dev/null || true; rm -f -- "$log"' EXIT
 trap 'exit 130' INT
 "$python" -m pytest "${half[@]}" "${selected[@]}" >"$log" 2>&1 &
 second=$! status=0
