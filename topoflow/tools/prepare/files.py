@@ -1,53 +1,75 @@
 """Find and open the files of a source: NetCDF 3 and 4, Zarr 2 and 3, each read by xarray and the library under it."""
 
 import glob
+import lzma
 import os
-import struct
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
+import zarr
+from xarray.conventions import decode_cf_variable
 
 from topoflow.errors import DataError
 from topoflow.tools.prepare.findings import Findings
+from topoflow.tools.prepare.netcdf3 import announced_bytes
 from topoflow.tools.prepare.recipe import Rules, is_url
+from topoflow.tools.prepare.zarr_chunks import cut_chunks, stored_chunks, without_unwritten, written_chunks
 
 _DATA_NAMES = (".nc", ".nc3", ".nc4", ".cdf", ".zarr", ".csv", ".csv.gz", ".csv.zip", ".parquet")
 _ZARR_METADATA = ("zarr.json", ".zgroup", ".zmetadata")
-UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, TypeError, IndexError, AttributeError, OverflowError)
+UNREADABLE = (
+    *(OSError, ValueError, KeyError, RuntimeError, TypeError, IndexError, AttributeError, AssertionError),
+    *(ArithmeticError, MemoryError, EOFError, SystemError, zlib.error, lzma.LZMAError),
+)
 """What xarray and the libraries under it raise for a file that is broken or of another kind."""
 
 
 def find_files(path: str | tuple[str, ...], findings: Findings) -> list[Path]:
-    """Return the files of a path, glob or folder (or several), in order; a finding where there is none."""
+    """Return the files of a path, glob or folder (or several), each once and in order; a finding where there is none.
+
+    Of a folder, its files with the names of data (_DATA_NAMES) and its Zarr stores, by name.
+    """
     if not isinstance(path, str):
-        return [file for one in path for file in find_files(one, findings)]
+        return list(dict.fromkeys(file for one in path for file in find_files(one, findings)))
     if is_url(path):
-        findings.add(
-            "error", path, "", "a path on another machine", "a path on this machine: copy the files here first"
-        )
+        found = f"{path.split('://')[0]}:// is not read"
+        findings.add("error", path, "", found, "a path on this machine: copy the files here first")
         return []
-    root = Path(path).expanduser()
-    if not root.exists():
-        found = sorted(
-            Path(name) for name in glob.glob(str(root), recursive=True) if not Path(name).name.startswith(".")
-        )
-        if not found:
-            findings.add("error", path, "", "does not exist", "files, a glob or a folder")
-        return found
-    if root.is_dir() and not is_zarr(root):
-        found = sorted(child for child in root.iterdir() if _is_data(child))
-        if not found:
-            findings.add("error", path, "", "a folder without data", f"files that end in {', '.join(_DATA_NAMES)}")
-        return found
-    return [root]
+    root = Path(os.path.expanduser(path))
+    try:
+        matches = [root] if root.exists() else [Path(name) for name in sorted(glob.glob(str(root), recursive=True))]
+        visible = [match for match in matches if match == root or not _is_hidden(match)]
+        files = [file for match in visible for file in (_data_of_folder(match) if _is_folder(match) else [match])]
+    except (OSError, ValueError) as error:
+        findings.add("error", path, "", f"cannot be searched: {_reason(error)}", "files, a glob or a folder")
+        return []
+    if not visible:
+        findings.add("error", path, "", "does not exist", "files, a glob or a folder")
+    elif not files:
+        findings.add("error", path, "", "a folder without data", f"files that end in {', '.join(_DATA_NAMES)}")
+    return list(dict.fromkeys(files))
 
 
-def _is_data(path: Path) -> bool:
+def _is_hidden(path: Path) -> bool:
     # a Mac leaves a file ._NAME beside each NAME on disks of other kinds
-    return path.name.lower().endswith(_DATA_NAMES) and not path.name.startswith(".")
+    return path.name.startswith(".")
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not is_zarr(path) and path.suffix != ".zarr"
+
+
+def _data_of_folder(folder: Path) -> list[Path]:
+    visible = sorted(child for child in folder.iterdir() if not _is_hidden(child))
+    return [
+        child
+        for child in visible
+        if is_zarr(child) or (child.name.lower().endswith(_DATA_NAMES) and not _is_folder(child))
+    ]
 
 
 def is_zarr(path: Path) -> bool:
@@ -56,31 +78,40 @@ def is_zarr(path: Path) -> bool:
 
 
 def open_file(path: Path, rules: Rules, findings: Findings) -> xr.Dataset | None:
-    """Open a NetCDF file or Zarr store lazily; None, with a finding, where that is impossible or parts are missing."""
+    """Open a NetCDF file or Zarr store without reading its fields, or add a finding and return None.
+
+    Values are unpacked and missing ones NaN; times stay numbers. A variable that cannot be unpacked, or has chunks
+    that were cut, is left out, with a finding. Parts of a Zarr array that were never written are NaN: a decision,
+    unless `rules.incomplete` is missing or the array's fill value marks missing values.
+    """
     try:
-        if path.is_dir():
-            return _open_zarr(path, rules, findings)
-        if not _is_whole_netcdf3(path, findings):
-            return None
-        return xr.open_dataset(path, engine="netcdf4", chunks=None, decode_times=False, mask_and_scale=True)
+        dataset = _open_zarr(path, rules, findings) if path.is_dir() else _open_netcdf(path, findings)
     except UNREADABLE as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        kind = "Zarr" if path.is_dir() else "NetCDF"
-        findings.add("error", path, "", f"cannot be opened as {kind}: {reason}", "a whole file of this kind")
+        if not (path.is_dir() and _report_unreadable_arrays(path, findings)):
+            kind = "Zarr" if path.is_dir() else "NetCDF"
+            findings.add("error", path, "", f"cannot be opened as {kind}: {_reason(error)}", f"a whole {kind} file")
         return None
+    if dataset is None:
+        return None
+    if not dataset.variables:
+        findings.add("error", path, "", "has no variables", "variables outside groups, which are not read")
+        dataset.close()
+        return None
+    dataset.encoding["source"] = str(path)
+    return dataset
 
 
 def read_values(dataset: xr.Dataset, name: str, selection: Mapping[str, Any]) -> np.ndarray:
-    """Return values of a variable at `selection` {dimension: positions}, decoded.
+    """Return values of a variable at `selection` {dimension: positions}, unpacked, in the file's order of dimensions.
 
     Raises:
-        DataError: a library cannot read them.
+        DataError: a library cannot read them; names the file and the variable.
     """
     try:
         return dataset[name].isel(dict(selection)).values
     except UNREADABLE as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"cannot be read: {reason}") from error
+        file = Path(dataset.encoding.get("source", "")).name
+        raise DataError(f"{file}: variable {name!r} cannot be read: {_reason(error)}") from error
 
 
 def file_states(path: Path) -> list[str]:
@@ -95,142 +126,122 @@ def _state(path: Path) -> str:
     return f"{path.parent.name}/{path.name} {state.st_size} {state.st_mtime_ns}"
 
 
-def _open_zarr(path: Path, rules: Rules, findings: Findings) -> xr.Dataset | None:
-    import zarr
+def _reason(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
-    group = zarr.open_group(path, mode="r", use_consolidated=False)
-    arrays = {name: array for name, array in group.arrays()}
-    # without consolidated metadata: it may be older than the arrays
-    dataset = xr.open_zarr(path, consolidated=False, chunks=None, decode_times=False, mask_and_scale=True)
-    _report_stale_metadata(path, {name: array.shape for name, array in arrays.items()}, findings)
+
+def _open_netcdf(path: Path, findings: Findings) -> xr.Dataset | None:
+    with open(path, "rb") as file:
+        try:
+            announced = announced_bytes(file)
+        except DataError as error:
+            findings.add("error", path, "", str(error), "a whole NetCDF 3 file: copy or download it again")
+            return None
+        size = os.fstat(file.fileno()).st_size
+    if announced is not None and size < announced:
+        found = f"{size} bytes of {announced} that its header announces: the file was cut"
+        findings.add("error", path, "", found, "a whole NetCDF 3 file: copy or download it again")
+        return None
+    return _decode(xr.open_dataset(path, engine="netcdf4", chunks=None, decode_cf=False), path, findings)
+
+
+def _decode(raw: xr.Dataset, path: Path, findings: Findings) -> xr.Dataset:
+    """Return the dataset unpacked, without the variables whose attributes do not allow it."""
+    bad = []
+    for name in raw.variables:
+        try:
+            decode_cf_variable(name, raw.variables[name], decode_times=False)
+        except UNREADABLE as error:
+            findings.add("error", path, str(name), f"cannot be unpacked: {_reason(error)}", "CF attributes")
+            bad.append(name)
+    decoded = xr.decode_cf(raw.drop_vars(bad), decode_times=False)
+    decoded.set_close(raw.close)
+    return decoded
+
+
+def _open_zarr(path: Path, rules: Rules, findings: Findings) -> xr.Dataset:
+    # the arrays' own metadata: consolidated ones may be older
+    arrays = dict(zarr.open_group(path, mode="r", use_consolidated=False).arrays())
+    cut = {name: cut_chunks(path / name, array) for name, array in arrays.items()}
+    for name, files in cut.items():
+        if files:
+            found = f"{len(files)} chunks are shorter than they announce, the first {files[0].relative_to(path)}"
+            findings.add("error", path, name, found, "whole chunks: copy the store again")
+    bad = [name for name, files in cut.items() if files]
+    raw = xr.open_zarr(path, consolidated=False, chunks=None, decode_cf=False, drop_variables=bad)
+    _report_stale_metadata(path, arrays, findings)
     for name, array in arrays.items():
-        if array.metadata.zarr_format == 2 and "_FillValue" not in array.attrs and name in dataset.variables:
-            # the default fill_value of Zarr 2 is 0, which xarray takes for the mark of missing values
-            plain = xr.open_zarr(path, consolidated=False, chunks=None, mask_and_scale=False, decode_times=False)
-            dataset = _without_mark(dataset, plain, name, array.fill_value, path, findings)
-    missing = {name: _missing_chunks(array) for name, array in arrays.items()}
-    for name, count in missing.items():
-        if not count or name not in dataset.variables:
-            continue
-        found = f"{count} of {arrays[name].nchunks} chunks were never written"
-        if rules.incomplete == "refuse" and not _is_nan(arrays[name].fill_value):
-            findings.add("decision", path, name, found, "all chunks", "rules: {incomplete: missing}")
-        else:
-            findings.add("note", path, name, f"{found}: their values are missing")
+        if array.metadata.zarr_format == 2 and name in raw.variables:
+            _set_missing_mark(raw[name].attrs, array, name, path, findings)
+    dataset = _decode(raw, path, findings)
+    for name, array in arrays.items():
+        if name in dataset.variables:
+            dataset = _mask_unwritten(dataset, name, array, _marks(raw[name].attrs), path, rules, findings)
     return dataset
 
 
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float | np.floating) and bool(np.isnan(value))
+def _set_missing_mark(attributes: dict[str, Any], array: Any, name: str, path: Path, findings: Findings) -> None:
+    """Set _FillValue, for which xarray took the fill value of a Zarr 2 array: 0 is also what is written by default."""
+    if "_FillValue" in array.attrs:
+        attributes["_FillValue"] = array.attrs["_FillValue"]
+    elif isinstance(array.fill_value, int | float | np.number) and array.fill_value == 0:
+        attributes.pop("_FillValue", None)
+        findings.add("note", path, name, "fill_value is 0 and there is no _FillValue: values of 0 are not missing")
 
 
-def _missing_chunks(array) -> int:
-    shards = getattr(array, "shards", None)
-    if shards is not None:
-        return array.nshards - array.nshards_initialized if hasattr(array, "nshards_initialized") else 0
-    return array.nchunks - array.nchunks_initialized
+def _marks(attributes: Mapping[str, Any]) -> list[Any]:
+    """Return the values that mark missing ones."""
+    return [mark for key in ("_FillValue", "missing_value") if key in attributes for mark in np.ravel(attributes[key])]
 
 
-def _without_mark(
-    dataset: xr.Dataset, plain: xr.Dataset, name: str, mark: Any, path: Path, findings: Findings
+def _mask_unwritten(
+    dataset: xr.Dataset, name: str, array: Any, marks: list[Any], path: Path, rules: Rules, findings: Findings
 ) -> xr.Dataset:
-    """With a variable whose values equal to `mark` are values."""
-    if mark is None or _is_nan(mark) or not np.isfinite(mark) or abs(mark) > 1e9:
+    """Return the dataset with NaN in parts of a variable that were never written, and a finding that counts them."""
+    written, chunks = written_chunks(path / name, array), stored_chunks(array)
+    unwritten = written.size - int(written.sum())
+    # zarr does not write a chunk that equals the fill value: time 0, or the height 0 of a scalar
+    if not unwritten or array.size == 1 or (name in dataset.indexes and unwritten == 1 and max(chunks) == 1):
         return dataset
-    variable = plain.variables[name].copy()
-    variable.attrs = {key: value for key, value in variable.attrs.items() if key != "_FillValue"}
-    findings.add("note", path, name, f"fill_value {mark:g} without _FillValue: values of {mark:g} stay values")
-    decoded = xr.decode_cf(xr.Dataset({name: variable}), decode_times=False)[name].variable
-    return dataset.assign_coords({name: decoded}) if name in dataset.coords else dataset.assign({name: decoded})
+    found = f"{unwritten} of {written.size} {'shards' if array.shards else 'chunks'} were never written"
+    if name in dataset.indexes:
+        findings.add("error", path, name, found, "all values of a coordinate")
+        return dataset
+    fill = array.fill_value
+    if rules.incomplete == "missing" or (fill is not None and (fill in marks or fill != fill)):
+        findings.add("note", path, name, f"{found}: their values are missing")
+    else:
+        findings.add("decision", path, name, found, "all of them", "rules: {incomplete: missing}")
+    variable = dataset.variables[name]
+    if variable.dtype.kind not in "iuf":
+        return dataset
+    masked = without_unwritten(variable, chunks, written)
+    return dataset.assign_coords({name: masked}) if name in dataset.coords else dataset.assign({name: masked})
 
 
-def _report_stale_metadata(path: Path, shapes: Mapping[str, tuple[int, ...]], findings: Findings) -> None:
+def _report_stale_metadata(path: Path, arrays: Mapping[str, Any], findings: Findings) -> None:
+    """Add a note where consolidated metadata differ from the arrays."""
     try:
-        import zarr
-
-        consolidated = zarr.open_consolidated(store=str(path), mode="r")
-        before = {name: array.shape for name, array in consolidated.arrays()}
+        before = dict(zarr.open_consolidated(store=str(path), mode="r").arrays())
     except UNREADABLE:
         return
-    for name, shape in shapes.items():
-        if name in before and before[name] != shape:
-            found = f"the consolidated metadata say {before[name]}, the array {shape}: they are older than the array"
+    for name, array in arrays.items():
+        if name not in before:
+            findings.add("note", path, name, "the consolidated metadata lack it: the array itself counts")
+        elif before[name].shape != array.shape:
+            found = f"the consolidated metadata give it the shape {before[name].shape}, the array {array.shape}"
             findings.add("note", path, name, f"{found}, which counts")
 
 
-def _is_whole_netcdf3(path: Path, findings: Findings) -> bool:
-    """Whether a classic NetCDF file is as long as its header says; True for other files."""
-    with open(path, "rb") as file:
-        if file.read(3) != b"CDF":
-            return True
-        file.seek(0)
+def _report_unreadable_arrays(path: Path, findings: Findings) -> bool:
+    """Add an error for each array of a store that zarr cannot open, of an unknown codec say; return whether any is."""
+    is_any = False
+    for child in sorted(path.iterdir()):
+        if not any((child / name).exists() for name in ("zarr.json", ".zarray")):
+            continue
         try:
-            expected = _netcdf3_bytes(file)
-        except (struct.error, ValueError, MemoryError, OverflowError):
-            findings.add("error", path, "", "its header is damaged", "a whole NetCDF 3 file: download it again")
-            return False
-    size = path.stat().st_size
-    if size < expected:
-        found = f"{size} bytes of {expected} that its header announces: the file was cut"
-        findings.add("error", path, "", found, "a whole NetCDF 3 file: download it again")
-        return False
-    return True
-
-
-_TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 4, 6: 8, 7: 1, 8: 2, 9: 4, 10: 8, 11: 8}
-
-
-def _netcdf3_bytes(file) -> int:
-    """Length that the header of a classic file announces (NetCDF Classic Format Specification, CDF-1, 2 and 5)."""
-    version = file.read(4)[3]
-    if version not in (1, 2, 5):
-        raise ValueError(f"version {version}")
-    count_form, offset_form = (">q" if version == 5 else ">i"), (">i" if version == 1 else ">q")
-
-    def number(form: str) -> int:
-        return struct.unpack(form, file.read(struct.calcsize(form)))[0]
-
-    def skip_name() -> None:
-        length = number(count_form)
-        if not 0 <= length < 1 << 16:
-            raise ValueError(f"a name of {length} bytes")
-        file.read(-(-length // 4) * 4)
-
-    def skip_attributes() -> None:
-        number(">i")
-        for _ in range(number(count_form)):
-            skip_name()
-            kind, count = number(">i"), number(count_form)
-            file.seek(-(-count * _TYPE_BYTES.get(kind, 1) // 4) * 4, os.SEEK_CUR)
-
-    records = number(count_form)
-    lengths = []
-    number(">i")
-    for _ in range(number(count_form)):
-        skip_name()
-        lengths.append(number(count_form))
-    skip_attributes()
-    end, record_bytes, record_begin, record_sizes = 0, 0, 0, []
-    number(">i")
-    for _ in range(number(count_form)):
-        skip_name()
-        dims = [number(count_form) for _ in range(number(count_form))]
-        skip_attributes()
-        kind, _, begin = number(">i"), number(count_form), number(offset_form)
-        shape = [lengths[dim] for dim in dims]
-        is_record = bool(dims) and shape[0] == 0
-        size = int(np.prod(shape[1:] if is_record else shape, dtype=np.int64)) * _TYPE_BYTES.get(kind, 1)
-        if is_record:
-            record_begin = min(record_begin or begin, begin)
-            record_sizes.append(size)
-            record_bytes += -(-size // 4) * 4
-        else:
-            end = max(end, begin + size)
-    if record_sizes and records > 0:
-        if len(record_sizes) == 1:  # a single record variable is not padded
-            record_bytes = record_sizes[0]
-        last = (
-            record_bytes - (-(-record_sizes[-1] // 4) * 4 - record_sizes[-1]) if len(record_sizes) > 1 else record_bytes
-        )
-        end = max(end, record_begin + (records - 1) * record_bytes + last)
-    return end
+            zarr.open(store=str(child), mode="r")
+        except UNREADABLE as error:
+            findings.add("error", path, child.name, f"cannot be opened: {_reason(error)}", "an array that zarr reads")
+            is_any = True
+    return is_any
