@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compare a training step in our loop with Lightning's Trainer, Lightning Fabric and Hugging Face Accelerate.
 
-    python benchmarks/compare_trainers.py [--size a] [--processes 1,2] [--rounds N] [--steps N] [--workers N] [--quick]
+    python benchmarks/compare_trainers.py [--size a] [--processes 1,2] [--rounds N] [--steps N] [--loaders N] [--quick]
 
 Each uses the same network, data set, AdamW, schedule and clipping (see `benchmarks.trainer_loops`), TensorBoard every
 10 steps and its default terminal output. The bare loop does the same arithmetic on batches in memory. Loops take turns,
@@ -41,13 +41,13 @@ ROUNDS, WARM_UP_STEPS, STEPS = 5, 10, 30
 
 
 def measure_loop(
-    loop: str, size: Size, world: Path, *, steps: int, warm_up_steps: int, processes: int, threads: int, workers: int
+    loop: str, size: Size, world: Path, *, steps: int, warm_up_steps: int, processes: int, threads: int, loaders: int
 ) -> float:
     """Return the seconds of a step of one run in processes of its own."""
     with tempfile.TemporaryDirectory() as folder:
         all_steps = warm_up_steps + steps
         config = run_config(
-            size, world, Path(folder) / "run", steps=all_steps, processes=processes, threads=threads, workers=workers
+            size, world, Path(folder) / "run", steps=all_steps, processes=processes, threads=threads, loaders=loaders
         )
         config_file = Path(folder) / "config.yaml"
         config_file.write_text(dump_config(config))
@@ -68,11 +68,11 @@ def compare(size: Size, world: Path, options: argparse.Namespace, processes: int
         loops,
         options.rounds,
         lambda loop: measure_loop(
-            loop, size, world, **counts, processes=processes, threads=threads, workers=options.workers
+            loop, size, world, **counts, processes=processes, threads=threads, loaders=options.loaders
         ),
     )
     print(
-        f"{size} in each of {processes} process(es) of {threads} thread(s), {options.workers} loader worker(s) each; "
+        f"{size} in each of {processes} process(es) of {threads} thread(s), {options.loaders} loader(s) each; "
         f"{options.rounds} round(s) of {options.warm_up_steps} + {options.steps} steps\n"
     )
     rows = [
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=STEPS, help="timed steps (default: %(default)s)")
     parser.add_argument("--warm-up-steps", type=int, default=WARM_UP_STEPS, help="default: %(default)s")
-    parser.add_argument("--workers", type=int, default=2, help="loader workers per process (default: %(default)s)")
+    parser.add_argument("--loaders", type=int, default=2, help="loader threads, or processes (default: 2)")
     add_run_options(parser)
     options = parser.parse_args(arguments)
     threads = chosen_threads(options)

@@ -27,7 +27,7 @@ CONFIG = {
         "train": [["2018-10-01", "2018-10-03"]],
         "validation": [["2018-10-04", "2018-10-05"]],
         "lead_times_hours": [6],
-        "workers": 0,
+        "threads": 0,
     },
     "model": {"patch_size": 2, "embed_dim": 32, "depth": 2, "num_heads": 2},
     "train": {"max_steps": 2, "global_batch_size": 8, "micro_batch_size": 8, "validate_every_steps": 1},

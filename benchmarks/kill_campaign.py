@@ -5,7 +5,7 @@
 Each run is a chain: it starts, is killed (SIGKILL; one rank or all), resumes from its newest checkpoint, is killed
 again, and finally runs to its end. Then every loss in its metrics.jsonl (each step once) and weights, moments, rates
 and progress in its last checkpoint must equal those of a run that never stopped, bit for bit. Dropout, drop path,
-accumulation and loader workers are on. Exits with 1 if a run differs or a resume is refused.
+accumulation and loader threads are on. Exits with 1 if a run differs or a resume is refused.
 """
 
 import argparse
@@ -35,7 +35,7 @@ SETTINGS = {
         "validation": [["2018-10-06", "2018-10-07"]],
         "lead_times_hours": [6, 12],
         "availability": True,
-        "workers": 2,
+        "threads": 2,
     },
     "model": {"patch_size": 2, "embed_dim": 16, "depth": 2, "num_heads": 2, "drop_rate": 0.1, "drop_path": 0.3},
     "optim": {"learning_rate": 1e-3, "schedule_interval": "step", "warmup_steps": 3},

@@ -83,12 +83,12 @@ def open_samples(data: DataSets, folder: Path, **more) -> ForecastDataset:
     return opened.dataset("train", opened.build_normalization())
 
 
-def our_batches(dataset: ForecastDataset, in_order: bool, workers: int = 0) -> Iterator[dict[str, torch.Tensor]]:
+def our_batches(dataset: ForecastDataset, in_order: bool, threads: int = 0) -> Iterator[dict[str, torch.Tensor]]:
     """Yield batches of BATCH samples from our loader without end."""
     if in_order:
         return (dataset.batch(list(batch)) for batch in _in_order(len(dataset)))
     plan = BatchPlan(len(dataset), 0, BATCH, BATCH, 0, 1)
-    return iter(build_train_loader(dataset, plan, epoch=0, workers=workers))
+    return iter(build_train_loader(dataset, plan, epoch=0, threads=threads))
 
 
 def published_batches(data: DataSets, folder: Path, in_order: bool) -> Iterator[list[torch.Tensor]]:
@@ -177,9 +177,9 @@ def print_precision(data: DataSets) -> None:
 def print_waiting(data: DataSets, rounds: int, steps: int) -> None:
     """Print the share of time that a training loop waits for batches of BATCH: width 96, depth 3, 4 heads."""
     contestants = {
-        f"{name}, {workers} worker(s)": waiting(data, folder, workers, steps)
+        f"{name}, {threads} thread(s)": waiting(data, folder, threads, steps)
         for name, folder, numbers in (("packed", data.packed, (0, 1, 2)), ("Zarr", data.hourly, (0, 2)))
-        for workers in numbers
+        for threads in numbers
     }
     found = in_turn(contestants, max(2, rounds // 2))
     rows = [[name, spread(values, 100)] for name, values in found.items()]
@@ -187,7 +187,7 @@ def print_waiting(data: DataSets, rounds: int, steps: int) -> None:
     print_table(["data", "% (range)"], rows)
 
 
-def waiting(data: DataSets, folder: Path, workers: int, steps: int) -> Callable[[], float]:
+def waiting(data: DataSets, folder: Path, threads: int, steps: int) -> Callable[[], float]:
     """Return a function that trains for some steps and returns the share of time spent waiting."""
     dataset = open_samples(data, folder)
     config = ModelConfig(patch_size=2, embed_dim=96, depth=3, num_heads=4, drop_rate=0.0, drop_path=0.0)
@@ -199,8 +199,8 @@ def waiting(data: DataSets, folder: Path, workers: int, steps: int) -> Callable[
     elevation_m = torch.from_numpy(grid.heights_m())
 
     def measure() -> float:
-        batches, waited = our_batches(dataset, in_order=False, workers=workers), 0.0
-        next(batches)  # workers start
+        batches, waited = our_batches(dataset, in_order=False, threads=threads), 0.0
+        next(batches)  # threads start
         start = time.perf_counter()
         for _ in range(steps):
             asked = time.perf_counter()

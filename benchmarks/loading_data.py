@@ -35,7 +35,7 @@ class DataSets:
 
     def config(self, folder: Path, **more) -> DataConfig:
         """Return a data section over one of the folders; 15 inputs and 6 targets, the defaults."""
-        options = {"in_memory": False, "workers": 0, "normalization": CONSTANTS, **more}
+        options = {"in_memory": False, "threads": 0, "normalization": CONSTANTS, **more}
         return DataConfig(path=str(folder), train=(2019,), **options)
 
 

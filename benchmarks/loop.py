@@ -1,13 +1,13 @@
 """Overhead of the loop: a step of `Trainer.fit` compared with a bare step of the same network on the same data.
 
-    python -m benchmarks.loop [--size a] [--rounds N] [--pairs N] [--workers N] [--threads N] [--quick]
+    python -m benchmarks.loop [--size a] [--rounds N] [--pairs N] [--loaders N] [--threads N] [--quick]
 
 train.py runs in one process, with TensorBoard, metrics and progress bar. After every ten optimizer steps its clock is
 stopped, while a second copy of the network takes ten bare steps (forward, backward, clip, step, schedule) on batches in
 memory. So the two blocks of a pair are seconds apart in one process, and each block of `fit` loads ten batches and logs
 once. Prints both medians over pairs, and the ratio of medians with the quartiles over pairs; then how long `fit` waited
 for its batches, in the same way over blocks. Each round is a new process. The promises are a ratio of at most 1.03 at
-(a), and less than 1 % of waiting with loader workers. Not on Windows.
+(a), and less than 1 % of waiting with loader threads. Not on Windows.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from benchmarks.terminal import run_in_terminal
 from benchmarks.trainer_loops import BareStep, Job, Parts, run_ours
 from benchmarks.training_data import LOG_EVERY_STEPS, make_world, run_config
 from topoflow.config_io import dump_config, load_config
-from topoflow.data.batch_memory import Batch
+from topoflow.data.batch import Batch
 from topoflow.trainer import Trainer
 
 WARM_UP_STEPS = 10
@@ -96,12 +96,12 @@ def run_alternating(config_file: str, result_file: str) -> None:
     Path(result_file).write_text(json.dumps(seconds))
 
 
-def measure_loop(size: Size, world: Path, pairs: int, threads: int, workers: int) -> dict[str, list[float]]:
+def measure_loop(size: Size, world: Path, pairs: int, threads: int, loaders: int) -> dict[str, list[float]]:
     """Return what `run_alternating` writes in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         steps = WARM_UP_STEPS + pairs * LOG_EVERY_STEPS
         run_dir, config_file, result_file = (Path(folder) / name for name in ("run", "config.yaml", "seconds.json"))
-        config = run_config(size, world, run_dir, steps=steps, processes=1, threads=threads, workers=workers)
+        config = run_config(size, world, run_dir, steps=steps, processes=1, threads=threads, loaders=loaders)
         config_file.write_text(dump_config(config))
         code = "import sys; from benchmarks.loop import run_alternating; run_alternating(*sys.argv[1:])"
         run_in_terminal([sys.executable, "-c", code, str(config_file), str(result_file)], threads)
@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", default="a", choices=list(SIZES), help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="processes (default: %(default)s)")
     parser.add_argument("--pairs", type=int, default=PAIRS, help="pairs of blocks of each (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="loader workers (default: %(default)s)")
+    parser.add_argument("--loaders", type=int, default=2, help="loader threads (default: %(default)s)")
     add_run_options(parser)
     options = parser.parse_args(arguments)
     threads = chosen_threads(options)
@@ -124,12 +124,12 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         world = make_world(Path(folder), size)
         for _ in range(options.rounds):
-            measured = measure_loop(size, world, options.pairs, threads, options.workers)
+            measured = measure_loop(size, world, options.pairs, threads, options.loaders)
             for name, values in seconds.items():
                 values += measured[name]
     fit, wait, bare = seconds.values()
     print(
-        f"{size}; {threads} thread(s), {options.workers} loader worker(s); {options.rounds} round(s) of "
+        f"{size}; {threads} thread(s), {options.loaders} loader thread(s); {options.rounds} round(s) of "
         f"{options.pairs} pairs of {LOG_EVERY_STEPS} steps\n"
     )
     head = ["one training step", "ms (range)", "this / bare (quartiles)"]

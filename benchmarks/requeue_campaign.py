@@ -98,7 +98,7 @@ class Campaign:
         make_demo_data(folder / "world", days=10, grid=(8, 12), seed=0, progress=False)
         settings = {
             **SETTINGS,
-            "data": {**SETTINGS["data"], "path": str(folder / "world"), "workers": 1},
+            "data": {**SETTINGS["data"], "path": str(folder / "world"), "threads": 1},
             "train": {**SETTINGS["train"], "max_steps": STEPS},
         }
         (folder / "config.yaml").write_text(yaml.safe_dump(settings))

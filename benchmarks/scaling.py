@@ -39,7 +39,7 @@ SETTINGS = {
         "train": [["2018-10-01", "2018-10-06"]],
         "validation": [["2018-10-07", "2018-10-08"]],
         "lead_times_hours": [6, 12],
-        "workers": 0,
+        "threads": 0,
     },
     "model": {"patch_size": 2, "embed_dim": 16, "depth": 2, "num_heads": 2},
     "optim": {"schedule": "constant"},

@@ -147,7 +147,7 @@ def build_config(settings: Settings, data: Path) -> dict[str, dict]:
     last = first + datetime.timedelta(days=settings.days - 11)
     return {
         "run": {"threads": 2},
-        "data": {"path": str(data), "train": [[str(first), str(last)]], "workers": 0},
+        "data": {"path": str(data), "train": [[str(first), str(last)]], "threads": 0},
         "model": {"patch_size": 2, **settings.model},
         "train": {"max_steps": 1, "global_batch_size": 4, "micro_batch_size": 4},
     }

@@ -92,7 +92,7 @@ class Parts:
             batch_size=config.train.micro_batch_size,
             shuffle=True,
             drop_last=True,
-            num_workers=config.data.workers,
+            num_workers=config.data.threads,
         )
 
     def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ def make_world(folder: Path, size: Size) -> Path:
 
 
 def run_config(
-    size: Size, world: Path, run_dir: Path, *, steps: int, processes: int, threads: int, workers: int
+    size: Size, world: Path, run_dir: Path, *, steps: int, processes: int, threads: int, loaders: int
 ) -> Config:
     """Return the config of a run of so many steps with a size's batch per process; defaults otherwise, no dropout.
 
@@ -30,7 +30,7 @@ def run_config(
         raise ValueError(f"{steps} steps of {global_batch_size} samples: expected at most one epoch of {samples}")
     return Config(
         run=RunConfig(dir=str(run_dir), threads=threads, device="cpu"),
-        data=DataConfig(path=str(world), train=(("2018-10-01", f"2018-10-{DAYS}"),), workers=workers),
+        data=DataConfig(path=str(world), train=(("2018-10-01", f"2018-10-{DAYS}"),), threads=loaders),
         model=model_config(size),
         optim=OptimConfig(schedule_interval="step"),
         train=TrainConfig(

@@ -86,7 +86,7 @@ def open_fields(fields, folder, **changes):
         "variables": (*dynamic, "elevation"),
         "targets": ("pm25", "co"),
         "lead_times_hours": LEADS,
-        "workers": 0,
+        "threads": 0,
     }
     config = DataConfig(path=str(folder / "data.nc"), cache=str(folder / "cache"), **{**settings, **changes})
     return open_forecast_data(config, with_wind="u" in fields, with_terrain=True)

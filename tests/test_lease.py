@@ -115,7 +115,7 @@ FORK_AND_HOLD = """
 def work():
     try:
         with lease.writing():
-            (folder / "said").write_text("written by a worker")
+            (folder / "said").write_text("written by a child")
     except RunDirectoryError as refusal:
         (folder / "said").write_text(str(refusal))
     time.sleep(60)
@@ -123,19 +123,19 @@ def work():
 lease = Lease(folder)
 lease.take()
 with lease.writing():
-    worker = os.fork()
-    if worker == 0:
+    child = os.fork()
+    if child == 0:
         work()
 while not (folder / "said").exists():
     time.sleep(0.01)
-print(worker, flush=True)
+print(child, flush=True)
 sys.stdin.read()
 """
 
 
-def test_a_killed_process_is_followed_at_once_though_its_workers_survive(start, lease, tmp_path):
+def test_a_killed_process_is_followed_at_once_though_its_children_survive(start, lease, tmp_path):
     process = start(FORK_AND_HOLD)
-    worker = int(process.stdout.readline())
+    child = int(process.stdout.readline())
     try:
         process.kill()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and left a zombie
@@ -143,7 +143,7 @@ def test_a_killed_process_is_followed_at_once_though_its_workers_survive(start, 
         assert lease().take() is None
         assert time.monotonic() - began < 2
     finally:
-        os.kill(worker, signal.SIGKILL)
+        os.kill(child, signal.SIGKILL)
     assert "not held by this process: nothing was written" in (tmp_path / "said").read_text()
 
 

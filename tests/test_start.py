@@ -61,7 +61,7 @@ def test_one_process_steps_without_plots(tmp_path):
     make_demo_data(tmp_path / "data", days=10, grid=(8, 12), seed=0, progress=False)
     config = {
         "run": {"threads": 1, "dir": str(tmp_path / "run")},
-        "data": {"path": str(tmp_path / "data"), "train": [["2018-10-01", "2018-10-08"]], "workers": 0},
+        "data": {"path": str(tmp_path / "data"), "train": [["2018-10-01", "2018-10-08"]], "threads": 0},
         "model": {"patch_size": 2, "embed_dim": 16, "depth": 1, "num_heads": 2},
         "train": {"max_steps": 1, "global_batch_size": 4, "micro_batch_size": 4},
     }

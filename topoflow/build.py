@@ -180,7 +180,7 @@ def build_train_data(
         validation=data.dataset("validation", normalization) if "validation" in data.splits else None,
         plan=plan,
         elevation_m=torch.from_numpy(data.grid.heights_m()).to(device),
-        workers=config.data.workers,
+        threads=config.data.threads,
     )
 
 

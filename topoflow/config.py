@@ -108,8 +108,9 @@ class DataConfig:
     """Variables to forecast."""
     lead_times_hours: tuple[int, ...] = key((12, 24, 48, 96), alters=ORDER | RATES)
     """Forecast lead times in hours."""
-    workers: int = key(2, alters=NOTHING)
-    """Loader processes per rank; 0 loads in the training process."""
+    threads: int = key(2, alters=NOTHING)
+    """Threads of each process that load batches in advance; 0 loads each batch when it is needed. No result depends on
+    it."""
     mask: str | None = key(None, alters=NOTHING)
     """File with the cells that count (.npy, or NetCDF/Zarr with a variable `mask`), [lat, lon], nonzero = counts;
     absent: all do, or those that packed data were packed with."""
@@ -131,7 +132,7 @@ class DataConfig:
             _require(self, key, len(set(values)) == len(values), "no entry twice")
         leads = list(self.lead_times_hours)
         _require(self, "lead_times_hours", min(leads) >= 1 and leads == sorted(leads), "increasing hours, each >= 1")
-        _require(self, "workers", self.workers >= 0, "an integer >= 0")
+        _require(self, "threads", self.threads >= 0, "an integer >= 0")
         if isinstance(self.normalization, dict):
             deviations = [deviation for _, deviation in self.normalization.values()]
             _require(self, "normalization", all(d > 0 for d in deviations), "[mean, deviation > 0] for each name")

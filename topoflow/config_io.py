@@ -30,6 +30,8 @@ from topoflow.terminal import prepare_process, print_error
 _SECTIONS: dict[str, Any] = {section.name: section.type for section in dataclasses.fields(Config)}
 _KEYS = {f"{name}.{key.name}": key for name, kind in _SECTIONS.items() for key in dataclasses.fields(kind)}
 """Each `section.key` as a field of its dataclass."""
+_REPLACED = {"data.workers": "data.threads"}
+"""Keys of earlier versions that altered nothing, and what to use now. Configs of checkpoints may still have them."""
 
 
 def describe(kind: Any) -> str:
@@ -221,7 +223,17 @@ def combined_effect(changes: Iterable[Change]) -> Alters:
 
 def alters_of(key: str) -> Alters:
     """Return what a change of `section.key` alters; of an unknown key, the mathematics."""
+    if key in _REPLACED:
+        return schema.NOTHING
     return _KEYS[key].metadata["alters"] if key in _KEYS else Alters.MATHEMATICS
+
+
+def without_replaced(tree: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the config of a checkpoint without the keys of earlier versions that altered nothing."""
+    return {
+        section: {key: value for key, value in values.items() if f"{section}.{key}" not in _REPLACED}
+        for section, values in tree.items()
+    }
 
 
 def _require_sections(tree: Any) -> None:
@@ -232,7 +244,8 @@ def _require_sections(tree: Any) -> None:
 def _require_known(name: str, prefix: str, known: Collection[str]) -> None:
     if name in known:
         return
-    near = [f"{prefix}{match}" for match in difflib.get_close_matches(name, known, n=1, cutoff=0.5)]
+    near = [_REPLACED[f"{prefix}{name}"]] if f"{prefix}{name}" in _REPLACED else []
+    near = near or [f"{prefix}{match}" for match in difflib.get_close_matches(name, known, n=1, cutoff=0.5)]
     if prefix and not near:  # the key of another section
         keys = {key.partition(".")[2]: key for key in _KEYS}
         near = [keys[match] for match in difflib.get_close_matches(name, keys, n=1, cutoff=0.8)]

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from topoflow.baselines import BLOCK_HOURS, Baselines, contiguous_blocks, fit_baselines, hour_of_day
 from topoflow.config import TrainConfig
 from topoflow.data.assembly import ForecastData
-from topoflow.data.batch_memory import Batch, Layout, make_batch
+from topoflow.data.batch import Batch, Layout, make_batch
 from topoflow.data.dataset import ForecastDataset
 from topoflow.data.normalization import Normalization
 from topoflow.data.sampling import build_eval_loader
@@ -63,7 +63,7 @@ def evaluate_model(
         elevation_m=torch.from_numpy(data.grid.heights_m()).to(context.device),
         precision=config.precision,
         batch_size=config.micro_batch_size,
-        workers=data.config.workers,
+        threads=data.config.threads,
     )
     log.info("evaluation of the %s split: %d samples from %d start times", split, len(dataset), len(dataset.starts))
     times = data.source.times
@@ -98,7 +98,7 @@ class PhysicalSamples(torch.utils.data.Dataset):
     """
 
     def __init__(self, dataset: ForecastDataset):
-        self.dataset, self.source = dataset, dataset.source
+        self.dataset = dataset
         shape = (len(dataset.target_names), *dataset.source.grid.shape)
         self.layout: Layout = {**dataset.layout, "present": (torch.float32, shape), "observed": (torch.float32, shape)}
 
@@ -114,7 +114,7 @@ class PhysicalSamples(torch.utils.data.Dataset):
         starts, lead_hours = start_and_lead(self.dataset, np.asarray(indices))
         for name, hours in (("present", starts), ("observed", starts + lead_hours)):
             for row, hour in enumerate(hours):
-                batch[name].numpy()[row] = self.source.hour(self.dataset.target_names, int(hour))
+                batch[name].numpy()[row] = self.dataset.source.hour(self.dataset.target_names, int(hour))
 
 
 class HostCopy:
@@ -138,7 +138,7 @@ class HostCopy:
 class Evaluator:
     """Evaluates a model on the samples of one split.
 
-    elevation_m: terrain height in metres, [H, W], on the device of the model. workers: processes that load batches.
+    elevation_m: terrain height in metres, [H, W], on the device of the model. threads: that load batches.
     """
 
     context: Context
@@ -147,7 +147,7 @@ class Evaluator:
     elevation_m: torch.Tensor
     precision: str
     batch_size: int
-    workers: int
+    threads: int
 
     def report_progress_or_stop(self) -> None:
         """Report progress to the other ranks, or stop if any rank was asked to; call it after each piece of work.
@@ -213,7 +213,7 @@ class Evaluator:
         sums = ScoreSums(len(dataset.starts), dataset.target_names, dataset.lead_times_hours, units, mean)
         hours = hour_of_day(dataset.source.times)
         loader = build_eval_loader(
-            PhysicalSamples(dataset), self.batch_size, context.rank, context.world_size, self.workers
+            PhysicalSamples(dataset), self.batch_size, context.rank, context.world_size, self.threads
         )
         shown = context.is_main and sys.stderr.isatty()
         with context.together("evaluation"):

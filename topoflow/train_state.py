@@ -44,13 +44,13 @@ class TrainState:
 
 @dataclass(frozen=True)
 class TrainData:
-    """What training reads. elevation_m [H, W]: terrain height in metres, on the device."""
+    """What training reads. elevation_m [H, W]: terrain height in metres, on the device. threads: that load batches."""
 
     train: ForecastDataset
     validation: ForecastDataset | None
     plan: BatchPlan
     elevation_m: torch.Tensor
-    workers: int
+    threads: int
 
 
 def total_steps(config: TrainConfig, plan: BatchPlan) -> int:

@@ -12,7 +12,7 @@ from torch import nn
 
 from topoflow.checkpoint.saver import CheckpointSaver
 from topoflow.config import TrainConfig
-from topoflow.data.batch_memory import Batch
+from topoflow.data.batch import Batch
 from topoflow.data.sampling import build_eval_loader, build_train_loader
 from topoflow.errors import DataError, StopRequested, TrainingDiverged
 from topoflow.logs import MetricsWriter, Progress
@@ -170,7 +170,7 @@ class Trainer:
             self.config.micro_batch_size,
             self.context.rank,
             self.context.world_size,
-            self.data.workers,
+            self.data.threads,
         )
         with torch.inference_mode():
             for index, batch in loader:
@@ -238,7 +238,7 @@ class Trainer:
             early = progress.step < self.total_steps
             self.output.writer.end(progress.step, "early stopping" if early else "all steps done")
         finally:
-            self._micro_batches = None  # ends the loader's workers
+            self._micro_batches = None  # ends the loader's threads
             self.output.saver.close()
             bar.close()
 
@@ -266,7 +266,7 @@ class Trainer:
             self.context.watch.enter(f"step {progress.step + 1}", "loading data")
             if self._micro_batches is None:  # created once; it continues epoch after epoch
                 self._micro_batches = iter(
-                    build_train_loader(self.data.train, plan, progress.epoch, first, self.data.workers)
+                    build_train_loader(self.data.train, plan, progress.epoch, first, self.data.threads)
                 )
             batches: list[Batch] = []
             for batch in itertools.islice(self._micro_batches, plan.accumulation):

@@ -51,8 +51,6 @@ class Connection:
         self.socket, self._received = connection, b""
         self._sending = threading.Lock()
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # a loader's worker is a fork of this process: it must not keep the connection open when this has died
-        os.register_at_fork(after_in_child=connection.close)
 
     def receive(self) -> list[dict[str, Any]] | None:
         """Return the messages that arrived, after at most the socket's timeout.

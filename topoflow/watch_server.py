@@ -1,6 +1,5 @@
 """Rank 0's side of the watch: who is connected, what each is doing, who has failed, and who does not arrive."""
 
-import os
 import selectors
 import socket
 import threading
@@ -56,7 +55,6 @@ class WatchServer:
         self._listener, self._token, self._store_port = listener, token, store_port
         self._watch, self._world_size, self._end_seconds = watch, watch.launch.world_size, end_seconds
         listener.setblocking(False)
-        os.register_at_fork(after_in_child=listener.close)
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ, None)
         self._peers: list[Peer] = []

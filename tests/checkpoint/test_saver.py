@@ -1,13 +1,11 @@
 """Saving during training: what is written, when the loop waits, and how failures are handled."""
 
 import os
-import resource
 import signal
 import subprocess
 import sys
 import threading
 import traceback
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -290,48 +288,6 @@ def test_the_copy_reuses_its_memory_and_has_storages_of_its_own():
     second = buffer.copy(tree)
     assert second["a"]["w"].data_ptr() == first["a"]["w"].data_ptr() != tree["a"]["w"].data_ptr()
     assert torch.equal(second["a"]["w"], tree["a"]["w"])
-
-
-def test_a_copy_duplicates_no_page_because_a_loader_worker_was_forked():
-    """Otherwise the next copy takes 1.4 s instead of 0.05 s for 600 MB."""
-    tree = {"w": torch.ones(4 * 2**20, dtype=torch.uint8)}
-    buffer = HostBuffer(pinned=False)
-    buffer.copy(tree)
-    process = os.fork()
-    if process == 0:
-        signal.pause()
-    try:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        buffer.copy(tree)
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 4 * 2**20 / resource.getpagesize() / 4
-    finally:
-        os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
-
-
-@contextmanager
-def alarm(seconds):
-    def ring(*_):
-        raise TimeoutError
-
-    previous = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(seconds)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, previous)
-
-
-def test_workers_forked_while_a_checkpoint_is_written_work(start):
-    """The thread may hold locks; a child that needs one of them would wait forever."""
-    run = start()
-    run.weight = torch.zeros(500_000)
-    with alarm(60):
-        for _ in range(8):
-            run.save()
-            loader = torch.utils.data.DataLoader(torch.arange(8.0), batch_size=2, num_workers=2)
-            assert torch.cat(list(loader)).tolist() == list(range(8))
-    run.saver.require_saved(8, "the end of the run")
-    assert run.directory.steps() == [6, 7, 8]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")

@@ -63,6 +63,7 @@ def test_later_override_wins_over_earlier_and_over_the_file(file):
         ("optim.learning_rat=3", ["optim.learning_rat", "did you mean optim.learning_rate?", "command line"]),
         ("trian.max_steps=3", ["trian", "did you mean train?"]),
         ("data.learning_rate=3", ["data.learning_rate", "did you mean optim.learning_rate?"]),
+        ("data.workers=3", ["data.workers", "unknown key", "did you mean data.threads?", "command line"]),
         ("max_steps=3", ["max_steps", "expected section.key=value"]),
         ("optim.learning_rate=fast", ["optim.learning_rate", "'fast'", "expected number"]),
         ("optim.learning_rate=true", ["optim.learning_rate", "True", "expected number"]),

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from topoflow.config import NOTHING, Alters, Config
-from topoflow.config_io import changed_keys, config_from_dict, config_to_dict, override_config
+from topoflow.config_io import changed_keys, config_from_dict, config_to_dict, override_config, without_replaced
 
 TREE = {"data": {"path": "world", "train": [2013]}, "train": {"max_steps": 10}}
 
@@ -23,7 +23,7 @@ def test_every_key_states_what_a_change_of_it_alters():
     "override",
     [
         "train.max_steps=20", "train.max_epochs=7", "train.validate_every_steps=3", "train.log_every_steps=1",
-        "checkpoint.every_steps=5", "run.dir=elsewhere", "data.path=elsewhere", "data.workers=0",
+        "checkpoint.every_steps=5", "run.dir=elsewhere", "data.path=elsewhere", "data.threads=0",
         "distributed.timeout_seconds=5",
     ],
 )  # fmt: skip
@@ -68,3 +68,13 @@ def test_a_key_that_the_program_no_longer_has_alters_the_mathematics():
     [change] = changed_keys(saved, config_from_dict(TREE))
     assert (change.key, change.was, change.now, change.alters) == ("optim.momentum", 0.9, "absent", Alters.MATHEMATICS)
     assert change.alters != NOTHING
+
+
+def test_a_checkpoint_may_have_the_replaced_key_for_loader_processes():
+    config = config_from_dict(TREE)
+    saved = config_to_dict(config)
+    del saved["data"]["threads"]
+    saved["data"]["workers"] = 7
+    assert changed_keys(saved, config) == []
+    assert config_from_dict(without_replaced(saved)) == config
+    assert saved["data"]["workers"] == 7

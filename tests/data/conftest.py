@@ -53,7 +53,7 @@ def _make_config(path, **changes):
         "variables": ("u", "v", "pm25", "co", "elevation", "population"),
         "targets": ("pm25", "co"),
         "lead_times_hours": (1, 3),
-        "workers": 0,
+        "threads": 0,
         "cache": str(path.parent / "cache"),
     }
     return DataConfig(path=str(path), **{**defaults, **changes})

@@ -1,7 +1,7 @@
-"""The order of samples, its division among ranks and workers, and the loaders."""
+"""The order of samples, its division among ranks, and the loaders."""
 
 import itertools
-import multiprocessing
+import time
 import tracemalloc
 
 import numpy as np
@@ -130,16 +130,15 @@ def build(make_fields, write_store, make_config, tmp_path):
     return build_dataset
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("threads", [0, 1, 3])
 @pytest.mark.parametrize(
     ("kind", "in_memory"), [("zarr3", True), ("zarr3", False), ("zarr2", False), ("netcdf", False)]
 )
-def test_loaded_batches_are_the_samples_of_the_plan(build, kind, in_memory, workers):
+def test_loaded_batches_are_the_samples_of_the_plan(build, kind, in_memory, threads):
     dataset = build(kind, in_memory)
-    dataset[0]  # handles are open in this process when the workers are forked
     plan = plan_of(rank=1, world_size=2)
     wanted = [*plan.micro_batches(1, first_step=2), *plan.micro_batches(2), *plan.micro_batches(3)]
-    endless = build_train_loader(dataset, plan, epoch=1, first_step=2, workers=workers)
+    endless = build_train_loader(dataset, plan, epoch=1, first_step=2, threads=threads)
     batches = list(itertools.islice(endless, len(wanted)))
     assert [batch["index"].tolist() for batch in batches] == wanted
     for batch, indices in zip(batches, wanted, strict=True):
@@ -149,13 +148,13 @@ def test_loaded_batches_are_the_samples_of_the_plan(build, kind, in_memory, work
             assert all(torch.equal(batch[name][row], sample[name]) for name in sample)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("threads", [0, 1, 3])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_evaluation_counts_every_sample_once(build, world_size, workers):
+def test_evaluation_counts_every_sample_once(build, world_size, threads):
     dataset = build()
     seen = {}
     for rank in range(world_size):
-        loader = build_eval_loader(dataset, 7, rank, world_size, workers)
+        loader = build_eval_loader(dataset, 7, rank, world_size, threads)
         pairs = [(index, batch["index"].tolist()) for index, batch in loader]
         assert len(pairs) == len(loader)
         assert all(index % world_size == rank for index, _ in pairs)
@@ -167,38 +166,38 @@ def test_a_rank_may_have_no_evaluation_batches(build):
     assert list(build_eval_loader(build(), 50, rank=1, world_size=2)) == []
 
 
-def test_workers_are_started_once_for_all_epochs(monkeypatch, build):
-    started = []
-    start = multiprocessing.get_context("fork").Process.start
-    monkeypatch.setattr(
-        multiprocessing.get_context("fork").Process, "start", lambda process: started.append(1) or start(process)
-    )
-    plan = plan_of()
-    batches = iter(build_train_loader(build(), plan, epoch=0, workers=2))
-    for _ in range(3 * plan.steps_per_epoch * plan.accumulation):
+def test_the_micro_batches_of_a_whole_step_are_loaded_in_advance(build, monkeypatch):
+    dataset, filled, plan = build(), [], plan_of()
+    fill = dataset.fill
+    monkeypatch.setattr(dataset, "fill", lambda indices, batch: fill(indices, batch) or filled.append(indices))
+    batches = iter(build_train_loader(dataset, plan, epoch=0, threads=1))
+    for _ in range(plan.accumulation):  # of the first step
         next(batches)
-    assert len(started) == 2
+    deadline = time.monotonic() + 10
+    while len(filled) < 2 * plan.accumulation and time.monotonic() < deadline:
+        time.sleep(0.002)
+    assert filled == list(itertools.islice(plan.micro_batches(0), 2 * plan.accumulation))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_loading_leaves_the_global_random_state_alone(build, workers):
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_loading_leaves_the_global_random_state_alone(build, threads):
     dataset = build()
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    list(itertools.islice(build_train_loader(dataset, plan_of(), epoch=0, workers=workers), 24))
-    list(build_eval_loader(dataset, 7, workers=workers))
+    list(itertools.islice(build_train_loader(dataset, plan_of(), epoch=0, threads=threads), 24))
+    list(build_eval_loader(dataset, 7, threads=threads))
     assert torch.equal(torch.get_rng_state(), before)
     np.testing.assert_array_equal(np.random.get_state()[1], numpy_before)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_refusal_in_a_worker_is_raised_unchanged(build, workers):
+@pytest.mark.parametrize("threads", [0, 1])
+def test_a_refusal_in_a_thread_is_raised_unchanged(build, threads):
     def add_infinity(dataset):
         dataset.u[5, 0, 0] = np.inf
         return dataset
 
     dataset = build(in_memory=False, change=add_infinity)
     with pytest.raises(DataError) as refusal:
-        list(build_train_loader(dataset, plan_of(), epoch=0, workers=workers))
+        list(build_train_loader(dataset, plan_of(), epoch=0, threads=threads))
     assert str(refusal.value).startswith("data.path: ")
     assert "variable 'u' has infinite values" in str(refusal.value)
     assert "\n" not in str(refusal.value)

@@ -239,7 +239,7 @@ def test_what_two_processes_of_a_node_share_is_found(examine):
     assert "world size 3 does not divide" in examined.texts("ranks")
     assert "the launcher reports 1 process(es) on this node, found 2" in examined.texts("ranks")
     assert examined.findings("CPUs") == {(WARNING, "a"), (WARNING, "b")}
-    assert "1 CPU(s) per process for the training and data.workers=1: give 2" in examined.texts("CPUs")
+    assert "1 CPU(s) per process for the training and data.threads=1: give 2" in examined.texts("CPUs")
     assert "ranks 1-2 share CPU(s) 0:" in examined.texts("CPUs")
     assert all(examined.figures(node)["network_bytes_per_second"] > 0 for node in "ab")
     assert examined.findings("data", speed=False) == {(FAIL, "a"), (FAIL, "b")}

@@ -29,7 +29,7 @@ CONFIG = {
         "validation": [["2018-10-07", "2018-10-08"]],
         "lead_times_hours": [6, 12],
         "availability": True,
-        "workers": 2,
+        "threads": 2,
     },
     "model": {"patch_size": 2, "embed_dim": 16, "depth": 2, "num_heads": 2, "drop_rate": 0.1, "drop_path": 0.3},
     "optim": {"learning_rate": 1e-3, "schedule_interval": "step", "schedule_length": 20, "warmup_steps": 3},
@@ -129,7 +129,7 @@ def program(tmp_path, make_program):
 
 @pytest.fixture
 def without_targets_in_step(monkeypatch):
-    """Remove the targets of one step of the first epoch, in runs in this process without workers."""
+    """Remove the targets of one step of the first epoch, in runs in this process."""
     whole = ForecastDataset.fill
     batch, micro = CONFIG["train"]["global_batch_size"], CONFIG["train"]["micro_batch_size"]
 

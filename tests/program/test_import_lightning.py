@@ -19,7 +19,7 @@ CONFIG = {
         "train": [["2018-10-01", "2018-10-06"]],
         "variables": list(VARIABLES),
         "lead_times_hours": [6, 12],
-        "workers": 0,
+        "threads": 0,
     },
     "model": {
         "patch_size": 2, "embed_dim": 16, "depth": 2, "decoder_depth": 1, "num_heads": 2, "drop_rate": 0.0,

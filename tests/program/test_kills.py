@@ -18,7 +18,7 @@ IN_STEPS = [
     ("in the backward pass", 2, "_tensor.py:backward"),
     ("in the optimizer's step", 3, "adam.py:step"),
     ("between two steps", 5, "trainer.py:fit"),
-    ("in a loader worker", 0, "worker.py:_worker_loop"),
+    ("in a loader thread", 6, "loader.py:_fill"),
     ("in validation", 8, "trainer.py:validate"),
     ("after validation, before its save", 8, "trainer.py:_compare"),
     ("at the end of an epoch", 16, "trainer.py:fit"),
@@ -52,8 +52,7 @@ def kill_and_resume(forked, program, processes, kills, *overrides):
         assert ending.note["step"] >= step
         assert place in ending.note["stack"]
         assert 0 not in ending.statuses
-        if point != "in a loader worker":
-            assert ending.statuses[rank] == -signal.SIGKILL
+        assert ending.statuses[rank] == -signal.SIGKILL
     ending = forked.run(arguments, processes)
     assert ending.done, ending.output
     assert "resume from" in ending.output

@@ -35,7 +35,7 @@ def run_failing(program, store_port):
 
     def start(failure, *overrides):
         limits = [f"distributed.timeout_seconds={LIMIT}", f"distributed.setup_timeout_seconds={2 * LIMIT}"]
-        small = ["train.global_batch_size=24", "train.max_steps=12", "data.workers=0", "train.validate_every_steps=3"]
+        small = ["train.global_batch_size=24", "train.max_steps=12", "data.threads=0", "train.validate_every_steps=3"]
         words = [failure, str(program.config), f"run.dir={program.folder / 'run'}", *limits, *small, *overrides]
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store_port), "WORLD_SIZE": "3"}
         common["TORCHELASTIC_USE_AGENT_STORE"] = "True"

@@ -18,7 +18,7 @@ from topoflow.tools.demo.world import make_demo_data
 pytestmark = pytest.mark.slow
 
 IN_CLOSE_NOWRITE, IN_OPEN = 0x10, 0x20
-ON_DISK = ("data.in_memory=false", "data.workers=0", "train.global_batch_size=12")
+ON_DISK = ("data.in_memory=false", "data.threads=0", "train.global_batch_size=12")
 
 
 @contextmanager

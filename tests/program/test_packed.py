@@ -31,7 +31,7 @@ def test_a_run_resumes_bit_identically_on_either(program, world, packed, assert_
 
 
 def test_a_run_on_packed_data_imports_no_reader_of_files(program, packed):
-    arguments = program.command(f"data.path={packed}", "data.workers=1", "train.max_steps=2")[2:]
+    arguments = program.command(f"data.path={packed}", "data.threads=1", "train.max_steps=2")[2:]
     code = (
         f"import sys, train; status = train.main({arguments!r});"
         "print(status, sorted({'xarray', 'pandas', 'zarr', 'netCDF4'} & set(sys.modules)))"

@@ -220,7 +220,7 @@ def test_a_changed_mask_is_refused_and_a_moved_one_is_not(program):
     refused(program.train("train.max_steps=3", masked), 3, "data.mask_fingerprint")
 
 
-SAVE_EVERY_STEP = ("checkpoint.every_steps=1", "data.validation=[]", "data.workers=0")
+SAVE_EVERY_STEP = ("checkpoint.every_steps=1", "data.validation=[]", "data.threads=0")
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -62,7 +62,7 @@ def test_a_signal_commits_a_checkpoint_and_the_run_resumes(program, undisturbed,
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_and_resumed(program, assert_same_run, processes):
-    process = program.start("data.workers=0", processes=processes)
+    process = program.start("data.threads=0", processes=processes)
     output = stop_after(process, 8, signal.SIGKILL)
     assert process.returncode != 0, output
     wait_until_free(program.folder / "run")
@@ -128,7 +128,7 @@ def test_a_raised_length_keeps_the_schedule(program):
 def test_another_world_size_continues_with_the_same_samples(program, forked):
     """Saved by 2 ranks in the middle of an epoch and resumed by 1 and by 4: the next samples are those of 2 ranks."""
 
-    options = ("train.max_steps=30", "checkpoint.every_steps=10", "data.validation=[]", "data.workers=0")
+    options = ("train.max_steps=30", "checkpoint.every_steps=10", "data.validation=[]", "data.threads=0")
 
     def train(processes, *overrides):
         folder, run = program.folder / f"seen-{processes}", f"{processes}"
@@ -276,7 +276,7 @@ def test_an_allowed_change_of_the_epochs_length_takes_the_schedule_of_the_config
 
 def test_a_run_that_began_with_an_empty_batch_resumes(program, without_targets_in_step):
     without_targets_in_step(1)
-    options = ("data.workers=0", "data.validation=[]")
+    options = ("data.threads=0", "data.validation=[]")
     assert program.train(*options, "train.max_steps=1").returncode == 0
     assert program.state(step=1)["optimizer"]["state"] == {}
     done = program.train(*options, "train.max_steps=2")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SHORT = ("train.max_steps=4", "data.validation=[]", "data.workers=0")
+SHORT = ("train.max_steps=4", "data.validation=[]", "data.threads=0")
 
 
 def assert_whole(program):
@@ -25,7 +25,7 @@ def assert_whole(program):
 @pytest.mark.parametrize(("before", "steps", "status"), [([], 100000, 75), (["nohup"], 12, 0)])
 def test_a_terminal_that_closes_ends_in_a_checkpoint_unless_nohup_is_used(program, before, steps, status):
     main, side = pty.openpty()
-    command = [*before, *program.command(f"train.max_steps={steps}", "data.validation=[]", "data.workers=0")]
+    command = [*before, *program.command(f"train.max_steps={steps}", "data.validation=[]", "data.threads=0")]
 
     def take_terminal():
         os.setsid()

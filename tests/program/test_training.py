@@ -83,7 +83,7 @@ def test_activation_checkpointing_has_the_same_bits(program, undisturbed):
 
 @pytest.mark.slow
 def test_a_compiled_run_resumes_with_the_same_bits(program, undisturbed):
-    options = ("train.compile=true", "data.validation=[]", "data.workers=0", "train.micro_batch_size=16")
+    options = ("train.compile=true", "data.validation=[]", "data.threads=0", "train.micro_batch_size=16")
     assert program.train(*options, "train.max_steps=3", run="whole").returncode == 0
     assert program.train(*options, "train.max_steps=2").returncode == 0
     done = program.train(*options, "train.max_steps=3")
@@ -118,7 +118,7 @@ def test_early_stopping_ends_the_run_and_a_resume_knows_it(program):
 
 def test_a_batch_without_a_target_changes_nothing(program, without_targets_in_step):
     without_targets_in_step(2)
-    options = ("data.workers=0", "data.validation=[]", "checkpoint.every_steps=1")
+    options = ("data.threads=0", "data.validation=[]", "checkpoint.every_steps=1")
     done = program.train(*options, "train.max_steps=2")
     assert done.returncode == 0, done.stderr
     event = program.events()[-1]

@@ -17,7 +17,7 @@ from topoflow.tools.demo.world import make_demo_data
 ROOT = Path(__file__).parents[2]
 CONFIG = {
     "run": {"seed": 3},
-    "data": {"train": [["2018-10-01", "2018-10-06"]], "lead_times_hours": [6, 12], "workers": 1},
+    "data": {"train": [["2018-10-01", "2018-10-06"]], "lead_times_hours": [6, 12], "threads": 1},
     "model": {"embed_dim": 16, "depth": 1, "num_heads": 2, "decoder_depth": 1, "drop_rate": 0.1},
     "train": {"max_steps": 6, "global_batch_size": 8, "micro_batch_size": 2, "log_every_steps": 1},
     "checkpoint": {"every_steps": 3},

@@ -25,7 +25,7 @@ SETTINGS = {
         "train": [["2018-10-01", "2018-10-04"]],
         "validation": [["2018-10-06", "2018-10-07"]],
         "lead_times_hours": [6, 12],
-        "workers": 1,
+        "threads": 1,
     },
     "model": {"embed_dim": 16, "depth": 1, "num_heads": 2, "decoder_depth": 1, "drop_rate": 0.1},
     "train": {

@@ -36,7 +36,7 @@ def build_bare_trainer(
         context,
         state,
         build_reduction(DistributedConfig(reduction=reduction), model, context, accumulation),
-        TrainData(train=None, validation=None, plan=plan, elevation_m=elevation_m.to(context.device), workers=0),
+        TrainData(train=None, validation=None, plan=plan, elevation_m=elevation_m.to(context.device), threads=0),
         TrainConfig(max_steps=1000, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size),
         RunOutput(saver, writer=None),
     )

@@ -5,7 +5,7 @@ it has created no tensor and no thread, and OMP_NUM_THREADS is 1, so a fork is e
 tests/program/test_kills.py compares such runs with `python train.py` and torchrun.
 
 The ranks get torchrun's variables, and are ended as by torchrun: when one is lost the others get SIGTERM, and SIGKILL
-after a grace period. Loader workers of a killed rank notice by themselves (within seconds), as always.
+after a grace period.
 """
 
 import contextlib
@@ -93,7 +93,7 @@ class ForkedRuns:
             prepare: called in each process, before it trains; pickled, so a function of a module.
         """
         attack = attack or Attack()
-        for file in (self.log, self.note):  # not emptied: surviving workers may still write
+        for file in (self.log, self.note):
             file.unlink(missing_ok=True)
         self.log.touch()
         store, ranks = host_store(), []
@@ -149,7 +149,6 @@ def _run_rank(
     prepare: Callable[[], None] | None,
 ) -> None:
     """Train in the forked process as the rank that `variables` describe."""
-    multiprocessing.set_start_method("fork", force=True)  # as in a process that was not forked by a server
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -138,11 +139,9 @@ def _after_validation(trigger: Trigger) -> None:
     wrap(MetricsWriter, "validation", after=trigger.pass_by)
 
 
-def _in_a_loader_worker(trigger: Trigger) -> None:
-    """Kill a worker; the process that it works for then ends by itself. A worker does not know the step."""
-
+def _in_a_loader_thread(trigger: Trigger) -> None:
     def before(*_):
-        if torch.utils.data.get_worker_info() is not None:
+        if threading.current_thread() is not threading.main_thread():
             trigger.pass_by()
 
     wrap(ForecastDataset, "fill", before=before)
@@ -254,7 +253,7 @@ POINTS = {
     "in the optimizer's step": Point(_in_optimizer_step, times=2),
     "between two steps": Point(_between_steps),
     "at the end of an epoch": Point(_at_the_end_of_an_epoch),
-    "in a loader worker": Point(_in_a_loader_worker, times=8, before_the_first_step=True),
+    "in a loader thread": Point(_in_a_loader_thread, times=4),
     "in validation": Point(lambda trigger: _within(trigger, trainer.Trainer, "validate", Block, "forward"), times=8),
     "after validation, before its save": Point(_after_validation),
     "in the probe of a save": _within_save(Block, "forward", times=2),

@@ -30,7 +30,7 @@ OF_KILLS = {
         "between two steps",
         "at the end of an epoch",
     ),
-    "data loader": ("in a loader worker",),
+    "data loader": ("in a loader thread",),
     "validation": ("in validation", "after validation, before its save"),
     "saving": (
         "in the probe of a save",

@@ -45,8 +45,8 @@ class HostBuffer:
             if self._pinned:
                 self._memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy().data
             else:
-                # Shared: after a fork of loader workers, the next copy would duplicate each page of private memory.
-                self._memory = memoryview(mmap.mmap(-1, nbytes))
+                # not by torch or NumPy, which raise other errors where memory is short
+                self._memory = memoryview(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
                 np.frombuffer(self._memory, np.uint8)[:] = 0  # not by torch: see `topoflow.checkpoint.fingerprint`
 
     def copy(self, tree: Any) -> Any:

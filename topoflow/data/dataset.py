@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from topoflow.config import DataConfig
-from topoflow.data.batch_memory import Batch, Layout, make_batch
-from topoflow.data.fields import FieldSource
+from topoflow.data.batch import Batch, Layout, make_batch
+from topoflow.data.fields import FieldSource, serial_pieces
 from topoflow.data.normalization import Normalization
 from topoflow.data.variables import VARIABLES
 from topoflow.errors import ConfigError
@@ -68,7 +68,6 @@ class ForecastDataset(torch.utils.data.Dataset):
         self._template = self._static_channels()
         # all bits set where the mask includes the cell, none elsewhere: the fastest way to set zeros
         self._mask_bits = None if mask.all() else np.where(mask, np.int32(-1), np.int32(0))
-        self._recent: tuple[int, np.ndarray, np.ndarray] | None = None
         self.layout = self._sample_layout()
 
     def __len__(self) -> int:
@@ -91,15 +90,13 @@ class ForecastDataset(torch.utils.data.Dataset):
     def fill(self, indices: Sequence[int], batch: Batch) -> None:
         """Write the samples `indices` into `batch`, whose tensors are as `layout` says with a new first dimension.
 
-        Inputs of one start are made once for all its leads; in sequential order, across batches too.
+        Inputs of one start are made once for all its leads in the batch.
         """
         arrays = {name: values.numpy() for name, values in batch.items()}
         x, y, valid, leads = (arrays[name] for name in ("x", "y", "valid", "lead_time_hours"))
         wind = arrays["wind_ms"] if self.with_wind else np.empty((len(indices), 0), np.float32)
         arrays["index"][:] = indices
-        made = {}
-        if self._recent is not None:
-            made[self._recent[0]] = self._recent[1:]
+        made: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         for row, i in enumerate(indices):
             start, leads[row] = self._start_and_lead(i)
             if start in made:
@@ -108,12 +105,6 @@ class ForecastDataset(torch.utils.data.Dataset):
                 self._fill_inputs(start, x[row], wind[row])
                 made[start] = x[row], wind[row]
             self._fill_targets(start + int(leads[row]), y[row], valid[row])
-        # the batch belongs to the caller, so inputs are copied if the next batch is likely to need them
-        count = len(indices)
-        is_sequential = count > 1 and list(indices) == list(range(indices[0], indices[0] + count))
-        unfinished = (indices[-1] + 1) % len(self.lead_times_hours) != 0
-        start, _ = self._start_and_lead(indices[-1])
-        self._recent = (start, x[-1].copy(), wind[-1].copy()) if is_sequential and unfinished else None
 
     def sample_identity(self, i: int) -> str:
         """Return a name of the sample that does not depend on the split: "2019-01-01T05+12h"."""
@@ -206,7 +197,8 @@ class ForecastDataset(torch.utils.data.Dataset):
 
 def _zero_nan(values: np.ndarray) -> None:
     """Replace NaN by 0 in one pass; numpy takes two, and is many times slower if there are any."""
-    torch.nan_to_num_(torch.from_numpy(values), nan=0.0, posinf=np.inf, neginf=-np.inf)
+    for piece in serial_pieces(values):
+        torch.nan_to_num_(piece, nan=0.0, posinf=np.inf, neginf=-np.inf)
 
 
 def _is_static(name: str) -> bool:

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from topoflow.data.grid import Grid
 from topoflow.data.moments import Moments
@@ -12,6 +13,8 @@ from topoflow.data.variables import VARIABLES
 
 BLOCK_BYTES = 32 * 2**20
 """Approximate size of one read when much is read in sequence."""
+_SERIAL_ELEMENTS = 2**15 - 1
+"""torch divides more elements among threads (ATen/TensorIterator.h, GRAIN_SIZE)."""
 
 
 class FieldSource(ABC):
@@ -19,7 +22,7 @@ class FieldSource(ABC):
 
     times: datetime64[h] [T], strictly increasing. grid: with the static fields that were asked for. dynamic: names of
     the fields that change in time. fingerprint: hex SHA-256 of what the data are, wherever they lie. In memory or not,
-    the same values come out. Call `close` before forking: open handles may not be safe to share.
+    the same values come out. Several threads may read at a time.
     """
 
     def __init__(self, times: np.ndarray, grid: Grid, dynamic: tuple[str, ...], fingerprint: str):
@@ -146,3 +149,11 @@ def select(
         in_a_row = bool(places) and places == list(range(places[0], places[0] + len(places)))
         known[names] = slice(places[0], places[-1] + 1) if in_a_row else places
     return known[names]
+
+
+def serial_pieces(values: np.ndarray) -> tuple[torch.Tensor, ...]:
+    """Return a contiguous array of any shape as flat views that torch works on with the calling thread alone.
+
+    Otherwise torch would start OpenMP threads for each loader thread, which take the processors of the training step.
+    """
+    return torch.from_numpy(values).view(-1).split(_SERIAL_ELEMENTS)

@@ -1,111 +1,60 @@
 """The loader of batches."""
 
-import functools
-import os
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
-from torch.utils.data import DataLoader, get_worker_info
 
-from topoflow.data.batch_memory import Batch, BatchMemory, BatchSource, SharedSlots, make_batch
-from topoflow.data.worker_process import WorkerContext, deferred_sigterm, start_worker
-from topoflow.errors import Refusal
-
-_PREFETCHED = 2
-"""Batches that torch's loader requests from each worker in advance."""
+from topoflow.data.batch import Batch, BatchSource, allocate_batch, make_batch
 
 
-class _Batches(torch.utils.data.Dataset):
-    """What torch's loader indexes, by the samples of a batch: in a worker's process, or in this one.
+class BatchLoader:
+    """Iterates over given batches in order, and loads the next ones in threads meanwhile.
 
-    A worker returns (slot, number of samples), and is at most _PREFETCHED batches ahead of the one that was taken last:
-    torch requests one more batch from a worker for each that it returns. So with one more slot than that, a batch that
-    was taken stays valid until the next one is taken.
+    Each batch has memory of its own and stays valid as long as it is held; it is page-locked if the process uses a GPU.
+    An exception in a thread is raised where its batch would have been returned. Ending an iteration early drops the
+    batches that no thread has begun, and does not wait for the others.
+
+    Args:
+        batches: indices of the samples of each batch; asked for in the calling thread, as far as batches are loaded.
+        threads: 0 loads each batch in the calling thread when it is requested.
+        ahead: batches that are loaded or ready while one is in use; by default one more than there are threads.
     """
 
-    def __init__(self, samples: BatchSource):
-        self.samples = samples
-        self.slots: SharedSlots | None = None
-        self._filled = 0
+    def __init__(
+        self, samples: BatchSource, batches: Iterable[Sequence[int]], threads: int = 0, ahead: int | None = None
+    ):
+        self._samples, self._batches, self._threads = samples, batches, threads
+        self._ahead = threads + 1 if ahead is None else ahead
 
-    def __getitem__(self, indices: list[int]) -> Batch | tuple[int, int]:
-        worker = get_worker_info()
-        if worker is None:
-            return make_batch(self.samples, indices, pinned=_is_for_gpu())
-        assert self.slots is not None, "the loader makes them before it forks a worker"
-        slot = self.slots.number(worker.id, self._filled)
-        self._filled += 1
-        self.samples.fill(indices, self.slots.open(slot, len(indices)))
-        return slot, len(indices)
+    def __iter__(self) -> Iterator[Batch]:
+        if self._threads:
+            return self._load_ahead()
+        return (make_batch(self._samples, indices, _is_for_gpu()) for indices in self._batches)
 
+    def _load_ahead(self) -> Iterator[Batch]:
+        batches, loading = iter(self._batches), deque[Future[Batch]]()
+        pool = ThreadPoolExecutor(self._threads, thread_name_prefix="loader")
+        try:
+            while True:
+                # one more than `ahead`: the first of them is returned now
+                for indices in itertools.islice(batches, self._ahead + 1 - len(loading)):
+                    # memory comes from this thread, whose current device is the run's
+                    batch = allocate_batch(self._samples.layout, len(indices), _is_for_gpu())
+                    loading.append(pool.submit(self._fill, indices, batch))
+                if not loading:
+                    return
+                yield loading.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
-class BatchLoader(DataLoader):
-    """A DataLoader over given batches whose workers do not touch signals, handles or the random state.
-
-    A refusal raised in a worker is raised again here as the same one-line error. batch_size: samples in the largest
-    batch.
-    """
-
-    def __init__(self, samples: BatchSource, batches: Iterable[list[int]], batch_size: int, workers: int):
-        source = _Batches(samples)
-        super().__init__(
-            source,
-            sampler=batches,
-            batch_size=None,  # the data set makes whole batches
-            num_workers=workers,
-            prefetch_factor=_PREFETCHED if workers > 0 else None,
-            collate_fn=_as_it_is,
-            multiprocessing_context=WorkerContext() if workers > 0 else None,
-            worker_init_fn=functools.partial(start_worker, os.getpid()),
-            # seeds of workers are drawn from here, not from the global stream; nothing in a sample is random
-            generator=torch.Generator().manual_seed(0),
-        )
-        self._source = source
-        self._memory = BatchMemory(samples.layout, batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]  (torch names a private class)
-        if self.num_workers == 0:
-            return _surface_refusals(super().__iter__())
-        self._source.samples.source.close()  # each worker opens its own handles
-        slots = self._source.slots = SharedSlots(self._memory, self.num_workers, _PREFETCHED + 1)
-        with deferred_sigterm():  # it would end a worker that has not reached start_worker yet
-            filled = super().__iter__()
-        pinned = _is_for_gpu()
-        batches = (slots.copy(slot, count, pinned) for slot, count in filled)
-        # on CPU all cores are computing: a thread that fetches batches would only slow them down
-        return _surface_refusals(_fetch_ahead(batches) if pinned else batches)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
+    def _fill(self, indices: Sequence[int], batch: Batch) -> Batch:
+        self._samples.fill(indices, batch)
+        return batch
 
 
 def _is_for_gpu() -> bool:
     """Return whether the run uses a GPU: it does so before it loads its first batch."""
     return torch.cuda.is_initialized()
-
-
-def _fetch_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Yield the same batches, each copied by a thread while the previous one is used: copying takes milliseconds."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, batches, None)
-        try:
-            while (batch := coming.result()) is not None:
-                coming = pool.submit(next, batches, None)
-                yield batch
-        finally:
-            del coming  # its exception would keep this frame alive, and with it the workers
-
-
-def _surface_refusals(batches: Iterator[Batch]) -> Iterator[Batch]:
-    try:
-        yield from batches
-    except Refusal as refusal:
-        # torch re-raises a worker's exception with its traceback as the message; the last line is "type: message"
-        lines = str(refusal).rstrip().splitlines()
-        if len(lines) == 1:
-            raise
-        refusal.__traceback__ = None  # its frames would keep the workers alive until a garbage collection
-        raise type(refusal)(lines[-1].partition(": ")[2]) from None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from topoflow.data.batch_memory import BatchSource
+from topoflow.data.batch import BatchSource
 from topoflow.data.dataset import ForecastDataset
 from topoflow.data.loader import BatchLoader
 from topoflow.errors import ConfigError
@@ -21,8 +21,8 @@ _ORDER = 1
 class BatchPlan:
     """Which samples every rank takes at every optimizer step.
 
-    Position p of the epoch's order belongs to step p // global_batch_size, the same for any number of ranks and
-    workers. Within the global batch rank r takes the contiguous micro-batches [r * accumulation, (r+1) * accumulation).
+    Position p of the epoch's order belongs to step p // global_batch_size, the same for any number of ranks and loader
+    threads. Within the global batch rank r takes the contiguous micro-batches [r * accumulation, (r+1) * accumulation).
     Raises ConfigError for a world size that does not divide the global batch and for fewer samples than one batch.
     """
 
@@ -142,19 +142,20 @@ class EvaluationLoader:
 
 
 def build_train_loader(
-    dataset: ForecastDataset, plan: BatchPlan, epoch: int, first_step: int = 0, workers: int = 0
+    dataset: ForecastDataset, plan: BatchPlan, epoch: int, first_step: int = 0, threads: int = 0
 ) -> BatchLoader:
     """Micro-batches of `plan` from `first_step` of `epoch` on: samples stacked along a new first dimension.
 
-    The epochs follow each other without end, so that workers are started once: each gives plan.steps_per_epoch times
-    plan.accumulation micro-batches.
+    The epochs follow each other without end, so that no epoch waits for its first batches: each gives
+    plan.steps_per_epoch times plan.accumulation micro-batches. Those of a whole step are loaded in advance.
     """
     assert plan.num_samples == len(dataset)
-    return BatchLoader(dataset, TrainBatches(plan, epoch, first_step), plan.micro_batch_size, workers)
+    ahead = max(threads + 1, plan.accumulation)
+    return BatchLoader(dataset, TrainBatches(plan, epoch, first_step), threads, ahead)
 
 
 def build_eval_loader(
-    dataset: BatchSource, batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 0
+    dataset: BatchSource, batch_size: int, rank: int = 0, world_size: int = 1, threads: int = 0
 ) -> EvaluationLoader:
     """(batch_index, batch) pairs that cover the data set once over all ranks.
 
@@ -163,4 +164,4 @@ def build_eval_loader(
     """
     indices = range(rank, math.ceil(len(dataset) / batch_size), world_size)
     batches = EvaluationBatches(len(dataset), batch_size, indices)
-    return EvaluationLoader(BatchLoader(dataset, batches, batch_size, workers), indices)
+    return EvaluationLoader(BatchLoader(dataset, batches, threads), indices)

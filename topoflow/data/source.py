@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,7 +38,10 @@ class SourceIndex:
 
 
 class GriddedSource(FieldSource):
-    """The fields of stores, read through xarray or, where that is the same, straight from the chunks of Zarr."""
+    """The fields of stores, read through xarray or, where that is the same, straight from the chunks of Zarr.
+
+    One thread reads at a time: HDF5 allows no more.
+    """
 
     def __init__(self, index: SourceIndex):
         times = np.concatenate([store.times for store in index.stores])
@@ -45,15 +49,17 @@ class GriddedSource(FieldSource):
         self._stores = index.stores
         self._first = np.cumsum([0] + [len(store.times) for store in index.stores])
         self._handles: dict[int, OpenStore] = {}
+        self._lock = threading.Lock()
 
     @property
     def where(self) -> str:
         return "in memory" if self.in_memory else "read from disk at each sample"
 
     def close(self) -> None:
-        for store in self._handles.values():
-            store.close()
-        self._handles = {}
+        with self._lock:
+            for store in self._handles.values():
+                store.close()
+            self._handles = {}
 
     def guard(self) -> list[str]:
         return [line for store in self._stores for line in store.guard()]
@@ -68,13 +74,15 @@ class GriddedSource(FieldSource):
         for store in np.unique(store_of):
             chosen = np.flatnonzero(store_of == store)
             wanted, back = np.unique(indices[chosen] - self._first[store], return_inverse=True)
-            values[chosen] = self._open(int(store)).read(name, wanted)[back]
+            with self._lock:
+                values[chosen] = self._open(int(store)).read(name, wanted)[back]
         return values
 
     def _read_hour(self, names: tuple[str, ...], index: int) -> np.ndarray:
         number = int(np.searchsorted(self._first, index, side="right")) - 1
         values = np.empty((len(names), *self.grid.shape), np.float32)
-        self._open(number).read_hour(names, index - int(self._first[number]), values)
+        with self._lock:
+            self._open(number).read_hour(names, index - int(self._first[number]), values)
         return values
 
     def _open(self, store: int) -> OpenStore:

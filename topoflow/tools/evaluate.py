@@ -8,7 +8,7 @@ from topoflow.build import build_network, open_data
 from topoflow.checkpoint.directory import find_checkpoint
 from topoflow.checkpoint.state import deliver, plan_weights, read_everywhere
 from topoflow.config import CHANNELS, NETWORK, Config
-from topoflow.config_io import changed_keys, override_config
+from topoflow.config_io import changed_keys, override_config, without_replaced
 from topoflow.data.normalization import Normalization
 from topoflow.errors import ConfigError
 from topoflow.evaluation import evaluate_model
@@ -47,7 +47,7 @@ def score_checkpoint(
         if context.is_main:
             require_writable(output)  # before the work
     with context.together("config"):
-        config = override_config(saved["config"], overrides, f"the checkpoint {path}")
+        config = override_config(without_replaced(saved["config"]), overrides, f"the checkpoint {path}")
         _require_same_network(saved["config"], config, path)
         set_deterministic(config.run)
         set_tf32(config.train.tf32)

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from topoflow.data.fields import FieldSource, select
+from topoflow.data.fields import FieldSource, select, serial_pieces
 from topoflow.data.grid import Grid, build_grid
 from topoflow.data.moments import Moments, is_whole_day
 from topoflow.data.packed.days import DayRecord, read_days
@@ -117,10 +116,12 @@ class PackedSource(FieldSource):
         if not is_whole_day(self.times, piece):
             return None
         number = self._year_of(int(piece[0]))
-        if number not in self._days:
+        days = self._days.get(number)
+        if days is None:
             file = self._manifest.years[number].days
-            self._days = {number: {day.day: day for day in read_days(self._folder / file.name, file.sha256)}}
-        return self._days[number][str(self.times[piece[0]].astype("datetime64[D]"))].moments[name]
+            days = {day.day: day for day in read_days(self._folder / file.name, file.sha256)}
+            self._days = {number: days}
+        return days[str(self.times[piece[0]].astype("datetime64[D]"))].moments[name]
 
     def file_states(self, first: int, stop: int) -> list[str]:
         inside = zip(self._manifest.years, self._first[:-1], self._first[1:], strict=True)
@@ -147,7 +148,9 @@ class PackedSource(FieldSource):
         if not self._is_scaled:
             return fields
         # torch converts float16 several times as fast as numpy; the copy is because it needs a writable array
-        values = torch.from_numpy(fields.copy()).float().numpy()
+        values = np.empty(fields.shape, np.float32)
+        for piece, halves in zip(serial_pieces(values), serial_pieces(fields.copy()), strict=True):
+            piece.copy_(halves)
         values *= self._scale[places]
         values += self._offset[places]
         return values
@@ -156,13 +159,14 @@ class PackedSource(FieldSource):
         return int(np.searchsorted(self._first, index, side="right")) - 1
 
     def _map(self, number: int) -> "_Map":
-        if number not in self._maps:
+        maps = self._maps  # another thread may close it; two that map the same year at a time do no harm
+        found = maps.get(number)
+        if found is None:
             year, manifest = self._manifest.years[number], self._manifest
             shape = (int(np.diff(self._first)[number]), len(self._held), *manifest.shape)
-            self._maps[number] = _Map(
-                self._folder / year.array.name, year.array.size, year.header, manifest.dtype, shape
-            )
-        return self._maps[number]
+            path = self._folder / year.array.name
+            found = maps[number] = _Map(path, year.array.size, year.header, manifest.dtype, shape)
+        return found
 
 
 class _Map:

@@ -30,7 +30,7 @@ MEET_SECONDS, SILENT_SECONDS = 60.0, 120.0
 """How long processes wait for each other to start (Python may be on a slow file system), and for one that hangs."""
 BUILD_SECONDS, PASS_SECONDS = 20.0, 20.0
 SMALL = Config(
-    data=DataConfig(path="none", train=(2000,), workers=2),
+    data=DataConfig(path="none", train=(2000,), threads=2),
     train=TrainConfig(max_steps=1),
     model=ModelConfig(embed_dim=64, depth=2, num_heads=4),
 )

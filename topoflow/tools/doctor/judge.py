@@ -23,10 +23,8 @@ FULL_MEMORY_SHARE = 0.9
 """Of the device's memory; optimizer and communication need some too."""
 CHECKPOINT_COPIES = 3
 """A checkpoint holds the weights and two moments."""
-LOADERS, OWN_FILES, FILES_PER_LOADER, FILES_PER_WORKER = 2, 128, 2, 4
-PAGES_PER_LOADER, PAGES_PER_WORKER, PAGE_BYTES = 7, 2, 4096
-"""What the loaders for training and validation, and each of their workers, keep open, and keep in /dev/shm: a page per
-semaphore (batches are in anonymous memory)."""
+OPEN_FILES = 128
+"""What a process has open at a time."""
 NCCL_BYTES = 64 * 2**20
 """Shared memory that NCCL takes for a process on a GPU, at its defaults."""
 Results = Mapping[str, Mapping[str, Any]]
@@ -76,8 +74,8 @@ def judge_devices(report: Report) -> str:
 
 
 def judge_processors(report: Report) -> str:
-    """Check that the processes of a node do not share CPUs, and have enough for their loader processes."""
-    workers, how, counts = report.config.data.workers, "usable by each", []
+    """Check that the processes of a node do not share CPUs, and have enough for their loader threads."""
+    threads, how, counts = report.config.data.threads, "usable by each", []
     for node, here in report.by_node(report.per_rank("processors")):
         bound = {rank: frozenset(found["numbers"]) for rank, found in here.items()}
         union = frozenset().union(*bound.values())
@@ -94,10 +92,10 @@ def judge_processors(report: Report) -> str:
             is_wrong = len(users) > 1 and (report.head["launcher"] == "srun" or not unbound)
             report.find(WARNING if is_wrong else OK, users, text)
         needed = (
-            f"for the training and data.workers={workers}: give {1 + workers} (--cpus-per-task), or use fewer workers"
+            f"for the training and data.threads={threads}: give {1 + threads} (--cpus-per-task), or use fewer threads"
         )
         text = f"{counts[-1]:g} CPU(s) per process {needed}"
-        report.find(WARNING if each < 1 + workers else OK, node, text)
+        report.find(WARNING if each < 1 + threads else OK, node, text)
     return f"{_span(counts)} per process, {how}"
 
 
@@ -202,26 +200,23 @@ def judge_data(report: Report) -> str:
 
 
 def judge_limits(report: Report) -> str:
-    """Check that open files and shared memory suffice for data.workers and the number of processes."""
-    limits, workers, world_size = report.per_rank("limits"), report.config.data.workers, len(report.facts)
-    summary = ""
-    files = OWN_FILES + LOADERS * (FILES_PER_LOADER + workers * FILES_PER_WORKER)
-    pages = LOADERS * (PAGES_PER_LOADER + workers * PAGES_PER_WORKER) if workers else 0
+    """Check that open files and shared memory suffice for the number of processes."""
+    limits, world_size, summary = report.per_rank("limits"), len(report.facts), ""
     for rank, found in limits.items():
         # rank 0 has two sockets for each process, and raises its soft limit for them
-        limit, needed = (found["hard"], files + 2 * world_size) if rank == 0 else (found["soft"], files)
-        why = f"about {needed} are needed for {world_size} process(es) and data.workers={workers}"
+        limit, needed = (found["hard"], OPEN_FILES + 2 * world_size) if rank == 0 else (found["soft"], OPEN_FILES)
+        why = f"about {needed} are needed for {world_size} process(es)"
         text = f"at most {limit} open files per process, {why}: raise it (ulimit -n {max(4096, 4 * needed)})"
         report.find(FAIL if limit < needed else WARNING if limit < 2 * needed else OK, rank, text)
     for node, here in report.by_node(limits):
-        needed = len(here) * pages * PAGE_BYTES + sum(found["on_gpu"] for found in here.values()) * NCCL_BYTES
+        needed = sum(found["on_gpu"] for found in here.values()) * NCCL_BYTES
         free = next(iter(here.values()))["shared_memory_bytes"]
         soft = min(found["soft"] for found in here.values())
         report.note(node, open_files=soft, shared_memory_bytes=free, shared_memory_needed_bytes=needed)
-        why = f"for the semaphores of data.workers={workers} (and for NCCL on a GPU) in {len(here)} process(es)"
-        text = f"/dev/shm has {format_bytes(free)} free, {format_bytes(needed)} are needed {why}: enlarge it"
+        why = f"are needed for NCCL in {len(here)} process(es)"
+        text = f"/dev/shm has {format_bytes(free)} free, {format_bytes(needed)} {why}: enlarge it"
         report.find(FAIL if free < needed else OK, node, text)
-        summary = f"about {files} open files per process and {format_bytes(needed)} of /dev/shm needed"
+        summary = f"about {OPEN_FILES} open files per process and {format_bytes(needed)} of /dev/shm needed"
         summary += f"; {node} has {soft} and {format_bytes(free)}"
     return summary
 
