@@ -36,7 +36,7 @@ MACHINES = (
 PARAMETERS = 52e6
 FLOPS_PER_SAMPLE = step_flops(MODEL_SIZES["c"])
 CELLS, DYNAMIC_INPUTS, TARGETS = 128 * 256, 11, 6
-YEARS, WORKERS = 6, 4
+YEARS, LOADER_PROCESSES = 6, 4
 
 # Fractions of the peak that are reached. Assumed; only the ratio of computing to sending depends on them.
 COMPUTE_EFFICIENCY, LINK_EFFICIENCY = 0.3, 0.6
@@ -131,7 +131,7 @@ def predict(machine: Machine, devices: int) -> Prediction:
         import_lookups=nodes * IMPORTED_NAMES,
         probe_opens=devices * PROBE_SAMPLES * READS_PER_SAMPLE,
         metadata_opens=YEARS * METADATA_OPENS_PER_STORE,
-        metadata_opens_by_all=devices * (1 + WORKERS) * YEARS * METADATA_OPENS_PER_STORE,
+        metadata_opens_by_all=devices * (1 + LOADER_PROCESSES) * YEARS * METADATA_OPENS_PER_STORE,
         opens_per_second=devices * READS_PER_SAMPLE / step,
         read_bytes_per_second=devices * READS_PER_SAMPLE * 4 * CELLS / step,
         files_of_rank_0=2 * devices + 2 * depth + 40,
@@ -172,7 +172,7 @@ def _rows(found: list[Prediction]) -> dict[str, list[str]]:
         "names looked up by imports, thousands": show("import_lookups", 1e-3),
         "the same at the metadata server, s": lookups,
         "data metadata opened": show("metadata_opens"),
-        "(the same by all ranks and workers, thousands)": show("metadata_opens_by_all", 1e-3),
+        "(the same by all ranks and 4 loader processes each, thousands)": show("metadata_opens_by_all", 1e-3),
         "chunks opened for the proof, thousands": show("probe_opens", 1e-3),
         "chunks opened per second, thousands": show("opens_per_second", 1e-3),
         "fields read, GB/s": show("read_bytes_per_second", 1e-9),
