@@ -188,7 +188,7 @@ class DisturbedJob:
         """Check that this start stopped on request, by its output: the next start removes exit.json."""
         log = self.campaign.log(self.name)
         if b"stopped by SIG" not in log.read_bytes()[output_before:]:
-            raise JobFailed(f"requeued, but its output does not say 'stopped by SIG...': {last_line(log)}")
+            raise JobFailed(f"requeued without a line 'stopped by SIG...' in its output: {last_line(log)}")
 
     def _has_ended(self) -> bool:
         return self.job.state in ENDED

@@ -15,7 +15,7 @@ from topoflow.cli import main
 from topoflow.data.source import open_source
 from topoflow.errors import Refusal
 from topoflow.tools.prepare.command import load_recipe, prepare
-from topoflow.tools.prepare.recipe import recipe_of_paths
+from topoflow.tools.prepare.recipe import GridSpec, Recipe, recipe_of_paths
 
 SHARED = os.environ.get("TOPOFLOW_SHARED")
 HOURS = 60
@@ -231,3 +231,65 @@ def test_cell_means_of_the_chinese_network_are_those_of_pandas(tmp_path):
             np.argmin(abs(columns_of - west)),
         )
         np.testing.assert_allclose(found[at], value, rtol=1e-6)
+
+
+def test_a_concentration_that_is_far_too_small_is_not_written(tmp_path, capsys):
+    dataset = small_world()
+    dataset["pm25"] = (dataset.pm25 * 1e-9).assign_attrs(units="ug m-3")
+    dataset.to_netcdf(tmp_path / "data.nc")
+    assert main(["prepare", str(tmp_path / "data.nc"), "-o", str(tmp_path / "out")]) == 2
+    assert re.search(r"decision .*pm25: .*units: \{pm25: .*kg m-3", capsys.readouterr().out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_days_that_another_recipe_wrote_are_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("topoflow.tools.prepare.joined._BLOCK_BYTES", 1)  # one day at a time
+    dataset = small_world(names=("pm25",))
+    expected = dataset.pm25.values[:, ::-1].copy()
+    dataset["pm25"] = dataset.pm25 / 1000  # in mg m-3, which no attribute says
+    dataset["pm25"][55, 2, 2] = -999.0
+    dataset.to_netcdf(tmp_path / "data.nc")
+    source = recipe_of_paths([str(tmp_path / "data.nc")]).sources[0]
+    wrong = replace_rules(Recipe((dataclasses.replace(source, units={"pm25": "ug m-3"}),)))
+    right = replace_rules(
+        Recipe((dataclasses.replace(source, units={"pm25": "mg m-3"}),)), rules={"drop": ("any == -999",)}
+    )
+    assert not prepare(wrong, tmp_path / "out", progress=False).is_decided
+    wrong = replace_rules(wrong, rules={"drop": ("any == -999",)})
+    assert prepare(right, tmp_path / "out", progress=False).is_decided
+    expected[55, 5, 2] = np.nan
+    np.testing.assert_allclose(values_of(tmp_path / "out", "pm25"), expected, rtol=1e-6)
+    with pytest.raises(Refusal, match="was prepared with values that differ"):
+        prepare(wrong, tmp_path / "out", progress=False)
+
+
+def test_two_stations_of_one_name_are_refused(tmp_path):
+    time = np.datetime64("2019-01-01", "ns") + np.arange(24) * np.timedelta64(1, "h")
+    for k in range(2):  # two networks whose files name no stations
+        stations = xr.Dataset(
+            {"pm25": (("time", "station"), np.random.default_rng(k).gamma(4.0, 10.0, (24, 2)), {"units": "ug m-3"})},
+            coords={"time": time, "lat": ("station", [30.2 + k, 31.2 + k]), "lon": ("station", [110.5, 111.5])},
+        )
+        stations.to_netcdf(tmp_path / f"{k}.nc")
+    recipe = recipe_of_paths([str(tmp_path / "0.nc"), str(tmp_path / "1.nc")])
+    done = prepare(recipe, tmp_path / "out", progress=False)
+    assert not done.is_decided
+    assert re.search(r"error .*1\.nc: .*stations are elsewhere in other files, the first 0", "\n".join(done.lines))
+
+
+def test_one_table_is_read_as_each_source_says(tmp_path):
+    frame = pd.DataFrame(
+        {"time": pd.date_range("2019-01-01", periods=24, freq="h"), "station": "a", "lat": 30.5, "lon": 110.5}
+    )
+    frame["first"], frame["second"] = np.arange(24.0) + 10, np.arange(24.0) + 50
+    frame.to_csv(tmp_path / "table.csv", index=False)
+    source = recipe_of_paths([str(tmp_path / "table.csv")]).sources[0]
+    sources = [
+        dataclasses.replace(source, names={ours: theirs}, units={ours: "ug m-3"}, stamp=stamp)
+        for ours, theirs, stamp in (("pm25", "first", "end"), ("o3", "second", "start"))
+    ]
+    grid = GridSpec(degrees=1.0, box=(30.0, 32.0, 110.0, 112.0))
+    done = prepare(Recipe(tuple(sources), grid), tmp_path / "out", progress=False)
+    assert done.is_decided, done.lines
+    found = values_of(tmp_path / "out", "o3", 25)
+    np.testing.assert_allclose(np.nanmax(found.reshape(25, -1), axis=1)[1:], frame["second"])

@@ -68,7 +68,6 @@ def prepare(recipe: Recipe, output: Path | None, progress: bool = True) -> Prepa
         else:
             provenance = {"recipe": recipe_text(recipe), "files": _files(found)}
             manifest = write(source, statics, _settings(recipe, found, target, statics), provenance, output, progress)
-        source.finish()
     finally:
         opener.close()
     if manifest is None or output is None:
@@ -87,6 +86,7 @@ def _look(source: JoinedSource, progress: bool) -> None:
     with tqdm(total=len(source.times), desc="check", unit="hour", disable=not progress) as bar:
         for piece, _, _ in source.days(pieces):
             bar.update(len(piece))
+    source.finish()
 
 
 def _completed(recipe: Recipe, found: Scan) -> Recipe:

@@ -1,11 +1,13 @@
 """All sources as one series of fields on the target grid."""
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import xarray as xr
 
+from topoflow.data.grid import same_place
 from topoflow.errors import DataError
 from topoflow.tools.prepare.checker import Checker
 from topoflow.tools.prepare.files import file_states, read_values
@@ -49,11 +51,12 @@ class JoinedSource:
         if recipe.rules.duplicates == "last":  # of gridded files: the first in this list counts
             supplies.reverse()
         self._supplies = supplies
-        self._stations = _Stations([p.place for p in changing if p.place.kind == "stations"], target, findings)
+        self._stations = _Stations([p for p in changing if p.place.kind == "stations"], target, findings)
         self._regriddings: dict[tuple[bytes, bytes], FieldRegridding] = {}
         largest = max([self.shape[0] * self.shape[1], *(piece.place.lat.size for piece in changing)])
         self._hour_bytes = 8 * largest * max(1, len(self.units))
         self._chunk_hours = max((piece.chunk_hours for piece in changing), default=1)
+        self._reading = _reading_of(recipe, target)
 
     @property
     def is_decided(self) -> bool:
@@ -84,9 +87,9 @@ class JoinedSource:
         self._checker.report()
 
     def file_states(self, first: int, stop: int) -> list[str]:
-        """Return sizes and times of change of the files that have times [first, stop)."""
+        """Return sizes and times of change of the files that have times [first, stop), and how they are read."""
         having = (s.piece for s in self._supplies if np.any((s.positions >= first) & (s.positions < stop)))
-        return sorted(state for piece in having for state in file_states(piece.path))
+        return [self._reading, *sorted(state for piece in having for state in file_states(piece.path))]
 
     def _supply(self, piece: Piece) -> _Supply:
         assert piece.clock is not None
@@ -165,6 +168,15 @@ class JoinedSource:
         return self._regriddings[key]
 
 
+def _reading_of(recipe: Recipe, target: Target) -> str:
+    """Return a hash of all that decides which values come from given files: the recipe but for paths, and the cells."""
+    ways = sorted({repr(replace(source, path="")) for source in recipe.sources})
+    digest = hashlib.sha256(repr((ways, recipe.variables, recipe.frequency, recipe.grid, recipe.rules)).encode())
+    for degrees in (target.lat, target.lon):
+        digest.update(np.round(degrees, 6).tobytes())
+    return digest.hexdigest()
+
+
 def _select(supply: _Supply, positions: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Places in `positions` of those that are `wanted` and the file has, and its rows: as many, maybe some twice."""
     place = np.searchsorted(positions, supply.positions)
@@ -233,16 +245,21 @@ def _read_turned(
 class _Stations:
     """All stations of all files, each once by its id. points: their cells."""
 
-    def __init__(self, places: Sequence[Place], target: Target, findings: Findings):
+    def __init__(self, pieces: Sequence[Piece], target: Target, findings: Findings):
         self._number: dict[str, int] = {}
         lat, lon = [], []
-        for place in places:
-            for station, north, east in zip(place.ids, place.lat, place.lon, strict=True):
-                if station in self._number:
-                    continue
-                self._number[station] = len(lat)
-                lat.append(north)
-                lon.append(east)
+        for piece in pieces:
+            elsewhere = []
+            for station, *position in zip(piece.place.ids, piece.place.lat, piece.place.lon, strict=True):
+                number = self._number.setdefault(station, len(lat))
+                if number == len(lat):
+                    lat.append(position[0])
+                    lon.append(position[1])
+                elif not same_place(np.array([lat[number], lon[number]]), np.array(position)):
+                    elsewhere.append(station)
+            if elsewhere:
+                found = f"{len(elsewhere)} stations are elsewhere in other files, the first {elsewhere[0]}"
+                findings.add("error", piece.path, "", found, "one position for each name of a station")
         self.count = len(lat)
         self.points = PointMeans(np.array(lat, float), np.array(lon, float), target.lat, target.lon, target.axes)
         if self.count:

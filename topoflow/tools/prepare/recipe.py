@@ -89,7 +89,7 @@ class Recipe:
     sources: tuple[Source, ...]
     grid: GridSpec = GridSpec()
     frequency: str | None = None
-    """1h, 3h or 6h; by default the finest that all hours of the sources lie on."""
+    """1h, 3h or 6h; by default the longest step of the sources."""
     variables: tuple[str, ...] | None = None
     """Names of the variables to write, in this order; by default all that the sources have."""
     elevation: str | None = None

@@ -47,19 +47,20 @@ class Opener:
 
     def __init__(self, recipe: Recipe, findings: Findings):
         self.rules, self._findings = recipe.rules, findings
-        self._open: OrderedDict[Path, xr.Dataset] = OrderedDict()
+        self._open: OrderedDict[tuple[Path, str], xr.Dataset] = OrderedDict()
 
     def open(self, path: Path, spec: Source) -> xr.Dataset | None:
         """Return the dataset of a file; None, with a finding, where it cannot be read."""
-        if path in self._open:
-            self._open.move_to_end(path)
-            return self._open[path]
+        key = path, repr(spec)  # a table is read as its source says
+        if key in self._open:
+            self._open.move_to_end(key)
+            return self._open[key]
         if _TABLE.search(path.name):
             dataset = read_table(path, spec, self._findings, self.rules.duplicates)
         else:
             dataset = open_file(path, self.rules, self._findings)
         if dataset is not None:
-            self._open[path] = dataset
+            self._open[key] = dataset
             if len(self._open) > _OPEN_FILES:
                 self._open.popitem(last=False)[1].close()
         return dataset

@@ -27,6 +27,16 @@ def build_target(spec: GridSpec, pieces: Sequence[Piece], opener: Opener, findin
 
     native: the cells of the first gridded source, or cells of one degree around stations.
     """
+    target = _build(spec, pieces, opener, findings)
+    if target is not None and min(target.shape) < 2:
+        found = f"a grid of {target.shape[0]} x {target.shape[1]} cells"
+        line = "grid: {degrees: 0.1} (smaller cells), or a box"
+        findings.add("decision", "recipe", "", found, "at least 2 x 2", line)
+        return None
+    return target
+
+
+def _build(spec: GridSpec, pieces: Sequence[Piece], opener: Opener, findings: Findings) -> Target | None:
     fields = [piece.place for piece in pieces if piece.place.kind == "grid" and piece.readers]
     if sum((spec.like is not None, spec.degrees is not None, spec.shape is not None)) > 1:
         findings.add("error", "recipe", "", "grid: more than one of like, degrees, shape", "one of them")

@@ -45,12 +45,16 @@ class Fields(Protocol):
         ...
 
     def file_states(self, first: int, stop: int) -> list[str]:
-        """Return strings that change when a file that holds the times [first, stop) changes."""
+        """Return strings that change with the files that hold the times [first, stop), and with how they are read."""
         ...
 
     @property
     def is_decided(self) -> bool:
         """Whether everything read so far may be written."""
+        ...
+
+    def finish(self) -> None:
+        """Decide what needs all values: called when all have been read, before anything is committed."""
         ...
 
 
@@ -148,6 +152,7 @@ class _Writing:
                     bar.update(len(hours))
                     continue
                 made.append(self._write_year(year, hours, variables, before, bar))
+        self.source.finish()
         if not self.source.is_decided:
             return None
         for year, _ in made:
@@ -159,16 +164,20 @@ class _Writing:
         if self.present is not None:
             return self.present.variables
         plan = self.work / PLAN
+        begun = {"settings": self.settings, "source": self._hash_source_files(np.arange(len(self.source.times)))}
         if plan.exists():
-            content = json.loads(plan.read_text())
-            if content["settings"] == self.settings:
-                return tuple(PackedVariable(**variable) for variable in content["variables"])
-            for path in self.work.iterdir():  # begun with another recipe
+            try:
+                content = json.loads(plan.read_text())
+                variables = tuple(PackedVariable(**variable) for variable in content.pop("variables"))
+                if content == begun:
+                    return variables
+            except (ValueError, KeyError, TypeError):  # damaged
+                pass
+            for path in self.work.iterdir():  # begun with another recipe or other files
                 if path.name != LOCK:
                     path.unlink()
         chosen = choose_variables(self.source.units, self.dtype, self.source.times, self.source.fields)
-        plain = [vars(variable) for variable in chosen]
-        write_atomically(plan, json.dumps({"settings": self.settings, "variables": plain}, indent=1))
+        write_atomically(plan, json.dumps({**begun, "variables": [vars(variable) for variable in chosen]}, indent=1))
         return chosen
 
     def _is_unchanged(self, before: PackedYear, hours: np.ndarray) -> bool:
