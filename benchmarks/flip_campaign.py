@@ -18,8 +18,8 @@ import yaml
 
 import train
 from tests.support.damage import Row, damage_each
+from tests.support.prepared import prepare_world
 from topoflow.checkpoint.directory import CheckpointDirectory
-from topoflow.tools.demo.world import make_demo_data
 
 CONFIG = {
     "run": {"threads": 1},
@@ -37,7 +37,7 @@ CONFIG = {
 
 def make_run(folder: Path) -> Path:
     """Create a run of two steps and two checkpoints; return the folder of its checkpoints."""
-    make_demo_data(folder / "data", days=6, grid=(8, 12), seed=0, progress=False)
+    prepare_world(folder / "data", days=6)
     config = folder / "run.yaml"
     config.write_text(yaml.safe_dump({**CONFIG, "data": {**CONFIG["data"], "path": str(folder / "data")}}))
     status = train.main([str(config), f"run.dir={folder / 'run'}"])

@@ -40,9 +40,9 @@ from benchmarks.flops import step_flops
 from benchmarks.gpu_workers import DROP_RATE, WORKERS
 from benchmarks.sizes import SIZES, Size
 from benchmarks.tables import print_table, significant, spread
+from tests.support.prepared import prepare_world
 from topoflow.checkpoint.file import named_tensors, read_checkpoint
 from topoflow.reproducibility import describe_software
-from topoflow.tools.demo.world import make_demo_data
 
 ROOT = Path(__file__).parents[1]
 NOT_DETERMINISTIC = "not deterministic"
@@ -227,7 +227,7 @@ def check_resume(benchmark: Benchmark) -> None:
     """Train six steps, resume from step 3, and compare losses and final tensors bit for bit."""
     rows, found = [], {}
     with tempfile.TemporaryDirectory() as folder:
-        make_demo_data(Path(folder) / "world", days=4, grid=(16, 32), progress=False)
+        prepare_world(Path(folder) / "world", days=4, grid=(16, 32))
         for precision in ["bf16"] if benchmark.quick else ["fp32", "bf16"]:
             straight, resumed = (Path(folder) / f"{precision}-{name}" for name in ("straight", "resumed"))
             middle = f"checkpoint.resume={straight}/checkpoints/step-00000003"

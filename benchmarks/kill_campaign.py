@@ -25,7 +25,7 @@ import yaml
 from tests.support.compare_runs import differences, newest_step
 from tests.support.forked_runs import AT_A_RANDOM_TIME, Attack, Ending, ForkedRuns
 from tests.support.kill_points import POINTS, Kill
-from topoflow.tools.demo.world import make_demo_data
+from tests.support.prepared import prepare_world
 
 STEPS = 20
 SETTINGS = {
@@ -90,7 +90,7 @@ class Campaign:
     def __init__(self, folder: Path, draw: random.Random, overrides: Sequence[str] = ()):
         self.folder, self.draw, self.overrides, self.tally = folder, draw, overrides, Tally()
         self.runs = ForkedRuns(folder / "processes")
-        make_demo_data(folder / "world", days=10, grid=(8, 12), seed=0, progress=False)
+        prepare_world(folder / "world", days=10)
         settings = {**SETTINGS, "data": {**SETTINGS["data"], "path": str(folder / "world")}}
         (folder / "config.yaml").write_text(yaml.safe_dump(settings))
         self.seconds: dict[int, float] = {}

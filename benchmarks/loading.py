@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from topoflow.tools.prepare.packing import PackOptions, pack
 from torch.utils.data import DataLoader
 
 from benchmarks.loading_data import CONSTANTS, DYNAMIC, DataSets, make_data_sets, write_fields
@@ -30,7 +31,6 @@ from topoflow.data.dataset import ForecastDataset
 from topoflow.data.sampling import BatchPlan, build_train_loader
 from topoflow.loss import loss_sums
 from topoflow.model.topoflow import build_model
-from topoflow.tools.prepare.packing import PackOptions, pack
 
 BATCH = 4
 SIX_YEARS, CELLS_OF_YEARS = 52_584, (8, 8)

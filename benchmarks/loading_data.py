@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
-from topoflow.config import DataConfig
-from topoflow.data.packed.manifest import Manifest
-from topoflow.data.variables import VARIABLES
 from topoflow.tools.prepare.packing import PackOptions, pack
 from topoflow.tools.prepare.store_writer import Field, StoreWriter
+
+from topoflow.config import DataConfig
+from topoflow.data.prepared.manifest import Manifest
+from topoflow.data.variables import VARIABLES
 
 START = np.datetime64("2019-01-01T00", "h")
 DYNAMIC = tuple(name for name, variable in VARIABLES.items() if variable.kind == "dynamic")

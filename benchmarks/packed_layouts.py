@@ -4,10 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from topoflow.data.zarr_chunks import chunked_array
 
 from benchmarks.loading_data import DYNAMIC, DataSets
-from topoflow.data.packed.reader import PackedSource, index_packed
-from topoflow.data.zarr_chunks import chunked_array
+from topoflow.data.prepared.reader import PackedSource, index_packed
 
 HOURS_OF_SHARD = 24
 

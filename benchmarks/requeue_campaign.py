@@ -40,8 +40,8 @@ from benchmarks.kill_campaign import SETTINGS
 from tests.support.compare_runs import differences
 from tests.support.pause_points import PLACES
 from tests.support.pausing import ROOT, PlanFolder, make_project
+from tests.support.prepared import prepare_world
 from tests.support.slurm_jobs import ENDED, Job, NoSlurm, Slurm, job_options, wait_until
-from topoflow.tools.demo.world import make_demo_data
 
 MOST_OF_A_JOB = 10
 MOST_FAILURES = 5
@@ -95,7 +95,7 @@ class Campaign:
         self.folder, self.slurm, self.power_command, self.overrides = folder, slurm, power_command, overrides
         self.world_size, self.options = nodes * tasks_per_node, job_options(nodes, tasks_per_node)
         self.project = make_project(folder)
-        make_demo_data(folder / "world", days=10, grid=(8, 12), seed=0, progress=False)
+        prepare_world(folder / "world", days=10)
         settings = {
             **SETTINGS,
             "data": {**SETTINGS["data"], "path": str(folder / "world"), "threads": 1},

@@ -31,7 +31,7 @@ import yaml
 from benchmarks.scaling_model import print_model
 from tests.support.forked_runs import ForkedRuns
 from tests.support.phases import METHODS, PHASES, STEP, WHOLE, record_phases
-from topoflow.tools.demo.world import make_demo_data
+from tests.support.prepared import prepare_world
 
 SETTINGS = {
     "run": {"threads": 1, "seed": 3, "device": "cpu"},
@@ -74,7 +74,7 @@ def measure(
     folder: Path, sizes: Sequence[int], steps: int, repeats: int, overrides: Sequence[str] = ()
 ) -> dict[int, list[Phases]]:
     """Return the costs of each run by number of ranks. Numbers of ranks take turns, so all see the same load."""
-    make_demo_data(folder / "data", days=10, grid=(8, 12), seed=0, progress=False)
+    prepare_world(folder / "data", days=10)
     config = folder / "run.yaml"
     config.write_text(yaml.safe_dump({**SETTINGS, "data": {**SETTINGS["data"], "path": str(folder / "data")}}))
     runs = ForkedRuns(folder / "runs")

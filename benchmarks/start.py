@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 from benchmarks.tables import print_table, spread
-from topoflow.tools.demo.world import make_demo_data
+from tests.support.prepared import prepare_world
 
 ROOT = Path(__file__).parents[1]
 TOTAL = "start to first step"
@@ -120,7 +120,7 @@ def measure_imports(rounds: int) -> dict[str, list[Process]]:
 def measure_starts(folder: Path, settings: Settings, rounds: int) -> dict[str, list[Process]]:
     """Return measurements by kind of start, cold or warm: one run per round."""
     pristine, data, config, noted = (folder / name for name in ("pristine", "data", "start.yaml", "noted.json"))
-    make_demo_data(pristine, days=settings.days, grid=settings.grid, progress=False)
+    prepare_world(pristine, days=settings.days, grid=settings.grid)
     config.write_text(yaml.safe_dump(build_config(settings, data)))
     measured: dict[str, list[Process]] = {"cold": [], "warm": []}
     files: dict[str, int] = {}

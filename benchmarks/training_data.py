@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from benchmarks.sizes import Size, model_config
+from tests.support.prepared import prepare_world
 from topoflow.config import Config, DataConfig, DistributedConfig, OptimConfig, RunConfig, TrainConfig
-from topoflow.tools.demo.world import make_demo_data
 
 DAYS = 12
 """192 hourly starts, whose longest lead of 96 hours fits in, and four leads: 768 samples."""
@@ -14,7 +14,7 @@ LOG_EVERY_STEPS = 10
 def make_world(folder: Path, size: Size) -> Path:
     """Write the data set in `folder`; return its path."""
     path = folder / "world"
-    make_demo_data(path, days=DAYS, grid=size.grid, progress=False)
+    prepare_world(path, days=DAYS, grid=size.grid)
     return path
 
 

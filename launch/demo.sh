@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Usage: launch/demo.sh [section.key=value ...]
-# Create .venv, simulate the demo data, train and evaluate: from a fresh machine to a table of scores and plots.
+# Create .venv, simulate the demo data, prepare them, train and evaluate: from a fresh machine to scores and plots.
 # Run it again and it reuses what exists: it resumes a stopped run, and evaluates a finished one again. To start over,
 # remove the run directory.
 for word; do
@@ -13,5 +13,8 @@ set -euo pipefail
 make_venv ''
 cd "$root"
 data=$("$python" -m topoflow.config_io --print data.path configs/demo.yaml "$@")
-[ -e "$data" ] || "$python" -m topoflow demo-data -- "$data" # appears only once it is complete
+if [ ! -e "$data" ]; then # each folder appears only once it is complete
+  [ -e "$data-raw" ] || "$python" -m topoflow demo-data -- "$data-raw"
+  "$python" -m topoflow prepare -o "$data" -- "$data-raw"
+fi
 exec "$python" train.py configs/demo.yaml "$@"

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from tests.support.prepared import prepare_world
 from topoflow import cli
 from topoflow.tools.demo.world import make_demo_data
 
@@ -80,7 +81,7 @@ def test_unusable_arguments_give_one_line_and_status_2(tmp_path, stations, capsy
 
 @pytest.mark.parametrize("option", [(), ("--dtype", "float16")])
 def test_pack_reports_its_result_and_verify_names_damage(tmp_path, capsys, option):
-    make_demo_data(tmp_path / "world", days=2, grid=(8, 12), progress=False)
+    prepare_world(tmp_path / "world", days=2)
     out = tmp_path / "packed"
     for written in ("2018", "none, all years exist"):
         assert cli.main(["pack", str(tmp_path / "world"), "-o", str(out), *option]) == 0

@@ -78,7 +78,7 @@ def make_fields(wind=False):
 
 
 def open_fields(fields, folder, **changes):
-    fields.to_netcdf(folder / "data.nc")
+    write_prepared(fields, folder / "data")
     dynamic = tuple(name for name in ("pm25", "co", "u", "v") if name in fields)
     settings = {
         "train": (("2019-01-01", "2019-01-06"),),
@@ -88,7 +88,7 @@ def open_fields(fields, folder, **changes):
         "lead_times_hours": LEADS,
         "threads": 0,
     }
-    config = DataConfig(path=str(folder / "data.nc"), cache=str(folder / "cache"), **{**settings, **changes})
+    config = DataConfig(path=str(folder / "data"), **{**settings, **changes})
     return open_forecast_data(config, with_wind="u" in fields, with_terrain=True)
 
 

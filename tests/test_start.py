@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from topoflow.tools.demo.world import make_demo_data
+from tests.support.prepared import prepare_world
 
 ROOT = Path(__file__).parents[1]
 NOT_AT_THE_START = {
@@ -58,7 +58,7 @@ def test_importing_the_program_takes_at_most_a_quarter_more_than_importing_torch
 
 
 def test_one_process_steps_without_plots(tmp_path):
-    make_demo_data(tmp_path / "data", days=10, grid=(8, 12), seed=0, progress=False)
+    prepare_world(tmp_path / "data", days=10)
     config = {
         "run": {"threads": 1, "dir": str(tmp_path / "run")},
         "data": {"path": str(tmp_path / "data"), "train": [["2018-10-01", "2018-10-08"]], "threads": 0},

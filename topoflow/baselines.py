@@ -23,6 +23,7 @@ class Fields(Protocol):
     """The part of a data source that fitting uses."""
 
     times: np.ndarray
+    step_hours: int
 
     def read(self, name: str, indices: np.ndarray) -> np.ndarray:
         """Return physical values [n, H, W], NaN where missing."""
@@ -82,8 +83,8 @@ def fit_baselines(
 
     Args:
         training_times: indices of all training times in `source.times`, increasing int64.
-        training_starts: likewise of the start times; from each start to its longest lead, times are hourly and in
-            `training_times`.
+        training_starts: likewise of the start times; from each start to its longest lead, no time is missing and all
+            are in `training_times`.
         mask: bool [H, W], the cells to fit.
         only: the targets to fit. Arrays of other targets stay zero, so that the results of ranks that fit different
             targets can be added.
@@ -95,7 +96,7 @@ def fit_baselines(
     slope = np.zeros((len(targets), len(lead_times_hours), *mask.shape))
     for t, name in enumerate(targets):
         if name in names:
-            fit = _CellSums(source.times, lead_times_hours, training_starts, int(mask.sum()))
+            fit = _CellSums(source.times, lead_times_hours, source.step_hours, training_starts, int(mask.sum()))
             for indices in contiguous_blocks(training_times, BLOCK_HOURS):
                 on_progress()
                 fit.add(indices, source.read(name, indices)[:, mask].astype(np.float64))
@@ -118,8 +119,8 @@ class _CellSums:
     `tail` for pairs of a start in one block and a target in the next.
     """
 
-    def __init__(self, times: np.ndarray, leads: Sequence[int], starts: np.ndarray, cells: int):
-        self.leads = leads
+    def __init__(self, times: np.ndarray, leads: Sequence[int], step_hours: int, starts: np.ndarray, cells: int):
+        self.leads, self.lead_steps = leads, [lead // step_hours for lead in leads]
         self.hours = hour_of_day(times)
         self.is_start = np.zeros(len(times), bool)
         self.is_start[starts] = True
@@ -146,12 +147,12 @@ class _CellSums:
         else:
             window = indices
         self._add_pairs(window, x, weight, indices[0])
-        keep = max(self.leads)
+        keep = max(self.lead_steps)
         self.tail_indices, self.tail = window[-keep:], np.stack([x[-keep:], weight[-keep:]])
 
     def _add_pairs(self, window: np.ndarray, x: np.ndarray, weight: np.ndarray, first_target: int) -> None:
         starts = window[self.is_start[window]]
-        for k, lead in enumerate(self.leads):
+        for k, lead in enumerate(self.lead_steps):
             fits = starts[(starts + lead >= first_target) & (starts + lead <= window[-1])]
             for hour in range(HOURS):
                 a = fits[self.hours[fits] == hour] - window[0]

@@ -15,8 +15,9 @@ from topoflow.checkpoint.file import FORMAT
 from topoflow.checkpoint.state import capture_state
 from topoflow.config import Config
 from topoflow.config_io import config_to_dict
-from topoflow.data.assembly import SPLITS, DataIndex, ForecastData, index_forecast_data, open_indexed_data
+from topoflow.data.assembly import SPLITS, ForecastData, open_forecast_data
 from topoflow.data.normalization import Normalization
+from topoflow.data.prepared.reader import PreparedIndex, index_prepared
 from topoflow.data.sampling import BatchPlan
 from topoflow.errors import ConfigError, Refusal
 from topoflow.model.topoflow import TopoFlow, build_model
@@ -52,31 +53,30 @@ def require_same_program(context: Context, config: Config) -> None:
 def open_data(config: Config, context: Context, only: Sequence[str] = SPLITS) -> ForecastData:
     """Open the data set of the config. Only rank 0 reads its metadata, and sends them to the others.
 
-    The first rank of each node also reads the hours of the fingerprint: a node may see another copy under the same
-    path. Ranks that hold the fields in memory compute it too.
+    The first rank of each node also reads them: a node may see another copy under the same path.
 
     Args:
         only: the splits whose start times are needed.
 
     Raises:
-        ConfigError, DataError, MissingPath: on every rank, see `index_forecast_data` and `open_indexed_data`.
+        ConfigError, DataError, MissingPath: on every rank, see `open_forecast_data`.
         RanksDisagree: a rank sees other data than rank 0.
     """
+    priors = (config.model.wind != "none", config.model.terrain != "none")
     with context.together("data"):
-        index = _index_on_main(config, context)
-        data = open_indexed_data(config.data, config.model.wind != "none", index, only)
-        seen = data.source.fingerprint
-        if not context.is_main and (context.launch.local_rank == 0 or data.source.in_memory):
-            seen = data.source.compute_fingerprint()
+        data = open_forecast_data(config.data, *priors, index=_index_on_main(config, context), only=only)
+        seen = data.contents.fingerprint
+        if not context.is_main and context.launch.local_rank == 0:
+            seen = open_forecast_data(config.data, *priors, only=only).contents.fingerprint
     context.require_same({f"contents of data.path {config.data.path}": seen}, "with the data open")
     return data
 
 
-def _index_on_main(config: Config, context: Context) -> DataIndex:
+def _index_on_main(config: Config, context: Context) -> PreparedIndex:
     index, refusal = None, None
     if context.is_main:
         try:
-            index = index_forecast_data(config.data, config.model.wind != "none", config.model.terrain != "none")
+            index = index_prepared(config.data.path)
         except Refusal as error:
             refusal = error
     index, refusal = context.broadcast_object((index, refusal))
@@ -179,7 +179,7 @@ def build_train_data(
         train=data.dataset("train", normalization),
         validation=data.dataset("validation", normalization) if "validation" in data.splits else None,
         plan=plan,
-        elevation_m=torch.from_numpy(data.grid.heights_m()).to(device),
+        elevation_m=torch.from_numpy(data.source.heights_m()).to(device),
         threads=config.data.threads,
     )
 
@@ -193,8 +193,9 @@ def capture_with(
         "format": FORMAT,
         "random": {"seed": config.run.seed, "keyed_by": "(seed, purpose, step, micro-batch index in the global batch)"},
         "data": {
-            "fingerprint": data.source.fingerprint,
-            "mask_fingerprint": data.mask_fingerprint,
+            "fingerprint": data.contents.fingerprint,
+            "contents": data.contents.to_dict(),
+            "grid": data.grid.to_dict(),
             "normalization": normalization.to_dict(),
             "normalization_fingerprint": normalization.fingerprint,
         },

@@ -12,7 +12,7 @@ from torch.utils.data import default_collate
 
 from topoflow.checkpoint.fingerprint import fingerprints, moment_updates, state_tensors
 from topoflow.checkpoint.state import RestoreReport
-from topoflow.config import ARITHMETIC, CHANNELS, NAMES, NETWORK, ORDER, SAMPLES, TrainConfig
+from topoflow.config import ARITHMETIC, CHANNELS, NAMES, NETWORK, ORDER, TrainConfig
 from topoflow.config_io import Change, combined_effect
 from topoflow.errors import ResumeRefused
 from topoflow.loss import loss_sums
@@ -34,7 +34,7 @@ READ_SAMPLES = 8
 TOLERANCE_WITH_NEW_NAMES = 0.05
 """Largest relative change of the probe loss if checkpoint.allow_new let parameters start fresh."""
 
-ALTERS_CONTENTS = ORDER | SAMPLES | CHANNELS
+ALTERS_CONTENTS = ORDER | CHANNELS
 ALTERS_PROBE = ALTERS_CONTENTS | NETWORK | ARITHMETIC
 """Effects of a permitted change that alter the probe loss, so that it cannot be compared."""
 

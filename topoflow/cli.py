@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from topoflow.config_io import config_help
-from topoflow.errors import ConfigError, DataError, Refusal, ResumeRefused
+from topoflow.errors import ConfigError, Refusal, ResumeRefused
 from topoflow.terminal import print_error, print_output
 
 
@@ -20,14 +20,12 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_demo_data(commands)
     _add_prepare(commands)
-    _add_grid_stations(commands)
-    _add_pack(commands)
     _add_evaluate(commands)
     _add_inspect(commands)
     _add_import_lightning(commands)
     _add_doctor(commands)
     # argparse accepts overrides only before the first option; those after it end up in `rest`
-    options, rest = parser.parse_known_args(_join_box(sys.argv[1:] if arguments is None else arguments))
+    options, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
     if rest and ("overrides" not in options or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if "overrides" in options:
@@ -39,20 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
         return refusal.exit_status
 
 
-def _join_box(arguments: list[str]) -> list[str]:
-    """Return arguments with `--box S,N,W,E` as one word: argparse takes -35,-33,150,152 for an option."""
-    joined: list[str] = []
-    for word in arguments:
-        if joined and joined[-1] == "--box":
-            joined[-1] = f"--box={word}"
-        else:
-            joined.append(word)
-    return joined
-
-
 def _add_demo_data(commands) -> None:
-    parser = commands.add_parser("demo-data", help="simulate a small world and write it in the format of real data")
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to create, with data_YYYY.zarr")
+    parser = commands.add_parser("demo-data", help="simulate a small world and write it as NetCDF files")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to create, with world_YYYY.nc")
     parser.add_argument("--days", type=int, default=180, metavar="N", help="days (default %(default)s)")
     parser.add_argument("--grid", type=_grid_size, default=(24, 32), metavar="HxW", help="cells (default 24x32)")
     parser.add_argument(
@@ -96,76 +83,6 @@ def _prepare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
         parser.error("expected a recipe or data files")
     _log_to_terminal()
     return run(options.paths, options.output, options.check)
-
-
-def _add_grid_stations(commands) -> None:
-    parser = commands.add_parser("grid-stations", help="average station measurements over the cells of a grid")
-    parser.add_argument("inputs", nargs="+", metavar="IN.nc", type=Path, help="CF timeSeries files (time, station)")
-    parser.add_argument("-o", "--output", required=True, metavar="OUT", type=Path, help="folder to create")
-    parser.add_argument("--degrees", type=float, default=1.0, help="side of a cell (default %(default)g)")
-    parser.add_argument("--box", type=_box, metavar="S,N,W,E", help="edges in degrees (default: around the stations)")
-    parser.add_argument("--terrain", type=Path, metavar="FILE.nc", help="terrain heights that cover the box")
-    parser.set_defaults(run=_grid_stations)
-
-
-def _grid_stations(options: argparse.Namespace) -> int:
-    from topoflow.tools.prepare.stations import grid_stations
-
-    _log_to_terminal()
-    shown = sys.stderr.isatty()
-    report = grid_stations(options.inputs, options.output, options.degrees, options.box, options.terrain, shown)
-    print_output(str(report))
-    return 0
-
-
-def _add_pack(commands) -> None:
-    parser = commands.add_parser(
-        "pack",
-        help="write a data set in the packed format that is fast to read, or verify a packed one",
-        epilog="If interrupted, run the same command again to resume. With more years in IN, it appends them to OUT.",
-    )
-    parser.add_argument("data", nargs="?", metavar="IN", help="a data set, as for data.path")
-    target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("-o", "--output", metavar="OUT", type=Path, help="folder to create, or to append years to")
-    target.add_argument("--verify", metavar="OUT", type=Path, help="compare packed data with its hashes")
-    parser.add_argument("--variables", metavar="A,B,...", help="default: all variables of IN")
-    parser.add_argument("--grid", type=_grid_size, metavar="HxW", help="rows and columns (default: those of IN)")
-    parser.add_argument(
-        "--method",
-        choices=("area", "bilinear"),
-        default="area",
-        help="how --grid resamples; area: mean over the new cell by area (population: the sum); bilinear: between the "
-        "four nearest centres, as in the published program (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "float16"),
-        default="float32",
-        help="float32: exact values; float16: half the size, with a rounding error that is reported (default: float32)",
-    )
-    parser.add_argument("--mask", metavar="FILE", type=Path, help="cells of IN to use, as for data.mask")
-    parser.set_defaults(run=lambda options: _pack(options, parser))
-
-
-def _pack(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    from topoflow.tools.prepare.packing import PackOptions, pack
-    from topoflow.tools.prepare.verification import verify
-
-    shown = sys.stderr.isatty()
-    if (options.data is None) != (options.output is None):
-        parser.error("expected IN -o OUT, or --verify OUT")
-    if options.verify is not None:
-        manifest, damage = verify(options.verify, shown)
-        if damage:
-            print_output("\n".join(damage))
-            raise DataError(f"{options.verify}: damaged in {len(damage)} place(s), the first: {damage[0]}")
-        print_output(f"{options.verify}: {len(manifest.files())} files match the manifest")
-        return 0
-    _log_to_terminal()
-    names = options.variables.split(",") if options.variables else None
-    settings = PackOptions(names, options.grid, options.method, options.dtype, options.mask)
-    print_output("\n".join(pack(options.data, options.output, settings, shown).lines()))
-    return 0
 
 
 def _add_with_config_help(commands, name: str, help: str) -> argparse.ArgumentParser:

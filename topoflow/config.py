@@ -25,8 +25,6 @@ class Alters(enum.Flag):
     """Learning rates or other settings of the optimizer: those of the config are used."""
     ORDER = enum.auto()
     """Which samples come next, and in which order."""
-    SAMPLES = enum.auto()
-    """What the samples contain."""
     CHANNELS = enum.auto()
     """Which inputs and targets the weights are for, and their normalization."""
     NETWORK = enum.auto()
@@ -38,11 +36,11 @@ class Alters(enum.Flag):
 
 
 NOTHING = Alters(0)
-MATHEMATICS, RATES, ORDER, SAMPLES = Alters.MATHEMATICS, Alters.RATES, Alters.ORDER, Alters.SAMPLES
+MATHEMATICS, RATES, ORDER = Alters.MATHEMATICS, Alters.RATES, Alters.ORDER
 CHANNELS, NETWORK, NAMES, ARITHMETIC = Alters.CHANNELS, Alters.NETWORK, Alters.NAMES, Alters.ARITHMETIC
 
-DATA_ALTERS = {"data.fingerprint": ORDER | RATES, "data.mask_fingerprint": SAMPLES}
-"""What a change of the data set and of its mask alters. Contents are compared; paths do not matter."""
+DATA_ALTERS = ORDER | RATES
+"""What a change of the data alters (`data.fingerprint`). Contents are compared; paths do not matter."""
 
 PARAMETER_GROUPS = ("vit_blocks", "wind_embedding", "head", "others")
 
@@ -92,7 +90,7 @@ class DataConfig:
     """The data, and how they are used."""
 
     path: str = key(alters=NOTHING)
-    """Folder with yearly stores (data_YYYY*.zarr or *.nc), or one such store or file."""
+    """Folder of prepared data, which `topoflow prepare` wrote."""
     train: tuple[int | tuple[str, str], ...] = key(alters=ORDER | RATES)
     """Training split: years, or [start, end] ranges with both ends included (a date alone means its whole day)."""
     validation: tuple[int | tuple[str, str], ...] = key((), alters=MATHEMATICS)
@@ -103,7 +101,10 @@ class DataConfig:
         "u", "v", "temp", "rh", "psfc", "pm10", "so2", "no2", "co", "o3", "lat2d", "lon2d", "pm25", "elevation",
         "population",
     ), alters=CHANNELS)  # fmt: skip
-    """Input variables, in the order of the network's channels."""
+    """Input variables, in the order of the network's channels: any that the prepared data have, and computed ones."""
+    hours: dict[str, tuple[int, ...]] = key(default_factory=dict, alters=CHANNELS)
+    """{variable: hours relative to the start} at which it is an input channel, such as `{u: [0, 12, 24], pm25: [0,
+    -24]}`; [0] for a variable that is not listed. Hours after the start are forecast or analysed weather."""
     targets: tuple[str, ...] = key(("pm25", "pm10", "so2", "no2", "co", "o3"), alters=CHANNELS)
     """Variables to forecast."""
     lead_times_hours: tuple[int, ...] = key((12, 24, 48, 96), alters=ORDER | RATES)
@@ -111,18 +112,10 @@ class DataConfig:
     threads: int = key(2, alters=NOTHING)
     """Threads of each process that load batches in advance; 0 loads each batch when it is needed. No result depends on
     it."""
-    mask: str | None = key(None, alters=NOTHING)
-    """File with the cells that count (.npy, or NetCDF/Zarr with a variable `mask`), [lat, lon], nonzero = counts;
-    absent: all do, or those that packed data were packed with."""
     normalization: Literal["train"] | dict[str, tuple[float, float]] = key("train", alters=CHANNELS)
     """`train`: mean and standard deviation over the training split; or {variable: [mean, standard deviation]}."""
     availability: bool = key(False, alters=CHANNELS)
     """Add the input `available`: the fraction of the dynamic input variables that have a value in the cell."""
-    in_memory: bool | None = key(None, alters=NOTHING)
-    """Hold the fields in memory; absent: if they take at most 2 GiB per process. Packed data are mapped, not held."""
-    cache: str | None = key(None, alters=NOTHING)
-    """Folder where the normalization of data that are not packed is kept, so that no later run reads them for it;
-    absent: ~/.cache/topoflow."""
 
     def __post_init__(self):
         _require(self, "train", len(self.train) > 0, "at least one year or [start, end] range")
@@ -130,6 +123,11 @@ class DataConfig:
             values = getattr(self, key)
             _require(self, key, len(values) > 0, "at least one entry")
             _require(self, key, len(set(values)) == len(values), "no entry twice")
+        for name, hours in self.hours.items():
+            known = name in self.variables and len(hours) > 0 and len(set(hours)) == len(hours)
+            _require(self, "hours", known, f"for {name}: hours, none twice, of one of data.variables")
+            ahead = name in self.targets and max(hours) > 0
+            _require(self, "hours", not ahead, f"for {name}: hours <= 0, because it is forecast (data.targets)")
         leads = list(self.lead_times_hours)
         _require(self, "lead_times_hours", min(leads) >= 1 and leads == sorted(leads), "increasing hours, each >= 1")
         _require(self, "threads", self.threads >= 0, "an integer >= 0")

@@ -30,8 +30,13 @@ from topoflow.terminal import prepare_process, print_error
 _SECTIONS: dict[str, Any] = {section.name: section.type for section in dataclasses.fields(Config)}
 _KEYS = {f"{name}.{key.name}": key for name, kind in _SECTIONS.items() for key in dataclasses.fields(kind)}
 """Each `section.key` as a field of its dataclass."""
-_REPLACED = {"data.workers": "data.threads"}
-"""Keys of earlier versions that altered nothing, and what to use now. Configs of checkpoints may still have them."""
+_REPLACED = {
+    "data.workers": "did you mean data.threads?",
+    "data.mask": "the mask is prepared with the data (`mask:` in the recipe of `topoflow prepare`)",
+    "data.in_memory": "prepared data are mapped into memory, nothing has to be chosen",
+    "data.cache": "prepared data come with what it kept, nothing has to be chosen",
+}
+"""Keys of earlier versions that altered nothing, and what to do now. Configs of checkpoints may still have them."""
 
 
 def describe(kind: Any) -> str:
@@ -244,13 +249,13 @@ def _require_sections(tree: Any) -> None:
 def _require_known(name: str, prefix: str, known: Collection[str]) -> None:
     if name in known:
         return
-    near = [_REPLACED[f"{prefix}{name}"]] if f"{prefix}{name}" in _REPLACED else []
-    near = near or [f"{prefix}{match}" for match in difflib.get_close_matches(name, known, n=1, cutoff=0.5)]
+    near = [f"{prefix}{match}" for match in difflib.get_close_matches(name, known, n=1, cutoff=0.5)]
     if prefix and not near:  # the key of another section
         keys = {key.partition(".")[2]: key for key in _KEYS}
         near = [keys[match] for match in difflib.get_close_matches(name, keys, n=1, cutoff=0.8)]
     what = "key" if prefix else "section"
     hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
+    hint = _REPLACED.get(f"{prefix}{name}", hint)
     raise ConfigError(f"{prefix}{name}: unknown {what}: {hint}")
 
 

@@ -18,8 +18,7 @@ from topoflow.data.batch import Batch, Layout, make_batch
 from topoflow.data.dataset import ForecastDataset
 from topoflow.data.normalization import Normalization
 from topoflow.data.sampling import build_eval_loader
-from topoflow.data.splits import split_starts, split_times
-from topoflow.data.variables import VARIABLES
+from topoflow.data.variables import known_or_plain
 from topoflow.errors import ConfigError, RunDirectoryError, StopRequested
 from topoflow.forecast_case import ForecastCase
 from topoflow.metrics import Record, ScoreSums, format_scores, write_scores
@@ -60,17 +59,13 @@ def evaluate_model(
         context=context,
         model=model,
         dataset=dataset,
-        elevation_m=torch.from_numpy(data.grid.heights_m()).to(context.device),
+        elevation_m=torch.from_numpy(data.source.heights_m()).to(context.device),
         precision=config.precision,
         batch_size=config.micro_batch_size,
         threads=data.config.threads,
     )
     log.info("evaluation of the %s split: %d samples from %d start times", split, len(dataset), len(dataset.starts))
-    times = data.source.times
-    baselines = evaluator.fit_baselines(
-        split_times(times, data.config.train, key="data.train"),
-        split_starts(times, data.config.train, dataset.lead_times_hours, key="data.train").starts,
-    )
+    baselines = evaluator.fit_baselines(data.times("train"), data.starts("train").starts)
     observed = evaluator.sum_observations()
     records = evaluator.score(baselines, observed)
     if context.is_main:
@@ -99,7 +94,7 @@ class PhysicalSamples(torch.utils.data.Dataset):
 
     def __init__(self, dataset: ForecastDataset):
         self.dataset = dataset
-        shape = (len(dataset.target_names), *dataset.source.grid.shape)
+        shape = (len(dataset.target_names), *dataset.data.grid.shape)
         self.layout: Layout = {**dataset.layout, "present": (torch.float32, shape), "observed": (torch.float32, shape)}
 
     def __len__(self) -> int:
@@ -111,10 +106,10 @@ class PhysicalSamples(torch.utils.data.Dataset):
     def fill(self, indices: Sequence[int], batch: Batch) -> None:
         """Write the samples `indices` into `batch`."""
         self.dataset.fill(indices, {name: batch[name] for name in self.dataset.layout})
-        starts, lead_hours = start_and_lead(self.dataset, np.asarray(indices))
-        for name, hours in (("present", starts), ("observed", starts + lead_hours)):
-            for row, hour in enumerate(hours):
-                batch[name].numpy()[row] = self.dataset.source.hour(self.dataset.target_names, int(hour))
+        for row, i in enumerate(indices):
+            start, target, _ = self.dataset.positions(i)
+            for name, position in (("present", start), ("observed", target)):
+                batch[name].numpy()[row] = self.dataset.data.at(self.dataset.target_names, position)
 
 
 class HostCopy:
@@ -165,12 +160,12 @@ class Evaluator:
         context, dataset = self.context, self.dataset
         with context.together("fitting the baselines"):
             baselines = fit_baselines(
-                dataset.source,
+                dataset.data,
                 dataset.target_names,
                 dataset.lead_times_hours,
                 training_times,
                 training_starts,
-                dataset.mask,
+                dataset.data.mask,
                 only=dataset.target_names[context.rank :: context.world_size],
                 on_progress=self.report_progress_or_stop,
             )
@@ -184,7 +179,8 @@ class Evaluator:
         Only cells in the mask count. Each hour is read once, by one rank.
         """
         context, dataset = self.context, self.dataset
-        at_lead = dataset.starts[:, None] + np.asarray(dataset.lead_times_hours)  # [starts, leads]
+        steps = np.asarray(dataset.lead_times_hours) // dataset.data.step_hours
+        at_lead = dataset.starts[:, None] + steps  # [starts, leads]
         hours, position = np.unique(at_lead, return_inverse=True)
         sums = np.zeros((2, len(hours), len(dataset.target_names)))
         with context.together("reading the observations"):
@@ -193,7 +189,7 @@ class Evaluator:
                     self.report_progress_or_stop()
                     rows = np.searchsorted(hours, block)
                     for t, name in enumerate(dataset.target_names):
-                        values = dataset.source.read(name, block)[:, dataset.mask].astype(np.float64)
+                        values = dataset.data.read(name, block)[:, dataset.data.mask].astype(np.float64)
                         sums[0, rows, t] = np.nansum(values, axis=1)
                         sums[1, rows, t] = np.sum(~np.isnan(values), axis=1)
         context.all_reduce_sum(torch.from_numpy(sums))
@@ -206,12 +202,13 @@ class Evaluator:
             TrainingDiverged: a forecast is not finite.
         """
         context, dataset = self.context, self.dataset
-        scale = np.array([VARIABLES[name].display_scale for name in dataset.target_names])[:, None, None]
-        units = {name: VARIABLES[name].display_unit for name in dataset.target_names}
+        variables = [known_or_plain(name, dataset.data.units[name]) for name in dataset.target_names]
+        scale = np.array([variable.display_scale for variable in variables])[:, None, None]
+        units = {variable.name: variable.display_unit for variable in variables}
         total, count = observed.sum(axis=1)  # [leads, targets]
         mean = scale[:, :, 0] * (total / np.maximum(count, 1)).T
         sums = ScoreSums(len(dataset.starts), dataset.target_names, dataset.lead_times_hours, units, mean)
-        hours = hour_of_day(dataset.source.times)
+        hours = hour_of_day(dataset.data.times)
         loader = build_eval_loader(
             PhysicalSamples(dataset), self.batch_size, context.rank, context.world_size, self.threads
         )
@@ -273,7 +270,7 @@ class Evaluator:
 
         Forecasts with less than half of the most observations are left out. The choice depends on observations alone.
         """
-        dataset, source = self.dataset, self.dataset.source
+        dataset, data = self.dataset, self.dataset.data
         names, leads = dataset.target_names, dataset.lead_times_hours
         t = names.index(CASE_TARGET) if CASE_TARGET in names else 0
         k = leads.index(CASE_LEAD_HOURS) if CASE_LEAD_HOURS in leads else 0
@@ -285,18 +282,18 @@ class Evaluator:
         forecast = self.to_physical(self.forward(torch.utils.data.default_collate([sample])))[0, t]
         truth = np.where(sample["valid"][t].numpy(), sample["observed"][t].double().numpy(), np.nan)
         # leave out cells that the network could not learn: the target was never observed there in training
-        known = dataset.mask & (baselines.filled[t] == 0).any(axis=0)
-        variable, start = VARIABLES[names[t]], int(dataset.starts[row])
+        known = data.mask & (baselines.filled[t] == 0).any(axis=0)
+        variable, start = known_or_plain(names[t], data.units[names[t]]), int(dataset.starts[row])
         return ForecastCase(
-            lat2d=source.grid.lat2d,
-            lon2d=source.grid.lon2d,
-            elevation_m=source.grid.elevation_m,
+            lat2d=data.grid.lat2d,
+            lon2d=data.grid.lon2d,
+            elevation_m=data.static_fields.get("elevation"),
             truth=variable.display_scale * truth,
             forecast=variable.display_scale * np.where(known, forecast, np.nan),
-            wind_ms=source.snapshot(("u", "v"), start) if {"u", "v"} <= set(source.dynamic) else None,
+            wind_ms=data.at(("u", "v"), start) if {"u", "v"} <= set(data.dynamic) else None,
             name=variable.long_name,
             unit=variable.display_unit,
-            start=source.times[start],
+            start=data.times[start],
             lead_hours=leads[k],
         )
 

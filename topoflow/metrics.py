@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from topoflow.data.variables import VARIABLES
+from topoflow.data.variables import known_or_plain
 from topoflow.errors import TrainingDiverged
 from topoflow.files import write_atomically
 from topoflow.text import format_table
@@ -236,7 +236,7 @@ def format_scores(records: Sequence[Record]) -> str:
     for record in records:
         decimals = 3 if record["rmse"] is not None and record["rmse"] < 1 else 2
         first = record["lead_hours"] == records[0]["lead_hours"]
-        name, unit = (VARIABLES[record["target"]].long_name, record["unit"]) if first else ("", "")
+        name, unit = (known_or_plain(record["target"]).long_name, record["unit"]) if first else ("", "")
         cells = [_number(record[key], decimals) for key in ("rmse", "rmse_where_present")]
         for _, baseline, model in COMPARED:
             cells.append(_number(record[baseline], decimals) + ("+" if beats(record, baseline, model) else " "))

@@ -14,7 +14,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from topoflow.data.variables import VARIABLES
+from topoflow.data.variables import known_or_plain
 from topoflow.forecast_case import ForecastCase
 from topoflow.metrics import Record
 
@@ -42,7 +42,7 @@ def plot_skill(records: Sequence[Record], path: Path) -> None:
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for ax, target in zip(axes.flat, targets, strict=False):
         _draw_skill(ax, [record for record in records if record["target"] == target])
-        ax.set_title(_name_text(VARIABLES[target].long_name), fontsize=11, loc="left", color=TEXT_COLOUR)
+        ax.set_title(_name_text(known_or_plain(target).long_name), fontsize=11, loc="left", color=TEXT_COLOUR)
     for number, ax in enumerate(axes.flat):
         below = number + columns
         if number >= len(targets):

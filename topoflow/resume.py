@@ -13,8 +13,10 @@ from topoflow.checkpoint.directory import CheckpointDirectory, find_checkpoint
 from topoflow.checkpoint.file import read_checkpoint, verify_checkpoint
 from topoflow.checkpoint.state import RestoreReport, deliver, plan_state, plan_weights, share_outline
 from topoflow.config import CHANNELS, DATA_ALTERS, NAMES, RATES, CheckpointConfig, Config
-from topoflow.config_io import Change, changed_keys, combined_effect
-from topoflow.data.assembly import ForecastData
+from topoflow.config_io import Change, changed_keys, combined_effect, config_to_dict
+from topoflow.data.assembly import SPLITS, ForecastData
+from topoflow.data.contents import Contents
+from topoflow.data.grid import Grid
 from topoflow.data.normalization import Normalization
 from topoflow.data.sampling import BatchPlan
 from topoflow.errors import CheckpointUnreadable, ConfigError, ResumeRefused, RunDirectoryError
@@ -86,7 +88,24 @@ class FineTune(NewRun):
                     f"{change}: expected the same channels in the same order as in {self.path}, whose weights depend "
                     "on them, or checkpoint.allow_changed to list what may differ"
                 )
+        saved_grid = self.saved["data"].get("grid")
+        if saved_grid is not None and not Grid.from_dict(saved_grid).is_at(data.grid):
+            log.warning(
+                "another place: %s was trained on %s; this run's data are %s",
+                self.path, Grid.from_dict(saved_grid).describe(), data.grid.describe(),
+            )  # fmt: skip
         return resolve(config, data, plan)
+
+    def saved_normalization(self, config: Config) -> None:
+        """Say which constants the run uses: those of its own config and data."""
+        if config.data.normalization == "train":
+            log.info(
+                "normalization: computed over this run's training split; to keep that of %s, copy data.normalization "
+                "from its config, or from `topoflow inspect`",
+                self.path,
+            )
+        else:
+            log.info("normalization: the constants of data.normalization")
 
     def restore(self, state: TrainState, context: Context) -> None:
         """Load the weights into the model on every rank."""
@@ -118,7 +137,9 @@ class Resume(NewRun):
     def complete_config(self, config: Config, data: ForecastData, plan: BatchPlan) -> Config:
         """Fill open keys as at the start of the run, after checking that no key differs that would alter the run."""
         config = resolve(self._fill_from_checkpoint(config), data, plan)
-        self.changed = self._check_changes([*changed_keys(self.saved["config"], config), *self._data_changes(data)])
+        self.changed = self._check_changes(
+            [*changed_keys(self.saved["config"], config), *self._data_changes(config, data)]
+        )
         self._check_position(plan)
         return config
 
@@ -131,14 +152,19 @@ class Resume(NewRun):
             model = dataclasses.replace(model, img_size=tuple(saved["model"]["img_size"]))
         return dataclasses.replace(config, model=model, optim=optim)
 
-    def _data_changes(self, data: ForecastData) -> list[Change]:
-        now = {"fingerprint": data.source.fingerprint, "mask_fingerprint": data.mask_fingerprint}
-        saved = self.saved["data"]
-        return [
-            Change(f"data.{name}", saved[name][:12], value[:12], DATA_ALTERS[f"data.{name}"])
-            for name, value in now.items()
-            if saved[name] != value
-        ]
+    def _data_changes(self, config: Config, data: ForecastData) -> list[Change]:
+        saved, now = self.saved["data"], data.contents
+        if saved["fingerprint"] == now.fingerprint:
+            return []
+        where = "written by a version that compared data by other hashes"
+        if "contents" in saved:
+            was, is_now = self.saved["config"]["data"], config_to_dict(config)["data"]
+            same_splits = all(was[split] == is_now[split] for split in SPLITS)
+            difference = Contents.from_dict(saved["contents"]).difference(now, all_days=same_splits)
+            if difference is None:  # what differs is in splits or variables, whose keys are compared by themselves
+                return []
+            where = f"first difference: {difference}"
+        return [Change("data.fingerprint", saved["fingerprint"][:12], f"{now.fingerprint[:12]} ({where})", DATA_ALTERS)]
 
     def _check_changes(self, changes: list[Change]) -> list[Change]:
         """Return the changes that checkpoint.allow_changed lists."""

@@ -1,6 +1,4 @@
-"""Small gridded data sets, written by xarray itself."""
-
-import warnings
+"""Small prepared data sets."""
 
 import numpy as np
 import pytest
@@ -14,13 +12,12 @@ UNITS = {
 }  # fmt: skip
 
 
-def _make_fields(names=("u", "v", "pm25", "co"), start="2019-01-01", hours=48, shape=(4, 6), seed=0, north_first=True):
-    """Return a Dataset with random fields (10 % NaN), elevation and population on a regular grid."""
+def _make_fields(names=("u", "v", "pm25", "co"), start="2019-01-01", hours=48, shape=(4, 6), seed=0, step_hours=1):
+    """Return a Dataset with random fields (10 % NaN), elevation and population on a regular grid, north first."""
     rng = np.random.default_rng(seed)
-    lat = np.linspace(20, 50, shape[0])
     coords = {
-        "time": np.datetime64(start, "ns") + np.arange(hours) * np.timedelta64(1, "h"),
-        "lat": lat[::-1] if north_first else lat,
+        "time": np.datetime64(start, "ns") + np.arange(hours) * np.timedelta64(step_hours, "h"),
+        "lat": np.linspace(50, 20, shape[0]),
         "lon": np.linspace(80, 130, shape[1]),
     }
     dataset = xr.Dataset(coords=coords)
@@ -34,18 +31,6 @@ def _make_fields(names=("u", "v", "pm25", "co"), start="2019-01-01", hours=48, s
     return dataset
 
 
-def _write_store(dataset, path, kind="zarr3"):
-    """Write `dataset` as kind zarr2 or zarr3 (consolidated), zarr2-plain or zarr3-plain (not), or netcdf."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if kind == "netcdf":
-        dataset.to_netcdf(path)
-        return path
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # zarr warns that consolidated metadata are not part of format 3 yet
-        dataset.to_zarr(path, zarr_format=int(kind[4]), consolidated=not kind.endswith("plain"))
-    return path
-
-
 def _make_config(path, **changes):
     """Return a data section over the fields of `make_fields`."""
     defaults = {
@@ -54,7 +39,6 @@ def _make_config(path, **changes):
         "targets": ("pm25", "co"),
         "lead_times_hours": (1, 3),
         "threads": 0,
-        "cache": str(path.parent / "cache"),
     }
     return DataConfig(path=str(path), **{**defaults, **changes})
 
@@ -62,11 +46,6 @@ def _make_config(path, **changes):
 @pytest.fixture
 def make_fields():
     return _make_fields
-
-
-@pytest.fixture
-def write_store():
-    return _write_store
 
 
 @pytest.fixture

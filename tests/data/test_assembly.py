@@ -5,18 +5,17 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from tests.support.prepared import write_prepared
 from topoflow.data.assembly import open_forecast_data
 from topoflow.errors import ConfigError, DataError
-from topoflow.tools.prepare.packing import PackOptions, pack
 
 NAMES = ("u", "v", "pm25", "co", "elevation", "population")
 
 
 @pytest.fixture
-def folder(make_fields, write_store, tmp_path):
+def folder(make_fields, tmp_path):
     dataset = make_fields(names=("u", "v", "pm25", "co", "o3"), hours=96)
-    write_store(dataset.isel(time=np.r_[:60, 61:96]), tmp_path / "data" / "data_2019.zarr")
-    return tmp_path / "data"
+    return write_prepared(dataset.isel(time=np.r_[:60, 61:96]), tmp_path / "data")
 
 
 SPLITS = {
@@ -45,18 +44,18 @@ def test_from_config_to_samples(folder, make_config, make_fields):
         "validation: 17 start times, 34 samples; 3 starts skipped because their windows cross a gap" in line
         for line in lines
     )
-    assert any("4 x 6 cells, north first, 24 of them in the mask" in line for line in lines)
+    assert any("4 x 6 cells, latitude 20 to 50, longitude 80 to 130, 24 cells in the mask" in line for line in lines)
 
 
-def test_only_what_is_needed_is_read(folder, make_config):
+def test_only_what_is_needed_counts(folder, make_config):
     config = make_config(folder, variables=("co", "lat2d"), targets=("pm25",))
     data = open_forecast_data(config, with_wind=False, with_terrain=False)
-    assert data.source.dynamic == ("co", "pm25")
-    assert data.grid.elevation_m is None
+    assert set(data.contents.hashes) == {"co", "pm25"}
+    assert "elevation" not in data.contents.fixed
     assert set(data.splits) == {"train"}
     with_physics = open_forecast_data(config, with_wind=True, with_terrain=True)
-    assert with_physics.source.dynamic == ("co", "pm25", "u", "v")
-    assert with_physics.grid.elevation_m is not None
+    assert set(with_physics.contents.hashes) == {"co", "pm25", "u", "v"}
+    assert "elevation" in with_physics.contents.fixed
     assert set(with_physics.build_normalization().mean) == {"co", "lat2d", "pm25"}
 
 
@@ -75,13 +74,19 @@ def test_constants_of_the_config_must_cover_inputs_and_targets(folder, make_conf
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"variables": ("co", "ozon")}, ConfigError, "data.variables: 'ozon'"),
+        ({"variables": ("co", "pm2.5")}, DataError, "data.variables: .* has no variable 'pm2.5' .nearest: pm25"),
         ({"targets": ("elevation",)}, ConfigError, "data.targets: 'elevation'"),
         ({"variables": ("co", "temp")}, DataError, "no variable 'temp'"),
         ({"train": (2018,)}, DataError, "data.train: 2018 is not in the data"),
         ({"test": (("2019-01-02", "2019-01-04"),)}, ConfigError, "data.train: .* overlaps data.test: "),
-        ({"lead_times_hours": (12, 48)}, DataError, "data.train: no window of 48 hours"),
-        ({"mask": "absent.npy"}, FileNotFoundError, "data.mask: absent.npy"),
+        ({"lead_times_hours": (12, 48)}, DataError, r"data.train: no window from \+0 h to \+48 h"),
+        ({"hours": {"u": (0, 72)}}, DataError, r"data.train: no window from \+0 h to \+72 h"),
+        ({"hours": {"co": (-72,)}}, DataError, r"data.train: no window from -72 h to \+3 h"),
+        ({"hours": {"elevation": (0, 1)}}, ConfigError, "data.hours: 'elevation' does not change in time"),
+        ({"targets": ("hour_sin",)}, ConfigError, "data.targets: 'hour_sin'"),
+        ({"variables": ("co", "available")}, ConfigError, "'available'.*data.availability"),
+        ({"variables": ("co", "mask")}, DataError, "no variable 'mask'"),
+        ({"variables": ("elevation", "hour_sin"), "availability": True}, ConfigError, "data.availability: true"),
     ],
 )
 def test_refusals(folder, make_config, changes, kind, message):
@@ -89,15 +94,28 @@ def test_refusals(folder, make_config, changes, kind, message):
         open_forecast_data(make_config(folder, **{**SPLITS, **changes}), with_wind=True, with_terrain=True)
 
 
-@pytest.mark.parametrize("is_packed", [False, True])
-def test_long_data_take_only_a_few_bytes_per_hour_in_memory(make_fields, write_store, make_config, tmp_path, is_packed):
+def test_without_wind_or_terrain_in_the_data_a_model_that_needs_them_is_refused(make_fields, make_config, tmp_path):
+    folder = write_prepared(make_fields(names=("u", "co")).drop_vars("elevation"), tmp_path / "data")
+    config = make_config(folder, variables=("u", "co"), targets=("co",))
+    assert open_forecast_data(config, with_wind=False, with_terrain=False).input_names == ("u", "co")
+    for priors, name in (((True, False), "v"), ((False, True), "elevation")):
+        with pytest.raises(DataError, match=f"model: .* has no variable '{name}'"):
+            open_forecast_data(config, *priors)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"), [({"lead_times_hours": (6, 10)}, "lead_times_hours"), ({"hours": {"u": (0, 4)}}, "hours.u")]
+)
+def test_hours_that_are_no_multiples_of_the_step_are_refused(make_fields, make_config, tmp_path, changes, key):
+    folder = write_prepared(make_fields(step_hours=3), tmp_path / "data", step_hours=3)
+    with pytest.raises(ConfigError, match=f"data.{key}: .*expected multiples of 3, the step of the data"):
+        open_forecast_data(make_config(folder, **{"lead_times_hours": (6,), **changes}), False, False)
+
+
+def test_long_data_take_only_a_few_bytes_per_hour_in_memory(make_fields, make_config, tmp_path):
     def held(hours):
-        path = write_store(make_fields(hours=hours, shape=(2, 2)), tmp_path / f"{hours}.zarr")
-        if is_packed:
-            pack(str(path), tmp_path / f"packed-{hours}", PackOptions(), progress=False)
-            path = tmp_path / f"packed-{hours}"
-        options = {"in_memory": False, "normalization": dict.fromkeys(NAMES, (0.0, 1.0)), "train": (2019,)}
-        config = make_config(path, **options)
+        path = write_prepared(make_fields(hours=hours, shape=(2, 2)), tmp_path / str(hours))
+        config = make_config(path, normalization=dict.fromkeys(NAMES, (0.0, 1.0)), train=(2019,))
         open_forecast_data(config, True, True)  # exclude what is created once per process
         tracemalloc.start()
         data = open_forecast_data(config, True, True)
@@ -107,5 +125,5 @@ def test_long_data_take_only_a_few_bytes_per_hour_in_memory(make_fields, write_s
         tracemalloc.stop()
         return bytes_held
 
-    # times of the stores and of the source, and the starts: 8 bytes each
-    assert (held(8000) - held(2000)) / 6000 < 40
+    # times and starts, 8 bytes each; the hashes and moments of the days, about 2 kB a day
+    assert (held(8000) - held(2000)) / 6000 < 130

@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.prepared import write_prepared
 from topoflow.data.dataset import ForecastDataset
 from topoflow.data.normalization import Normalization
-from topoflow.data.source import open_source
-from topoflow.errors import ConfigError
-from topoflow.tools.prepare.packing import PackOptions, pack
+from topoflow.data.prepared.reader import PreparedData, index_prepared
 
 MEAN = {
     "u": 1.0,
@@ -38,14 +37,11 @@ def fields(make_fields):
 
 
 @pytest.fixture
-def build(fields, write_store, make_config, tmp_path):
-    path = write_store(fields, tmp_path / "data_2019.zarr")
-
-    def build_dataset(mask=None, with_wind=False, in_memory=True, **changes):
-        config = make_config(path, **{"variables": INPUTS, **changes})
-        source = open_source(config.path, (*config.variables, *config.targets, "u", "v"), in_memory)
-        mask = np.ones(source.grid.shape, bool) if mask is None else mask
-        return ForecastDataset(source, NORMALIZATION, STARTS, config, mask, with_wind)
+def build(fields, make_config, tmp_path):
+    def build_dataset(mask=None, with_wind=False, dtype="float32", **changes):
+        folder = tmp_path / f"data-{len(list(tmp_path.iterdir()))}"
+        config = make_config(write_prepared(fields, folder, dtype, mask), **{"variables": INPUTS, **changes})
+        return ForecastDataset(PreparedData(index_prepared(str(folder))), NORMALIZATION, STARTS, config, with_wind)
 
     return build_dataset
 
@@ -54,9 +50,8 @@ def normalized(name, values):
     return (values.astype(np.float64) - MEAN[name]) / STD[name]
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_inputs_are_at_the_start_and_targets_at_the_lead(build, fields, in_memory):
-    dataset = build(in_memory=in_memory)
+def test_inputs_are_at_the_start_and_targets_at_the_lead(build, fields):
+    dataset = build()
     assert len(dataset) == 8
     for i in range(len(dataset)):
         sample = dataset[i]
@@ -98,13 +93,6 @@ def test_types_and_shapes(build):
     assert "wind_ms" not in build()[0]
 
 
-def test_in_memory_or_not_gives_the_same_bits(build):
-    held, lazy = build(with_wind=True, availability=True), build(with_wind=True, availability=True, in_memory=False)
-    for i in range(len(held)):
-        first, second = held[i], lazy[i]
-        assert all(torch.equal(first[name], second[name]) for name in first)
-
-
 def test_cells_outside_the_mask_never_count(build):
     mask = np.zeros((4, 6), bool)
     mask[1:3, 2:5] = True
@@ -123,8 +111,6 @@ def test_availability_is_the_fraction_of_dynamic_inputs(build, fields):
             ~np.isnan(fields[name].values[STARTS[start]]) for name in ("co", "u", "v")
         ]  # not pm25: no input here
         np.testing.assert_allclose(dataset[2 * start]["x"][-1], np.mean(present, axis=0), atol=1e-6)
-    with pytest.raises(ConfigError, match=r"data.availability"):
-        build(availability=True, variables=("elevation", "hour_sin"))
 
 
 def test_wind_is_physical_and_missing_wind_is_the_mean(build, fields):
@@ -155,11 +141,11 @@ def test_samples_end_where_the_data_set_ends(build):
 def as_it_was(dataset, i):
     """Return a sample computed field by field with plain numpy, as before samples were made in batches."""
     start, lead = STARTS[i // 2], (1, 3)[i % 2]
-    source, mean, std = dataset.source, NORMALIZATION.mean, NORMALIZATION.std
+    source, mean, std = dataset.data, NORMALIZATION.mean, NORMALIZATION.std
     x, missing = [], []
     for name in dataset.input_names:
         if name in ("u", "v", "co", "pm25"):
-            field = source.snapshot((name,), start)[0]
+            field = source.at((name,), start)[0].copy()
             missing.append(np.isnan(field))
             field = (field - np.float32(mean[name])) / np.float32(std[name])
             field[missing[-1]] = 0
@@ -173,12 +159,12 @@ def as_it_was(dataset, i):
         else:
             field = np.nan_to_num(NORMALIZATION.normalize(name, source.static(name)))
         x.append(field)
-    target = source.snapshot(dataset.target_names, start + lead)
-    valid = ~np.isnan(target) & dataset.mask
+    target = source.at(dataset.target_names, start + lead)
+    valid = ~np.isnan(target) & source.mask
     constants = [np.array([table[name] for name in dataset.target_names], np.float32) for table in (mean, std)]
     of_mean, of_std = (values[:, None, None] for values in constants)
     y = np.where(valid, (target - of_mean) / of_std, np.float32(0))
-    wind = source.snapshot(("u", "v"), start)
+    wind = source.at(("u", "v"), start).copy()
     for component in wind:
         absent = np.isnan(component)
         if absent.any():
@@ -188,10 +174,10 @@ def as_it_was(dataset, i):
 
 @pytest.mark.parametrize("targets", [("pm25", "co"), ("co", "pm25"), ("u",)])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("in_memory", [False, True])
-def test_the_bits_of_samples_are_those_of_plain_numpy(build, in_memory, masked, targets):
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_bits_of_samples_are_those_of_plain_numpy(build, dtype, masked, targets):
     mask = np.random.default_rng(3).random((4, 6)) < 0.6 if masked else None
-    dataset = build(mask=mask, with_wind=True, in_memory=in_memory, availability=True, targets=targets)
+    dataset = build(mask=mask, with_wind=True, dtype=dtype, availability=True, targets=targets)
     batch = dataset.batch(list(range(8)))
     for i in range(8):
         for name, expected in as_it_was(dataset, i).items():
@@ -216,24 +202,13 @@ def test_a_batch_holds_its_samples_in_any_order(build, order, size):
 
 def test_inputs_of_one_start_are_read_once_for_all_leads(build, monkeypatch):
     dataset, read = build(with_wind=True), []
-    hour = dataset.source.hour
-    monkeypatch.setattr(dataset.source, "hour", lambda names, i: read.append((names, i)) or hour(names, i))
+    at = dataset.data.at
+    monkeypatch.setattr(dataset.data, "at", lambda names, i: read.append((names, i)) or at(names, i))
     for indices in ([2, 0, 3, 1], [4, 5, 6, 7]):
         dataset.batch(indices)
     inputs, targets = ([i for names, i in read if ("u" in names) is is_input] for is_input in (True, False))
     assert sorted(inputs) == STARTS.tolist()
     assert len(targets) == 8
-
-
-def test_packed_samples_have_the_same_bits(build, make_config, tmp_path):
-    plain = build(with_wind=True, availability=True, in_memory=False)
-    pack(str(tmp_path / "data_2019.zarr"), tmp_path / "packed", PackOptions(), progress=False)
-    source = open_source(str(tmp_path / "packed"), (*INPUTS, "pm25"), in_memory=False)
-    config = make_config(tmp_path / "packed", variables=INPUTS, availability=True)
-    mapped = ForecastDataset(source, NORMALIZATION, STARTS, config, plain.mask, with_wind=True)
-    for i in range(8):
-        first, second = plain[i], mapped[i]
-        assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_torchs_own_loader_takes_it_sample_by_sample(build):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import xarray as xr
 import yaml
-
 from topoflow.data.source import open_source
+
 from topoflow.data.variables import POLLUTANTS, VARIABLES
 from topoflow.errors import ConfigError
 from topoflow.tools.demo import world as demo_world

@@ -199,22 +199,23 @@ atexit.register(lambda: print(time.monotonic() - began < 5))
 def test_loader_threads_start_no_threads_of_torch(dtype, tmp_path):
     """They would take the processors of the training step."""
     code = f"""
-import os, threading, time
+import dataclasses, os, threading, time
 from pathlib import Path
 import numpy as np, torch
 from topoflow.config import DataConfig
 from topoflow.data.assembly import open_forecast_data
 from topoflow.data.loader import BatchLoader
 from topoflow.tools.demo.world import make_demo_data
-from topoflow.tools.prepare.packing import PackOptions, pack
+from topoflow.tools.prepare.command import load_recipe, prepare
 
 def threads_of_torch():
     return len(os.listdir("/proc/self/task")) - threading.active_count()
 
 folder = Path({str(tmp_path)!r})
-make_demo_data(folder / "world", days=2, grid=(96, 128), seed=0, progress=False)
-pack(str(folder / "world"), folder / "packed", PackOptions(dtype={dtype!r}), progress=False)
-config = DataConfig(path=str(folder / "packed"), train=(("2018-10-01", "2018-10-02"),), lead_times_hours=(6,))
+make_demo_data(folder / "raw", days=2, grid=(96, 128), seed=0, progress=False)
+recipe = dataclasses.replace(load_recipe([str(folder / "raw")]), dtype={dtype!r})
+prepare(recipe, folder / "data", progress=False)
+config = DataConfig(path=str(folder / "data"), train=(("2018-10-01", "2018-10-02"),), lead_times_hours=(6,))
 data = open_forecast_data(config, True, True)
 dataset = data.dataset("train", data.build_normalization())
 torch.set_num_threads(2)

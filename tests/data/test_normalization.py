@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.prepared import write_prepared
 from topoflow.data.normalization import Normalization, compute_normalization, configured_normalization
-from topoflow.data.source import open_source
+from topoflow.data.prepared.reader import PreparedData, index_prepared
 from topoflow.errors import ConfigError, DataError
-from topoflow.tools.prepare.packing import PackOptions, pack
 
 NAMES = ("u", "co", "elevation", "lat2d", "hour_sin", "available")
 TRAIN = np.r_[3:20, 30:44]
@@ -21,15 +21,18 @@ def fields(make_fields):
     return dataset
 
 
-def normalization_of(dataset, write_store, path, in_memory=True, names=NAMES):
-    write_store(dataset, path / "data_2019.zarr")
-    return compute_normalization(open_source(str(path), names, in_memory), names, TRAIN)
+def open_prepared(dataset, path):
+    return PreparedData(index_prepared(str(write_prepared(dataset, path))))
+
+
+def normalization_of(dataset, path):
+    return compute_normalization(open_prepared(dataset, path), NAMES, TRAIN)
 
 
 @pytest.mark.parametrize("hours_of_block", [1, 7, 1000])
-def test_constants_are_those_of_the_training_hours(fields, write_store, tmp_path, monkeypatch, hours_of_block):
-    monkeypatch.setattr("topoflow.data.normalization.BLOCK_BYTES", hours_of_block * 4 * 24)
-    found = normalization_of(fields, write_store, tmp_path)
+def test_constants_are_those_of_the_training_hours(fields, tmp_path, monkeypatch, hours_of_block):
+    monkeypatch.setattr("topoflow.data.normalization._BLOCK_BYTES", hours_of_block * 4 * 24)
+    found = normalization_of(fields, tmp_path / "data")
     for name in ("u", "co"):
         values = fields[name].values[TRAIN].astype(np.float64)
         assert found.mean[name] == pytest.approx(np.nanmean(values), rel=1e-12)
@@ -41,43 +44,23 @@ def test_constants_are_those_of_the_training_hours(fields, write_store, tmp_path
         assert (found.mean[name], found.std[name]) == (0, 1)
 
 
-def test_hours_outside_the_training_split_do_not_count(fields, write_store, tmp_path):
-    before = normalization_of(fields, write_store, tmp_path / "before")
+def test_hours_outside_the_training_split_do_not_count(fields, tmp_path):
+    before = normalization_of(fields, tmp_path / "before")
     others = np.setdiff1d(np.arange(60), TRAIN)
     fields.u[others] = 1e6
-    assert normalization_of(fields, write_store, tmp_path / "after") == before
-
-
-def test_in_memory_or_not_gives_the_same_bits(fields, write_store, tmp_path):
-    lazy = normalization_of(fields, write_store, tmp_path / "lazy", in_memory=False)
-    held = normalization_of(fields, write_store, tmp_path / "held", in_memory=True)
-    assert lazy == held
-    assert lazy.fingerprint == held.fingerprint
-
-
-def ways_to_hold(dataset, write_store, path):
-    """Return the same data as Zarr, NetCDF, in memory and packed."""
-    write_store(dataset, path / "zarr" / "data_2019.zarr")
-    write_store(dataset, path / "netcdf" / "data_2019.nc", "netcdf")
-    pack(str(path / "zarr"), path / "packed", PackOptions(), progress=False)
-    return {
-        "zarr": open_source(str(path / "zarr"), NAMES, in_memory=False),
-        "netcdf": open_source(str(path / "netcdf"), NAMES, in_memory=False),
-        "memory": open_source(str(path / "zarr"), NAMES, in_memory=True),
-        "packed": open_source(str(path / "packed"), NAMES, in_memory=False),
-        "packed, in memory": open_source(str(path / "packed"), NAMES, in_memory=True),
-    }
+    assert normalization_of(fields, tmp_path / "after") == before
 
 
 @pytest.mark.parametrize("hours", [np.arange(60), TRAIN, np.r_[0:24, 36:48], np.arange(24, 48)])
-def test_every_format_gives_the_same_bits(fields, write_store, tmp_path, hours):
-    sources = ways_to_hold(fields, write_store, tmp_path)
-    found = {way: compute_normalization(source, NAMES, hours).fingerprint for way, source in sources.items()}
-    assert len(set(found.values())) == 1, found
+def test_known_moments_of_days_give_the_bits_of_reading_them(fields, tmp_path, monkeypatch, hours):
+    known, read = open_prepared(fields, tmp_path / "known"), open_prepared(fields, tmp_path / "read")
+    monkeypatch.setattr(read, "moments_of_day", lambda name, piece: None)
+    found, expected = (compute_normalization(source, NAMES, hours) for source in (known, read))
+    assert found.fingerprint == expected.fingerprint
 
 
-def test_of_packed_data_only_partial_days_are_read(fields, write_store, tmp_path, monkeypatch):
-    source = ways_to_hold(fields, write_store, tmp_path)["packed"]
+def test_only_partial_days_are_read(fields, tmp_path, monkeypatch):
+    source = open_prepared(fields, tmp_path / "data")
     read = []
     monkeypatch.setattr(
         source, "read", lambda name, indices: read.append(list(indices)) or type(source).read(source, name, indices)
@@ -89,7 +72,7 @@ def test_of_packed_data_only_partial_days_are_read(fields, write_store, tmp_path
     assert len(read) == 2
 
 
-def test_variables_that_cannot_be_normalized_are_named(fields, write_store, tmp_path):
+def test_variables_that_cannot_be_normalized_are_named(fields, tmp_path):
     constant, empty, flat = fields.copy(deep=True), fields.copy(deep=True), fields.copy(deep=True)
     constant.u[TRAIN] = np.float32(0.1)
     empty.co[TRAIN] = np.nan
@@ -100,7 +83,7 @@ def test_variables_that_cannot_be_normalized_are_named(fields, write_store, tmp_
         ("flat", flat, "'elevation' is 0 throughout"),
     ):
         with pytest.raises(DataError, match=message):
-            normalization_of(dataset, write_store, tmp_path / label)
+            normalization_of(dataset, tmp_path / label)
 
 
 def test_normalize_and_back():
@@ -112,8 +95,8 @@ def test_normalize_and_back():
         assert constants.denormalize("co", normalized).tolist() == [200.0, 300.0, 50.0]
 
 
-def test_dictionary_form_is_exact(fields, write_store, tmp_path):
-    found = normalization_of(fields, write_store, tmp_path)
+def test_dictionary_form_is_exact(fields, tmp_path):
+    found = normalization_of(fields, tmp_path / "data")
     again = Normalization.from_dict(found.to_dict())
     assert again == found
     assert again.fingerprint == found.fingerprint

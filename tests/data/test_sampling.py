@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.prepared import write_prepared
 from topoflow.data.dataset import ForecastDataset
 from topoflow.data.normalization import Normalization
+from topoflow.data.prepared.reader import PreparedData, index_prepared
 from topoflow.data.sampling import BatchPlan, TrainBatches, build_eval_loader, build_train_loader
-from topoflow.data.source import open_source
 from topoflow.errors import ConfigError, DataError
 
 
@@ -117,25 +118,21 @@ NORMALIZATION = Normalization(dict.fromkeys(NAMES, 1.0), dict.fromkeys(NAMES, 2.
 
 
 @pytest.fixture
-def build(make_fields, write_store, make_config, tmp_path):
-    """Return a data set of 50 samples over a store of the given kind."""
+def build(make_fields, make_config, tmp_path):
+    """Return a data set of 50 samples."""
 
-    def build_dataset(kind="zarr3", in_memory=True, change=lambda dataset: dataset):
-        path = tmp_path / f"store-{kind}{'.nc' if kind == 'netcdf' else '.zarr'}"
-        write_store(change(make_fields()), path, kind)
-        source = open_source(str(path), NAMES, in_memory)
-        mask = np.ones((4, 6), bool)
-        return ForecastDataset(source, NORMALIZATION, np.arange(25), make_config(path), mask, with_wind=True)
+    def build_dataset(dtype="float32"):
+        folder = write_prepared(make_fields(), tmp_path / dtype, dtype)
+        data = PreparedData(index_prepared(str(folder)))
+        return ForecastDataset(data, NORMALIZATION, np.arange(25), make_config(folder), with_wind=True)
 
     return build_dataset
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
-@pytest.mark.parametrize(
-    ("kind", "in_memory"), [("zarr3", True), ("zarr3", False), ("zarr2", False), ("netcdf", False)]
-)
-def test_loaded_batches_are_the_samples_of_the_plan(build, kind, in_memory, threads):
-    dataset = build(kind, in_memory)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_loaded_batches_are_the_samples_of_the_plan(build, dtype, threads):
+    dataset = build(dtype)
     plan = plan_of(rank=1, world_size=2)
     wanted = [*plan.micro_batches(1, first_step=2), *plan.micro_batches(2), *plan.micro_batches(3)]
     endless = build_train_loader(dataset, plan, epoch=1, first_step=2, threads=threads)
@@ -191,13 +188,8 @@ def test_loading_leaves_the_global_random_state_alone(build, threads):
 
 @pytest.mark.parametrize("threads", [0, 1])
 def test_a_refusal_in_a_thread_is_raised_unchanged(build, threads):
-    def add_infinity(dataset):
-        dataset.u[5, 0, 0] = np.inf
-        return dataset
-
-    dataset = build(in_memory=False, change=add_infinity)
+    dataset = build()
+    (dataset.data.folder / "fields_2019.npy").write_bytes(b"")
     with pytest.raises(DataError) as refusal:
         list(build_train_loader(dataset, plan_of(), epoch=0, threads=threads))
-    assert str(refusal.value).startswith("data.path: ")
-    assert "variable 'u' has infinite values" in str(refusal.value)
-    assert "\n" not in str(refusal.value)
+    assert str(refusal.value).endswith("fields_2019.npy: has 0 bytes: expected 18560")

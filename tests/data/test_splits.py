@@ -45,22 +45,24 @@ def test_both_ends_are_included(given, first, last):
 
 def test_starts_leave_room_for_the_longest_lead():
     times = hours("2019-01-01T00", "2019-01-10T23")
-    index = split_starts(times, [("2019-01-02", "2019-01-04")], [12, 24])
+    index = split_starts(times, [("2019-01-02", "2019-01-04")], (0, 24))
     np.testing.assert_array_equal(times[index.starts], hours("2019-01-02T00", "2019-01-03T23"))
     assert index.dropped_for_gaps == 0
 
 
 def test_a_window_of_exactly_the_range_is_used_once():
     times = hours("2019-01-01T00", "2019-01-10T23")
-    assert split_starts(times, [("2019-01-02T00", "2019-01-03T00")], [24]).starts.tolist() == [24]
-    with pytest.raises(DataError, match=r"data.test: no window of 24 hours fits into \[2019-01-02T00, 2019-01-02T23\]"):
-        split_starts(times, [("2019-01-02T00", "2019-01-02T23")], [24], key="data.test")
+    assert split_starts(times, [("2019-01-02T00", "2019-01-03T00")], (0, 24)).starts.tolist() == [24]
+    with pytest.raises(
+        DataError, match=r"data.test: no window from \+0 h to \+24 h fits into \[2019-01-02T00, 2019-01-02T23\]"
+    ):
+        split_starts(times, [("2019-01-02T00", "2019-01-02T23")], (0, 24), key="data.test")
 
 
 def test_no_window_crosses_an_end_or_a_gap():
     times = np.delete(hours("2018-11-01T00", "2019-02-20T23"), [100, 101, 700, 1200])
     ranges = [("2018-11-02", "2018-11-20"), ("2018-11-21", "2018-12-10T05"), 2019]
-    index = split_starts(times, ranges, [3, 30])
+    index = split_starts(times, ranges, (0, 30))
     ends = [("2018-11-02", "2018-11-20T23"), ranges[1], ("2019-01-01", "2019-12-31T23")]
     expected = [start for first, last in ends for start in expected_starts(times, first, last, 30)]
     assert index.starts.tolist() == expected
@@ -72,14 +74,34 @@ def test_no_window_crosses_an_end_or_a_gap():
     assert index.dropped_for_gaps == len(set(fitting) & set(times)) - len(index.starts) > 0
 
 
+def test_a_window_may_begin_before_the_start():
+    times = np.delete(hours("2019-01-01T00", "2019-01-10T23"), [100])
+    index = split_starts(times, [("2019-01-02", "2019-01-08")], (-6, 12))
+    first, last = hours("2019-01-02T06", "2019-01-02T06"), hours("2019-01-08T11", "2019-01-08T11")
+    missing = np.datetime64("2019-01-05T04")
+    whole = hours(first[0], last[0])
+    kept = (whole + np.timedelta64(12, "h") < missing) | (whole - np.timedelta64(6, "h") > missing)
+    np.testing.assert_array_equal(times[index.starts], whole[kept])
+    assert index.dropped_for_gaps == np.sum(~kept) - 1  # the missing hour itself is no candidate
+
+
+def test_three_hourly_data_have_windows_of_as_many_hours():
+    times = np.delete(hours("2019-01-01T00", "2019-01-10T23")[::3], [30])
+    index = split_starts(times, [("2019-01-02", "2019-01-08")], (-6, 24), step_hours=3)
+    missing, three = np.datetime64("2019-01-04T18"), np.timedelta64(3, "h")
+    whole = np.arange(np.datetime64("2019-01-02T06"), np.datetime64("2019-01-08T00"), three)
+    kept = (whole + 8 * three < missing) | (whole - 2 * three > missing)
+    np.testing.assert_array_equal(times[index.starts], whole[kept])
+
+
 def test_test_split_of_the_real_run_has_888_starts():
     times = hours("2019-01-01T00", "2019-12-31T23")
     times = times[times.astype("datetime64[D]") != np.datetime64("2019-04-08")]
     even = [("2019-02-21", "2019-02-28"), ("2019-04-21", "2019-04-30"), ("2019-06-21", "2019-06-30")]
     even += [("2019-08-21", "2019-08-31"), ("2019-10-21", "2019-10-31"), ("2019-12-21", "2019-12-31")]
-    index = split_starts(times, even, [12, 24, 48, 96])
+    index = split_starts(times, even, (0, 96))
     assert (len(index.starts), index.dropped_for_gaps) == (888, 0)
-    april = split_starts(times, [("2019-04-01", "2019-04-20")], [12, 24, 48, 96])
+    april = split_starts(times, [("2019-04-01", "2019-04-20")], (0, 96))
     # 7 and 12 complete days on the two sides of the gap; hours up to 04-16T23 would fit without the gap
     assert (len(april.starts), april.dropped_for_gaps) == (7 * 24 - 96 + 12 * 24 - 96, 96)
 
@@ -94,7 +116,7 @@ def test_test_split_of_the_real_run_has_888_starts():
         (("2019-01-20", "2019-01-21"), r"\[2019-01-20, 2019-01-21\]"),
     ],
 )
-@pytest.mark.parametrize("find", [split_times, lambda times, ranges, key: split_starts(times, ranges, [1], key)])
+@pytest.mark.parametrize("find", [split_times, lambda times, ranges, key: split_starts(times, ranges, (0, 1), key=key)])
 def test_ranges_that_the_data_do_not_reach(given, message, find):
     times = np.concatenate([hours("2019-01-01T00", "2019-01-19T23"), hours("2019-01-22T00", "2019-02-10T23")])
     with pytest.raises(DataError, match=f"data.train: {message} .*cover 2019-01-01T00 to 2019-02-10T23"):
@@ -104,7 +126,7 @@ def test_ranges_that_the_data_do_not_reach(given, message, find):
 def test_a_year_may_be_covered_in_part():
     times = hours("2019-03-01T00", "2019-03-02T23")
     assert len(split_times(times, [2019])) == 48
-    index = split_starts(times, [2019], [24])
+    index = split_starts(times, [2019], (0, 24))
     assert (len(index.starts), index.dropped_for_gaps) == (24, 24)
 
 
@@ -131,5 +153,5 @@ def test_splits_that_share_an_hour_are_both_named():
     with pytest.raises(ConfigError, match=r"data.train: 2019 overlaps data.test: \[2019-12-31T23, 2020-01-05\]"):
         check_disjoint(train=[2018, 2019], validation=[2016], test=[("2019-12-31T23", "2020-01-05")])
     with pytest.raises(ConfigError, match=r"data.train: .* overlaps data.train: "):
-        split_starts(hours("2019-01-01", "2019-12-31"), [2019, ("2019-05-01", "2019-05-02")], [1], key="data.train")
+        split_starts(hours("2019-01-01", "2019-12-31"), [2019, ("2019-05-01", "2019-05-02")], (0, 1), key="data.train")
     check_disjoint(train=[2018, 2019], validation=[2016], test=[("2020-01-01", "2020-01-05")])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from topoflow.tools.demo.world import make_demo_data
+from tests.support.prepared import prepare_world
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {
@@ -63,7 +63,7 @@ class Examined:
 def place(tmp_path_factory):
     """A folder with a small world and run.yaml, whose data path is relative."""
     folder = tmp_path_factory.mktemp("doctor")
-    make_demo_data(folder / "world", days=8, grid=(8, 12), seed=0, progress=False)
+    prepare_world(folder / "world", days=8)
     (folder / "run.yaml").write_text(yaml.safe_dump(CONFIG))
     for name in ("run", "home", "tmp"):
         (folder / name).mkdir()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import Node
 
-from topoflow.tools.demo.world import make_demo_data
+from tests.support.prepared import prepare_world
 
 pytestmark = pytest.mark.slow
 
@@ -77,7 +77,7 @@ def copy_of_the_program(folder):
 
 
 def test_each_fault_is_found_on_its_node(examine, place, clock, tmp_path):
-    make_demo_data(tmp_path / "other-world", days=8, grid=(8, 12), seed=1, progress=False)
+    prepare_world(tmp_path / "other-world", days=8, seed=1)
     (tmp_path / "miopen").mkdir()
     other_program = copy_of_the_program(tmp_path / "program")
     with (tmp_path / "program/topoflow/text.py").open("a") as file:

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from topoflow.data.source import open_source
 
 from topoflow.cli import main
-from topoflow.data.source import open_source
 from topoflow.errors import Refusal
 from topoflow.tools.prepare.command import load_recipe, prepare
 from topoflow.tools.prepare.recipe import GridSpec, Recipe, recipe_of_paths

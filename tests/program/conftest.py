@@ -16,9 +16,9 @@ import yaml
 
 import train as train_script
 from tests.support.forked_runs import ForkedRuns
+from tests.support.prepared import prepare_world
 from topoflow.data.dataset import ForecastDataset
 from topoflow.data.sampling import BatchPlan
-from topoflow.tools.demo.world import make_demo_data
 
 ROOT = Path(__file__).parents[2]
 
@@ -104,7 +104,7 @@ class Program:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     path = tmp_path_factory.mktemp("world") / "data"
-    make_demo_data(path, days=10, grid=(8, 12), seed=0, progress=False)
+    prepare_world(path, days=10)
     return path
 
 
@@ -114,9 +114,7 @@ def make_program(world):
 
     def make(folder):
         config = folder / "run.yaml"
-        config.write_text(
-            yaml.safe_dump({**CONFIG, "data": {**CONFIG["data"], "path": str(world), "cache": str(folder / "cache")}})
-        )
+        config.write_text(yaml.safe_dump({**CONFIG, "data": {**CONFIG["data"], "path": str(world)}}))
         return Program(folder, config)
 
     return make

@@ -9,11 +9,11 @@ import pytest
 import torch
 import zarr
 
+from tests.support.prepared import prepare_world
 from topoflow.certificate import Certifier
 from topoflow.checkpoint.file import read_checkpoint, write_checkpoint
 from topoflow.checkpoint.fingerprint import seal
 from topoflow.model.topoflow import TopoFlow
-from topoflow.tools.demo.world import make_demo_data
 
 SAVED_STEP = 6
 
@@ -109,7 +109,7 @@ def test_drift_on_one_rank_stops_the_run_before_the_next_step(fault, name, resum
 
 def test_another_data_set_is_refused_by_its_fingerprint_and_by_its_contents(resume, program, tmp_path):
     other = tmp_path / "other"
-    make_demo_data(other, days=10, grid=(8, 12), seed=1, progress=False)
+    prepare_world(other, days=10, seed=1)
     done = resume("another_data_set_unnoticed", f"data.path={other}")
     assert_stopped(program, done, 3, ["contents of next sample 2018-10-", ", expected "])
     again = program.train(f"data.path={other}")

@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from topoflow.data.stores import Store, inspect_store
 
 from tests.support.phases import WHOLE, record_phases
-from topoflow.data.stores import Store, inspect_store
-from topoflow.tools.demo.world import make_demo_data
+from tests.support.prepared import prepare_world
 
 pytestmark = pytest.mark.slow
 
@@ -84,7 +84,7 @@ def see_another_copy(data: Path) -> None:
 
 @pytest.mark.parametrize("in_memory", ["true", "false"])
 def test_a_node_that_sees_other_data_is_refused(forked, program, tmp_path, in_memory):
-    make_demo_data(tmp_path / "data", days=10, grid=(8, 12), seed=1, progress=False)
+    prepare_world(tmp_path / "data", days=10, seed=1)
     arguments = program.command(f"data.in_memory={in_memory}")[2:]
     ending = forked.run(arguments, 2, prepare=partial(see_another_copy, tmp_path / "data"))
     assert ending.statuses == [5, 5], ending.output

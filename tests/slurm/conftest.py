@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.support.prepared import prepare_world
 from tests.support.slurm_jobs import Slurm, wait_until
-from topoflow.tools.demo.world import make_demo_data
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {
@@ -133,7 +133,7 @@ def nodes(slurm_environ, shared_dir):
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     path = tmp_path_factory.mktemp("world") / "data"
-    make_demo_data(path, days=8, grid=(8, 12), seed=0, progress=False)
+    prepare_world(path, days=8)
     return path
 
 

@@ -1,7 +1,7 @@
 """Count, mean and spread of values, in pieces that are merged in a fixed order.
 
-A piece is one day of one variable. Packed data come with the moments of each day; other data are read to compute them.
-The same pieces, merged in the same order, give bit-identical results.
+A piece is one day of one variable; prepared data come with the moments of each day. The same pieces, merged in the same
+order, give bit-identical results.
 """
 
 from dataclasses import dataclass

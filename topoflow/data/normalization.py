@@ -2,20 +2,23 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from topoflow.data.fields import BLOCK_BYTES, FieldSource
 from topoflow.data.moments import Moments, day_pieces, moments_of
+from topoflow.data.prepared.reader import PreparedData
 from topoflow.data.variables import UNNORMALIZED, VARIABLES
 from topoflow.errors import ConfigError, DataError
+
+_BLOCK_BYTES = 32 * 2**20
+"""Approximate size of one read when much is read in sequence."""
 
 
 @dataclass(frozen=True)
 class Normalization:
-    """normalized = (physical - mean) / std, by variable name, in the units of the data files."""
+    """normalized = (physical - mean) / std, by variable name, in the units of the data."""
 
     mean: dict[str, float]
     std: dict[str, float]
@@ -27,6 +30,12 @@ class Normalization:
     def denormalize(self, name: str, values):
         """Normalized `values` of variable `name` (array or tensor of any shape) -> physical, in the same precision."""
         return values * self.std[name] + self.mean[name]
+
+    def constants(self, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(mean, std) of the variables `names`, each float32 [len(names), 1, 1]."""
+        pairs = [(self.mean[name], self.std[name]) for name in names]
+        mean, std = np.array(pairs, np.float32).reshape(-1, 2).T[..., None, None]
+        return mean, std
 
     @property
     def fingerprint(self) -> str:
@@ -46,7 +55,7 @@ class Normalization:
 
 
 def compute_normalization(
-    source: FieldSource,
+    source: PreparedData,
     names: Sequence[str],
     time_indices: np.ndarray,
     on_progress: Callable[[], None] = lambda: None,
@@ -55,13 +64,12 @@ def compute_normalization(
 
     Dynamic variables over the hours `time_indices` (positions in source.times, the training split); static ones and
     coordinates over the grid. Those that are of order 1 as they are get 0 and 1. The moments of each day are merged in
-    the order of time: packed data come with those of whole days, the rest is read, once. The bits are the same where
-    the values are, packed or not, in memory or not. on_progress is called now and then. DataError, naming the variable,
-    if it is constant or has no value.
+    the order of time: those of whole days are known, the rest is read, once. on_progress is called now and then.
+    DataError, naming the variable, if it is constant or has no value.
     """
     moments = {name: Moments() for name in names if name not in UNNORMALIZED}
-    dynamic = [name for name in moments if VARIABLES[name].kind == "dynamic"]
-    hours = max(1, BLOCK_BYTES // (4 * source.grid.lat2d.size))
+    dynamic = [name for name in moments if name in source.dynamic]
+    hours = max(1, _BLOCK_BYTES // (4 * source.grid.lat2d.size))
     for pieces in _consecutive(day_pieces(source.times, time_indices), hours):
         on_progress()
         for name in dynamic:
@@ -85,7 +93,7 @@ def _consecutive(pieces: list[np.ndarray], hours: int) -> Iterator[list[np.ndarr
         yield group
 
 
-def _moments_of_pieces(source: FieldSource, name: str, pieces: list[np.ndarray]) -> list[Moments]:
+def _moments_of_pieces(source: PreparedData, name: str, pieces: list[np.ndarray]) -> list[Moments]:
     found = (source.moments_of_day(name, piece) for piece in pieces)
     known = [moments for moments in found if moments is not None]
     if len(known) == len(pieces):
@@ -105,9 +113,14 @@ def _constants(name: str, moments: Moments) -> tuple[float, float]:
     return moments.mean, moments.std
 
 
-def configured_normalization(constants: dict[str, tuple[float, float]], names: Sequence[str]) -> Normalization:
-    """The constants of data.normalization for the variables `names`; ConfigError for one unknown or not covered."""
-    unknown = [name for name in constants if name not in VARIABLES or name in UNNORMALIZED]
+def configured_normalization(
+    constants: dict[str, tuple[float, float]], names: Sequence[str], held: Collection[str] = ()
+) -> Normalization:
+    """The constants of data.normalization for the variables `names`; ConfigError for one unknown or not covered.
+
+    held: names of the data's variables.
+    """
+    unknown = [name for name in constants if name not in {*VARIABLES, *held} or name in UNNORMALIZED]
     if unknown:
         raise ConfigError(f"data.normalization: {', '.join(unknown)}: expected names of normalized variables")
     missing = [name for name in names if name not in constants and name not in UNNORMALIZED]

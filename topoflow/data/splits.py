@@ -53,29 +53,34 @@ def split_times(times: np.ndarray, ranges: Sequence[Range], key: str = "split") 
 
 
 def split_starts(
-    times: np.ndarray, ranges: Sequence[Range], lead_times_hours: Sequence[int], key: str = "split"
+    times: np.ndarray,
+    ranges: Sequence[Range],
+    window_hours: tuple[int, int],
+    step_hours: int = 1,
+    key: str = "split",
 ) -> StartIndex:
-    """The hours of `ranges` from which the longest lead still ends in the same range, with no hour of it missing.
+    """The hours of `ranges` about which the whole window lies in the same range, with no time of it missing.
 
-    times: datetime64[h] [T], increasing. Raises as `split_times` does, and DataError if there is no start at all.
+    times: datetime64[h] [T], increasing, step_hours apart but for gaps. window_hours: its first and last hour, relative
+    to the start, multiples of step_hours. Raises as `split_times` does, and DataError if there is no start at all.
     """
     check_disjoint(**{key: ranges})
-    window = max(lead_times_hours)
+    first, last = window_hours
     starts, dropped = [], 0
     for given in ranges:
         begin, end = _limits(times, given, key)
         inside = times[begin:end]
-        fits = inside + window * _HOUR <= parse_range(given, key)[1]
-        candidates = np.flatnonzero(fits)
-        last = candidates + window
-        complete = last < len(inside)
-        complete[complete] = inside[last[complete]] - inside[candidates[complete]] == window * _HOUR
+        lower, upper = parse_range(given, key)
+        candidates = np.flatnonzero((inside + first * _HOUR >= lower) & (inside + last * _HOUR <= upper))
+        a, b = candidates + first // step_hours, candidates + last // step_hours
+        complete = (a >= 0) & (b < len(inside))
+        complete[complete] = inside[b[complete]] - inside[a[complete]] == (last - first) * _HOUR
         starts.append(begin + candidates[complete])
         dropped += int(np.sum(~complete))
     index = StartIndex(np.sort(np.concatenate(starts)).astype(np.int64), dropped)
     if len(index.starts) == 0:
         raise DataError(
-            f"{key}: no window of {window} hours fits into {', '.join(map(_show, ranges))} "
+            f"{key}: no window from {first:+d} h to {last:+d} h fits into {', '.join(map(_show, ranges))} "
             f"({dropped} were dropped because of gaps in the data)"
         )
     return index

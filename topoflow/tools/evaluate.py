@@ -9,6 +9,8 @@ from topoflow.checkpoint.directory import find_checkpoint
 from topoflow.checkpoint.state import deliver, plan_weights, read_everywhere
 from topoflow.config import CHANNELS, NETWORK, Config
 from topoflow.config_io import changed_keys, override_config, without_replaced
+from topoflow.data.contents import Contents
+from topoflow.data.grid import Grid
 from topoflow.data.normalization import Normalization
 from topoflow.errors import ConfigError
 from topoflow.evaluation import evaluate_model
@@ -58,9 +60,17 @@ def score_checkpoint(
         expected = tuple(config.model.img_size or ())
         if data.grid.shape != expected:
             raise ConfigError(f"data.path: grid {data.grid.shape}: expected {expected} as in {path}")
+        trained_at = saved["data"].get("grid")
+        if trained_at is not None and not Grid.from_dict(trained_at).is_at(data.grid):
+            raise ConfigError(
+                f"data.path: {config.data.path} is elsewhere: {data.grid.describe()}: expected the place of {path}, "
+                f"whose weights know it: {Grid.from_dict(trained_at).describe()}"
+            )
         model = build_network(config, data)
-    if data.source.fingerprint != saved["data"]["fingerprint"]:
-        log.warning("data.path: %s differs from the data set used in training", config.data.path)
+    contents = saved["data"].get("contents")
+    difference = Contents.from_dict(contents).difference(data.contents, all_days=False) if contents else None
+    if difference is not None:
+        log.warning("data.path: %s differs from the data used in training: %s", config.data.path, difference)
     model.to(context.device)
     with context.together("restoring the weights"):
         restore = plan_weights(model, saved["model"])

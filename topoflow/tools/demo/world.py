@@ -1,18 +1,21 @@
-"""A small physical world to try the program on: towns, wind and terrain, six pollutants, in the gridded data format."""
+"""A small physical world to try the program on: towns, wind and terrain, six pollutants, in NetCDF files."""
 
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import netCDF4
 import numpy as np
 from tqdm import tqdm
 
 from topoflow.data.variables import POLLUTANTS, VARIABLES
 from topoflow.errors import ConfigError
+from topoflow.files import require_writable
 from topoflow.tools.demo.geography import LAYER_M, Geography, build_geography
 from topoflow.tools.demo.transport import advect, diffuse
 from topoflow.tools.demo.weather import Weather, WeatherFields, draw_weather, red_noise, weather_fields
-from topoflow.tools.prepare.store_writer import Field, StoreWriter, require_new_folder
 
 START = np.datetime64("2018-10-01T00", "h")
 SPIN_UP_HOURS = 96
@@ -34,6 +37,8 @@ DEPOSITION_M_S = np.array([0.0, 4e-3, 1e-3, 4e-3, 1.5e-3, 6e-3])
 WASHOUT_PER_MM = np.array([0.0, 0.15, 0.03, 0.0, 0.25, 0.35])
 MISSING_FRACTION = 0.02
 MISSING_HOURS = 6
+BLOCK_HOURS = 720
+"""Hours that are held in memory and written at once; gaps are drawn for each block."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class World:
 def make_demo_data(
     output: Path, days: int = 180, grid: tuple[int, int] = (24, 32), seed: int = 0, progress: bool = True
 ) -> None:
-    """Simulate the demo world and write it as yearly stores, bit-identical for the same arguments.
+    """Simulate the demo world and write it as yearly NetCDF files, the same values for the same arguments.
 
     A plain with a winding ridge, a basin within a broken ring of mountains, and towns. The wind turns over days and
     bends around the terrain; towns and industry emit by the hour of day; tracers are carried, mixed, blocked by
@@ -57,14 +62,14 @@ def make_demo_data(
     PM10 is PM2.5 and coarse particles, some of them dust. A fiftieth of the pollutant values is missing.
 
     Args:
-        output: folder to create, with data_YYYY.zarr; it appears only when it is complete.
+        output: folder to create, with world_YYYY.nc; it appears only when it is complete.
         days: days from 2018-10-01 on.
         grid: rows and columns of 0.25 degree, at least 8 x 8.
         seed: of terrain, towns, weather and gaps.
         progress: show a progress bar.
 
     Raises:
-        ConfigError: `output` exists, or a number is out of range.
+        ConfigError: `output` exists and is not empty, or cannot be written, or a number is out of range.
     """
     if days < 1:
         raise ConfigError(f"--days {days}: expected an integer >= 1")
@@ -72,46 +77,80 @@ def make_demo_data(
         raise ConfigError(f"--grid {grid[0]}x{grid[1]}: expected at least 8x8")
     if seed < 0:
         raise ConfigError(f"--seed {seed}: expected an integer >= 0")
-    require_new_folder(output)
+    _require_new_folder(output)
     world = build_world(days, grid, seed)
-    gaps = np.random.default_rng([seed, 3])
-    geography, times = world.geography, world.weather.times[SPIN_UP_HOURS:]
-    names = [name for name, variable in VARIABLES.items() if variable.kind == "dynamic"]
-    writer = StoreWriter(
-        output,
-        times=times,
-        lat=geography.lat,
-        lon=geography.lon,
-        static={name: (_field(name), getattr(geography, _STATIC[name])) for name in _STATIC},
-        dynamic={name: _field(name) for name in names},
-        attributes={
-            "title": f"TopoFlow demo world, seed {seed}",
-            "Conventions": "CF-1.8",
-        },
-    )
-    with writer, tqdm(total=len(times), desc="demo-data", unit="h", disable=not progress) as bar:
-        hourly = simulate(world)
-        for block in writer.blocks(24 * 30):
-            weather = weather_fields(
-                world.weather, slice(block.start + SPIN_UP_HOURS, block.stop + SPIN_UP_HOURS), geography
-            )
-            pollutants = np.empty((block.stop - block.start, len(POLLUTANTS), *grid), dtype="float32")
-            for hour in range(len(pollutants)):
-                pollutants[hour] = next(hourly)
-                bar.update()
-            for name in names:
-                if name in POLLUTANTS:
-                    values = _with_gaps(pollutants[:, POLLUTANTS.index(name)], gaps)
-                else:
-                    values = getattr(weather, name)
-                writer.write(block, name, values.astype("float32"))
+    partial = output.absolute().with_name(f".{output.absolute().name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        try:
+            _write_years(partial, world, seed, progress)
+            partial.rename(output)
+        except BaseException:
+            shutil.rmtree(partial)
+            raise
+    except OSError as error:
+        raise ConfigError(f"{output}: cannot be written: {error.strerror or error}") from None
+
+
+def _require_new_folder(output: Path) -> None:
+    try:
+        is_empty = output.is_dir() and not any(output.iterdir())
+    except OSError as error:
+        raise ConfigError(f"{output}: cannot be read: {error.strerror}") from None
+    if not is_empty and (output.exists() or output.is_symlink()):
+        raise ConfigError(f"{output}: already exists: expected a new or empty folder")
+    require_writable(output.absolute().parent)
+
+
+def _write_years(folder: Path, world: World, seed: int, progress: bool) -> None:
+    gaps, times = np.random.default_rng([seed, 3]), world.weather.times[SPIN_UP_HOURS:]
+    years = times.astype("datetime64[Y]").astype(int) + 1970
+    hourly = simulate(world)
+    with tqdm(total=len(times), desc="demo-data", unit="h", disable=not progress) as bar:
+        for year in np.unique(years):
+            of_year = np.flatnonzero(years == year)
+            with netCDF4.Dataset(folder / f"world_{year}.nc", "w") as file:
+                _describe(file, world.geography, times[of_year], seed)
+                for first in range(0, len(of_year), BLOCK_HOURS):
+                    block = of_year[first : first + BLOCK_HOURS]
+                    weather = weather_fields(
+                        world.weather, slice(block[0] + SPIN_UP_HOURS, block[-1] + 1 + SPIN_UP_HOURS), world.geography
+                    )
+                    pollutants = np.empty((len(block), len(POLLUTANTS), *world.geography.elevation_m.shape), np.float32)
+                    for hour in range(len(block)):
+                        pollutants[hour] = next(hourly)
+                        bar.update()
+                    for name in _DYNAMIC:
+                        if name in POLLUTANTS:
+                            values = _with_gaps(pollutants[:, POLLUTANTS.index(name)], gaps)
+                        else:
+                            values = getattr(weather, name)
+                        file[name][first : first + len(block)] = values.astype(np.float32)
+
+
+def _describe(file: netCDF4.Dataset, geography: Geography, times: np.ndarray, seed: int) -> None:
+    """Define the dimensions and variables of a year, and write those that do not change."""
+    file.setncatts({"title": f"TopoFlow demo world, seed {seed}", "Conventions": "CF-1.8"})
+    axes = {
+        "time": ((times - START).astype(np.int64), f"hours since {str(START).replace('T', ' ')}:00:00", "time"),
+        "lat": (geography.lat, "degrees_north", "latitude"),
+        "lon": (geography.lon, "degrees_east", "longitude"),
+    }
+    for name, (values, unit, standard_name) in axes.items():
+        file.createDimension(name, len(values))
+        variable = file.createVariable(name, values.dtype, (name,))
+        variable.setncatts({"units": unit, "standard_name": standard_name})
+        variable[:] = values
+    for name in (*_STATIC, *_DYNAMIC):
+        dimensions = ("lat", "lon") if name in _STATIC else ("time", "lat", "lon")
+        variable = file.createVariable(name, np.float32, dimensions, fill_value=np.float32(np.nan))
+        variable.setncatts({"units": VARIABLES[name].unit, "long_name": VARIABLES[name].long_name})
+    for name, attribute in _STATIC.items():
+        file[name][:] = getattr(geography, attribute)
 
 
 _STATIC = {"elevation": "elevation_m", "population": "population"}
-
-
-def _field(name: str) -> Field:
-    return Field(VARIABLES[name].unit, VARIABLES[name].long_name)
+_DYNAMIC = tuple(name for name, variable in VARIABLES.items() if variable.kind == "dynamic")
 
 
 def _with_gaps(values: np.ndarray, generator: np.random.Generator) -> np.ndarray:

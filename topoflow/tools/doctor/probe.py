@@ -26,6 +26,7 @@ import topoflow
 from topoflow.build import program_facts
 from topoflow.config import Config
 from topoflow.data.assembly import open_forecast_data
+from topoflow.data.channels import input_channels
 from topoflow.data.normalization import Normalization
 from topoflow.environment import CACHES, VISIBLE_DEVICES, select_variables
 from topoflow.errors import Refusal
@@ -214,15 +215,14 @@ def find_shared_caches(others: Sequence[Mapping[str, Any]]) -> dict[str, list[st
 
 
 def read_samples(config: Config) -> dict[str, Any]:
-    """Open the data set as training does, except for holding it in memory, and read random training samples.
+    """Open the data set as training does, and read random training samples.
 
     Returns shape (rows, columns of the grid), fingerprint, open_seconds, samples_per_second, bytes_per_second.
     """
     start = time.monotonic()
-    on_disk = dataclasses.replace(config.data, in_memory=False)
     model = config.model
-    data = open_forecast_data(on_disk, model.wind != "none", model.terrain != "none", only=("train",))
-    names = (*data.input_names, *data.target_names)
+    data = open_forecast_data(config.data, model.wind != "none", model.terrain != "none", only=("train",))
+    names = (*(channel.variable for channel in input_channels(config.data)), *data.target_names)
     dataset = data.dataset("train", Normalization.from_dict(dict.fromkeys(names, (0.0, 1.0))))
     opened = time.monotonic()
     draws, read = np.random.default_rng(), 0
@@ -230,12 +230,12 @@ def read_samples(config: Config) -> dict[str, Any]:
         dataset[int(draws.integers(len(dataset)))]
         read += 1
     rate = read / (time.monotonic() - opened)
-    data.source.close()
     # fields that change in time, once for the inputs and once for the targets, as float32
-    fields = len(set(data.input_names) & set(data.source.dynamic)) + len(data.target_names) + 2 * data.with_wind
+    dynamic = [channel for channel in input_channels(config.data) if channel.variable in data.source.dynamic]
+    fields = len(dynamic) + len(data.target_names) + 2 * data.with_wind
     return {
         "shape": tuple(data.grid.shape),
-        "fingerprint": data.source.fingerprint,
+        "fingerprint": data.contents.fingerprint,
         "open_seconds": opened - start,
         "samples_per_second": rate,
         "bytes_per_second": rate * 4 * fields * data.grid.shape[0] * data.grid.shape[1],

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from topoflow.config import Config
-from topoflow.data.dataset import input_names
-from topoflow.data.grid import build_grid
+from topoflow.data.channels import input_names
+from topoflow.data.grid import Grid
 from topoflow.loss import loss_sums
 from topoflow.model.topoflow import TopoFlow, build_model
 from topoflow.reproducibility import seed_draws
@@ -22,8 +22,7 @@ PASSES, ENOUGH_SECONDS = 3, 5.0
 def build_trial_model(config: Config, grid_shape: tuple[int, int]) -> dict[str, Any]:
     """Return the configured `model`, and `gradient_bytes`, for a regular grid about the equator: any costs the same."""
     lat, lon = (np.arange(count) * min(0.25, 120 / count) for count in grid_shape)
-    lat2d, lon2d = np.meshgrid(lat - lat.mean(), lon, indexing="ij")
-    grid = build_grid(lat2d, lon2d, "the doctor's grid")
+    grid = Grid(*np.meshgrid(lat.mean() - lat, lon, indexing="ij"))
     model = build_model(
         config.model,
         input_names(config.data),

@@ -241,12 +241,12 @@ def _settings(contents: Contents, config: Config, data: ForecastData) -> Iterato
         inputs = list(data.input_names)
         chosen = [inputs.index(target) if target in inputs else None for target in data.target_names]
         yield Setting("data.targets", weights.target_indices, chosen, "(as positions in data.variables)")
-    if weights.mask is not None and not np.array_equal(weights.mask.numpy(), data.mask):
-        cells = [f"{int(mask.sum())} of {list(mask.shape)} cells" for mask in (weights.mask, data.mask)]
+    if weights.mask is not None and not np.array_equal(weights.mask.numpy(), data.source.mask):
+        cells = [f"{int(mask.sum())} of {list(mask.shape)} cells" for mask in (weights.mask, data.source.mask)]
         note = f"({MASK}.npy in the run directory is the file's)"
-        yield Setting("data.mask", f"{MASK} with {cells[0]}", cells[1], note, may_differ=True)
+        yield Setting("mask of the data", f"{MASK} with {cells[0]}", cells[1], note, may_differ=True)
     if weights.program == "predecessor" and wind != "legacy_regional":
-        exists = (*data.mask.shape, config.model.patch_size) == SCANNED_GRID
+        exists = (*data.source.mask.shape, config.model.patch_size) == SCANNED_GRID
         note = "(the predecessor's)" if exists else "(the predecessor's does not exist on this grid)"
         yield Setting("model.wind", "legacy_regional", wind, note, may_differ=not exists)
     elif stated.get("model.parallel_patch_embed") is True:

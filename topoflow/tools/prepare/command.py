@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from topoflow.data.packed.manifest import read_manifest
+from topoflow.data.prepared.manifest import read_manifest
 from topoflow.errors import ConfigError, DataError
 from topoflow.terminal import print_output
 from topoflow.tools.prepare.findings import Findings
 from topoflow.tools.prepare.joined import JoinedSource
 from topoflow.tools.prepare.recipe import Recipe, read_recipe, recipe_of_paths, recipe_text
 from topoflow.tools.prepare.regridding import Target
+from topoflow.tools.prepare.report import finding_lines, write_report
 from topoflow.tools.prepare.scan import Opener, Scan, scan
-from topoflow.tools.prepare.summary import finding_lines, write_report
 from topoflow.tools.prepare.target import DEFAULT_DEGREES, Statics, build_target
 from topoflow.tools.prepare.verification import verify
 from topoflow.tools.prepare.writing import write

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 
 from topoflow.data.moments import Moments, moments_of
-from topoflow.data.packed.days import DayRecord
-from topoflow.data.packed.manifest import PackedVariable
+from topoflow.data.prepared.days import DayRecord
+from topoflow.data.prepared.manifest import PreparedVariable
 from topoflow.errors import ConfigError
 
 DTYPES = {"float32": "<f4", "float16": "<f2"}
@@ -18,7 +18,7 @@ _SAMPLED_HOURS = 24
 
 def choose_variables(
     units: Mapping[str, str], dtype: str, times: np.ndarray, read: Callable[[np.ndarray], np.ndarray]
-) -> tuple[PackedVariable, ...]:
+) -> tuple[PreparedVariable, ...]:
     """Return the variables with the constants of `dtype`, "<f4" or "<f2".
 
     float32 holds values as they are. float16 has 11 bits, so it holds (value - offset) / scale: offset is about the
@@ -32,18 +32,18 @@ def choose_variables(
         read: float32 [n, V, H, W] at positions [n] of `times`.
     """
     if dtype == "<f4":
-        return tuple(PackedVariable(name, unit, 1.0, 0.0) for name, unit in units.items())
+        return tuple(PreparedVariable(name, unit, 1.0, 0.0) for name, unit in units.items())
     hours = np.unique(np.linspace(0, len(times) - 1, _SAMPLED_HOURS).astype(np.int64))
     fields = read(hours)
     variables = []
     for column, (name, unit) in enumerate(units.items()):
         found = moments_of(fields[:, column])
         scale = 2.0 ** round(math.log2(found.std)) if found.count and found.std > 0 else 1.0
-        variables.append(PackedVariable(name, unit, scale, float(np.float32(found.mean))))
+        variables.append(PreparedVariable(name, unit, scale, float(np.float32(found.mean))))
     return tuple(variables)
 
 
-def encode(variable: PackedVariable, values: np.ndarray, dtype: str) -> np.ndarray:
+def encode(variable: PreparedVariable, values: np.ndarray, dtype: str) -> np.ndarray:
     """Values float32 of any shape as the array holds them. ConfigError if one is beyond the reach of its type."""
     if dtype == "<f4":
         return values
@@ -52,13 +52,13 @@ def encode(variable: PackedVariable, values: np.ndarray, dtype: str) -> np.ndarr
     if np.isinf(stored).any():
         largest = float(np.nanmax(np.abs(values)))
         raise ConfigError(
-            f"--dtype float16: variable {variable.name!r} has values up to {largest:g} {variable.unit}, too far from "
-            f"{variable.offset:g} for its scale {variable.scale:g}: expected --dtype float32"
+            f"dtype: float16: variable {variable.name!r} has values up to {largest:g} {variable.unit}, too far from "
+            f"{variable.offset:g} for its scale {variable.scale:g}: expected dtype: float32"
         )
     return stored
 
 
-def decode(variable: PackedVariable, stored: np.ndarray) -> np.ndarray:
+def decode(variable: PreparedVariable, stored: np.ndarray) -> np.ndarray:
     """float32: what is read back, to the bit."""
     if stored.dtype == np.float32:
         return stored
@@ -76,7 +76,7 @@ def cost(values: np.ndarray, read_back: np.ndarray) -> tuple[float, float]:
     return float(np.abs(difference).max()), float(np.square(difference).sum())
 
 
-def sum_up(variable: PackedVariable, days: Sequence[DayRecord]) -> PackedVariable:
+def sum_up(variable: PreparedVariable, days: Sequence[DayRecord]) -> PreparedVariable:
     """The variable with what its precision cost over all days."""
     moments = functools.reduce(Moments.merge, (day.moments[variable.name] for day in days), Moments())
     errors = [day.errors[variable.name] for day in days if variable.name in day.errors]

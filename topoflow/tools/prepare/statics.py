@@ -1,51 +1,46 @@
-"""What packed data hold once: coordinates, terrain, population, mask."""
+"""static.npz: what prepared data hold once: coordinates, terrain, population, mask."""
 
 import hashlib
+import typing
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from topoflow.data.grid import Grid, same_place
-from topoflow.data.packed.manifest import FileRecord, Manifest
-from topoflow.errors import ConfigError, DataError
+from topoflow.data.grid import same_place
+from topoflow.data.prepared.manifest import FileRecord, Manifest
+from topoflow.data.prepared.reader import read_static
+from topoflow.data.variables import VARIABLES
+from topoflow.errors import DataError
 from topoflow.files import flush
-from topoflow.tools.prepare.resampling import Resampling
+
+STATIC = "static.npz"
 
 
-def static_fields(grid: Grid, resampling: Resampling | None, mask: np.ndarray | None) -> dict[str, np.ndarray]:
-    """By name, [H, W] each, on the grid of the packed data, of what `grid` has and of the `mask` on it, bool [h, w].
-
-    A cell of another grid counts if at least half of what it covers does. ConfigError if none does.
-    """
-    out = grid if resampling is None else resampling.grid
-    fields = {"lat2d": out.lat2d, "lon2d": out.lon2d}
-    if grid.elevation_m is not None:
-        fields["elevation"] = grid.elevation_m if resampling is None else resampling.mean(grid.elevation_m)
-    if grid.population is not None:
-        fields["population"] = grid.population if resampling is None else resampling.share_out(grid.population)
-    if mask is not None:
-        fields["mask"] = mask if resampling is None else resampling.mean(mask.astype(np.float32)) >= 0.5
-        if not fields["mask"].any():
-            raise ConfigError(
-                "--mask: no cell of the new grid is covered: expected one with at least half of its area in the mask"
-            )
-    return fields
+def static_units(fields: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """Return {name: unit} of the fields."""
+    return {name: VARIABLES[name].unit if name in VARIABLES else "1" for name in fields}
 
 
 def require_same_statics(fields: Mapping[str, np.ndarray], present: Manifest, folder: Path) -> None:
-    """DataError, naming it, if one of `fields` is not what the packed data in `folder` hold."""
+    """DataError, naming it, if one of `fields` is not what the prepared data in `folder` hold."""
+    stored = read_static(folder, present)
     for name, field in fields.items():
-        stored = np.load(folder / present.statics[name].name)
         is_place = name in ("lat2d", "lon2d")
-        if not (same_place(stored, field) if is_place else np.array_equal(stored, field, equal_nan=name != "mask")):
-            raise DataError(f"{folder}: {name!r} of the data differs from the packed one: expected the same grid")
+        if not (
+            same_place(stored[name], field)
+            if is_place
+            else np.array_equal(stored[name], field, equal_nan=name != "mask")
+        ):
+            raise DataError(f"{folder}: {name!r} differs from the prepared one: expected the same grid")
 
 
-def save_static(path: Path, field: np.ndarray) -> FileRecord:
-    """Write a field as .npy, to the disk."""
+def save_statics(folder: Path, fields: Mapping[str, np.ndarray]) -> FileRecord:
+    """Write the fields as static.npz, to the disk."""
+    path = folder / STATIC
     with open(path, "wb") as file:
-        np.save(file, field)
+        np.savez(file, **typing.cast(dict[str, Any], fields))
         flush(file)
     data = path.read_bytes()
-    return FileRecord(path.name, len(data), hashlib.sha256(data).hexdigest())
+    return FileRecord(STATIC, len(data), hashlib.sha256(data).hexdigest())

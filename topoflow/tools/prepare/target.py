@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from topoflow.data.grid import same_place
-from topoflow.data.packed.reader import is_packed
+from topoflow.data.prepared.manifest import is_prepared, read_manifest
+from topoflow.data.prepared.reader import read_static
 from topoflow.errors import ConfigError, DataError
 from topoflow.tools.prepare.cells import build_cells
 from topoflow.tools.prepare.findings import Findings
@@ -66,9 +67,9 @@ def _build(spec: GridSpec, pieces: Sequence[Piece], opener: Opener, findings: Fi
 
 
 def _like(path: str, opener: Opener, findings: Findings) -> Target | None:
-    if is_packed(Path(path)):
-        lat, lon = (np.load(Path(path) / f"{name}.npy", allow_pickle=False) for name in ("lat2d", "lon2d"))
-        return Target(lat, lon, axes_of(lat, lon))
+    if is_prepared(Path(path)):
+        fields = read_static(Path(path), read_manifest(Path(path)))
+        return Target(fields["lat2d"], fields["lon2d"], axes_of(fields["lat2d"], fields["lon2d"]))
     spec = Source(path=path)
     dataset = opener.open(Path(path), spec)
     place = None if dataset is None else read_grid(dataset, spec, opener, findings)

@@ -1,4 +1,4 @@
-"""Verify a packed data set: read it and compare it with its manifest."""
+"""Verify a prepared data set: read it and compare it with its manifest."""
 
 import hashlib
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from topoflow.data.packed.days import read_days
-from topoflow.data.packed.manifest import FileRecord, Manifest, PackedYear, read_manifest
+from topoflow.data.prepared.days import read_days
+from topoflow.data.prepared.manifest import FileRecord, Manifest, PreparedYear, read_manifest
 from topoflow.errors import DataError
 from topoflow.tools.prepare.year_writer import day_blocks
 
@@ -19,7 +19,7 @@ def verify(folder: Path, progress: bool = True) -> tuple[Manifest, list[str]]:
     there is none.
     """
     manifest = read_manifest(folder)
-    damage = [text for file in manifest.statics.values() if (text := _damage_of_file(folder, file))]
+    damage = [text for text in [_damage_of_file(folder, manifest.static)] if text]
     with tqdm(
         total=sum(len(year.times) for year in manifest.years), desc="verify", unit="hour", disable=not progress
     ) as bar:
@@ -39,7 +39,7 @@ def _damage_of_file(folder: Path, file: FileRecord) -> str | None:
     return None
 
 
-def _damage_of_year(folder: Path, manifest: Manifest, year: PackedYear, bar: tqdm) -> list[str]:
+def _damage_of_year(folder: Path, manifest: Manifest, year: PreparedYear, bar: tqdm) -> list[str]:
     path, damage = folder / year.array.name, []
     try:
         days = read_days(folder / year.days.name, year.days.sha256)
@@ -54,9 +54,8 @@ def _damage_of_year(folder: Path, manifest: Manifest, year: PackedYear, bar: tqd
     expected = (len(year.times), len(manifest.variables), *manifest.shape)
     if shape != expected:
         damage.append(f"{path}: has shape {shape}: expected {expected}")
-    hour_bytes = np.dtype(manifest.dtype).itemsize * int(np.prod(expected[1:]))
-    for day, is_whole in day_blocks(path, year.header, hour_bytes, days):
-        if not is_whole:
-            damage.append(f"{path}: {day.day} does not match its hash")
+    for day, damaged in day_blocks(path, year.header, expected[1:], manifest.dtype, days):
+        if damaged:
+            damage.append(f"{path}: {', '.join(damaged)} of {day.day} do not match their hash")
         bar.update(day.hours)
     return damage

@@ -13,18 +13,25 @@ import numpy as np
 from tqdm import tqdm
 
 from topoflow.data.moments import day_pieces, moments_of
-from topoflow.data.packed.days import DayRecord, days_text, read_days
-from topoflow.data.packed.manifest import FileRecord, Manifest, PackedVariable, PackedYear, read_manifest, runs_of
-from topoflow.data.packed.reader import is_packed
+from topoflow.data.prepared.days import DayRecord, days_text, hash_variables, read_days
+from topoflow.data.prepared.manifest import (
+    FileRecord,
+    Manifest,
+    PreparedVariable,
+    PreparedYear,
+    is_prepared,
+    read_manifest,
+    runs_of,
+)
 from topoflow.errors import ConfigError, DataError, Refusal
 from topoflow.files import flush_folder, remove_unfinished, require_writable, write_atomically
 from topoflow.tools.prepare.precision import DTYPES, choose_variables, cost, decode, encode, sum_up
-from topoflow.tools.prepare.statics import require_same_statics, save_static
+from topoflow.tools.prepare.statics import require_same_statics, save_statics, static_units
 from topoflow.tools.prepare.year_writer import YearWriter
 
 PLAN, LOCK = "plan.json", "lock"
 
-_Made = tuple[PackedYear, list[DayRecord]]
+_Made = tuple[PreparedYear, list[DayRecord]]
 """A year that was written now, and its days."""
 
 
@@ -83,7 +90,7 @@ def write(
         ConfigError: other settings than those of what is there; `output` is something else or cannot be written.
     """
     is_free = not (output.exists() or output.is_symlink()) or (output.is_dir() and not any(output.iterdir()))
-    if not is_free and not is_packed(output):
+    if not is_free and not is_prepared(output):
         raise ConfigError(f"{output}: is not prepared data: expected a new or empty folder, or prepared data")
     require_writable(output.absolute().parent)  # before the work: it is written next to `output`, then renamed
     try:
@@ -130,7 +137,7 @@ class _Writing:
         self.source, self.statics, self.settings, self.provenance = source, statics, settings, provenance
         self.output, self.work, self.progress = output, work, progress
         self.dtype = DTYPES[settings["dtype"]]
-        self.present = read_manifest(output) if is_packed(output) else None
+        self.present = read_manifest(output) if is_prepared(output) else None
         remove_unfinished(work)
         if self.present is not None:
             _tidy(output, self.present)
@@ -159,7 +166,7 @@ class _Writing:
             kept.pop(year.year, None)
         return self._commit(list(kept.values()), made, variables)
 
-    def _variables(self) -> tuple[PackedVariable, ...]:
+    def _variables(self) -> tuple[PreparedVariable, ...]:
         """With the constants that were chosen when it was begun."""
         if self.present is not None:
             return self.present.variables
@@ -168,7 +175,7 @@ class _Writing:
         if plan.exists():
             try:
                 content = json.loads(plan.read_text())
-                variables = tuple(PackedVariable(**variable) for variable in content.pop("variables"))
+                variables = tuple(PreparedVariable(**variable) for variable in content.pop("variables"))
                 if content == begun:
                     return variables
             except (ValueError, KeyError, TypeError):  # damaged
@@ -180,13 +187,18 @@ class _Writing:
         write_atomically(plan, json.dumps({**begun, "variables": [vars(variable) for variable in chosen]}, indent=1))
         return chosen
 
-    def _is_unchanged(self, before: PackedYear, hours: np.ndarray) -> bool:
+    def _is_unchanged(self, before: PreparedYear, hours: np.ndarray) -> bool:
         """Return whether a year is as it was prepared, as far as its files show."""
         same_times = np.array_equal(before.times, self.source.times[hours])
         return same_times and self._hash_source_files(hours) == before.source_files
 
     def _write_year(
-        self, year: int, hours: np.ndarray, variables: tuple[PackedVariable, ...], before: PackedYear | None, bar: tqdm
+        self,
+        year: int,
+        hours: np.ndarray,
+        variables: tuple[PreparedVariable, ...],
+        before: PreparedYear | None,
+        bar: tqdm,
     ) -> _Made:
         """Write a year into the work folder, continuing where an earlier run stopped.
 
@@ -216,9 +228,9 @@ class _Writing:
         write_atomically(self.work / f"days_{tag}.json", text)
         days = FileRecord(f"days_{tag}.json", len(text), hashlib.sha256(text.encode()).hexdigest())
         step, file = self.source.step_hours, FileRecord(array.name, writer.size)
-        return PackedYear(year, runs_of(times, step), writer.header, file, days, states, step), writer.days
+        return PreparedYear(year, runs_of(times, step), writer.header, file, days, states, step), writer.days
 
-    def _encode(self, variables: tuple[PackedVariable, ...], values: np.ndarray) -> np.ndarray:
+    def _encode(self, variables: tuple[PreparedVariable, ...], values: np.ndarray) -> np.ndarray:
         stored = np.empty(values.shape, self.dtype)
         for column, variable in enumerate(variables):
             stored[:, column] = encode(variable, values[:, column], self.dtype)
@@ -227,7 +239,7 @@ class _Writing:
     def _record(
         self,
         day: str,
-        variables: tuple[PackedVariable, ...],
+        variables: tuple[PreparedVariable, ...],
         values: np.ndarray,
         stored: np.ndarray,
         dropped: dict[str, int],
@@ -238,13 +250,14 @@ class _Writing:
             moments[variable.name] = moments_of(read_back)
             if self.dtype != "<f4":
                 errors[variable.name] = cost(values[:, column], read_back)
-        return DayRecord(day, len(values), "", moments, errors, dropped)
+        hashes = hash_variables([variable.name for variable in variables], stored)
+        return DayRecord(day, len(values), hashes, moments, errors, dropped)
 
     def _hash_source_files(self, hours: np.ndarray) -> str:
         states = self.source.file_states(int(hours[0]), int(hours[-1]) + 1)
         return hashlib.sha256("\n".join(states).encode()).hexdigest()
 
-    def _commit(self, kept: list[PackedYear], made: list[_Made], variables: tuple[PackedVariable, ...]) -> Manifest:
+    def _commit(self, kept: list[PreparedYear], made: list[_Made], variables: tuple[PreparedVariable, ...]) -> Manifest:
         """Put what was written in its place; nothing counts before the manifest does."""
         days = [day for year in kept for day in read_days(self.output / year.days.name, year.days.sha256)]
         days += [day for _, of_year in made for day in of_year]
@@ -262,13 +275,13 @@ class _Writing:
             shutil.rmtree(self.work)
             _tidy(self.output, manifest)
             return manifest
-        statics = {name: save_static(self.work / f"{name}.npy", field) for name, field in self.statics.items()}
         manifest = Manifest(
             self.settings,
             self.dtype,
             self.source.shape,
             variables,
-            statics,
+            save_statics(self.work, self.statics),
+            static_units(self.statics),
             (),
             self.source.step_hours,
             self.provenance,
@@ -283,7 +296,9 @@ class _Writing:
 class _Past:
     """The fields of a year as they were prepared, which must not change."""
 
-    def __init__(self, folder: Path, before: PackedYear | None, times: np.ndarray, shape: tuple[int, ...], dtype: str):
+    def __init__(
+        self, folder: Path, before: PreparedYear | None, times: np.ndarray, shape: tuple[int, ...], dtype: str
+    ):
         self._folder, self._array = folder, None
         if before is None:
             return

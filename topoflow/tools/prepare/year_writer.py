@@ -1,15 +1,13 @@
-"""One year of a packed data set while it is written: day by day, so that it can be resumed."""
+"""One year of a prepared data set while it is written: day by day, so that it can be resumed."""
 
-import hashlib
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from topoflow.data.packed.days import DayRecord
+from topoflow.data.prepared.days import DayRecord, hash_variables
 from topoflow.files import flush, write_atomically
 
 
@@ -66,16 +64,15 @@ class YearWriter:
         self._file.close()
 
     def write(self, values: np.ndarray, record: DayRecord) -> None:
-        """The next day: values [hours, variable, row, column] in the type of the array, and its record but the hash."""
+        """The next day: values [hours, variable, row, column] in the type of the array, and its record."""
         assert values.shape == (self.hours[len(self.days)], *self.shape[1:])
         assert values.dtype == self.dtype
         data = np.ascontiguousarray(values).data.cast("B")
         self._file.write(data)
         self._file.flush()  # before the journal records it
-        day = replace(record, sha256=hashlib.sha256(data).hexdigest())
-        self._journal.write(json.dumps(day.to_dict()) + "\n")
+        self._journal.write(json.dumps(record.to_dict()) + "\n")
         self._journal.flush()
-        self.days.append(day)
+        self.days.append(record)
 
     def finish(self) -> None:
         """Wait until all is on the disk."""
@@ -103,22 +100,35 @@ class YearWriter:
         for line, hours in zip(lines[1:], self.hours, strict=False):
             try:
                 day = DayRecord.from_dict(json.loads(line))
-            except (ValueError, KeyError, TypeError):  # cut off where the process was killed
+            except (ValueError, KeyError, TypeError, AttributeError):  # cut off where the process was killed
                 return
             data = self._file.read(hours * self._hour_bytes)
-            if day.hours != hours or hashlib.sha256(data).hexdigest() != day.sha256:
+            if day.hours != hours or damaged_variables(data, day, self.shape[1:], self.dtype):
                 return
             yield day
 
 
-def day_blocks(path: Path, header: int, hour_bytes: int, days: list[DayRecord]) -> Iterator[tuple[DayRecord, bool]]:
-    """Read the array of a year: each day, and whether it is as its record says. OSError if it cannot be read."""
+def damaged_variables(data: bytes | memoryview, day: DayRecord, shape: tuple[int, ...], dtype: np.dtype) -> list[str]:
+    """Return the variables of a day whose bytes are not as its record says; all, if there are not as many bytes.
+
+    shape: [variable, row, column]; the variables are in the order of the record.
+    """
+    names = list(day.sha256)
+    if len(names) != shape[0] or len(data) != day.hours * dtype.itemsize * int(np.prod(shape)):
+        return names or ["all variables"]
+    found = hash_variables(names, np.frombuffer(data, dtype).reshape(day.hours, *shape))
+    return [name for name in names if found[name] != day.sha256[name]]
+
+
+def day_blocks(
+    path: Path, header: int, shape: tuple[int, ...], dtype: str, days: list[DayRecord]
+) -> Iterator[tuple[DayRecord, list[str]]]:
+    """Read the array of a year: each day, and its damaged variables. OSError if it cannot be read."""
+    hour_bytes = np.dtype(dtype).itemsize * int(np.prod(shape))
     with open(path, "rb") as file:
         file.seek(header)
-        buffer = memoryview(bytearray(max(day.hours for day in days) * hour_bytes))
         for day in days:
-            count = file.readinto(buffer[: day.hours * hour_bytes])
-            yield day, hashlib.sha256(buffer[:count]).hexdigest() == day.sha256
+            yield day, damaged_variables(file.read(day.hours * hour_bytes), day, shape, np.dtype(dtype))
 
 
 def _header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:

@@ -1,10 +1,12 @@
-"""year_YYYY.json: hash, moments and cost in precision of each day of a packed year."""
+"""days_YYYY.json: hashes, moments and cost in precision of each day of a prepared year."""
 
 import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from topoflow.data.moments import Moments
 from topoflow.errors import DataError
@@ -14,14 +16,14 @@ from topoflow.errors import DataError
 class DayRecord:
     """One day (UTC) of the year's array.
 
-    sha256: of its bytes. moments: of the values as they are read back. errors: by name, the largest difference from the
-    values that were packed and the sum of its squares; empty where the array holds those values themselves. dropped:
-    number of values that were left out, by reason.
+    sha256: by name, that of the variable's bytes (see `hash_variables`). moments: by name, of the values as they are
+    read back. errors: by name, the largest difference from the values that were read and the sum of its squares; empty
+    where the array holds those values themselves. dropped: number of values that were left out, by reason.
     """
 
     day: str
     hours: int
-    sha256: str
+    sha256: dict[str, str]
     moments: dict[str, Moments]
     errors: dict[str, tuple[float, float]]
     dropped: dict[str, int] = field(default_factory=dict)
@@ -40,11 +42,22 @@ class DayRecord:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "DayRecord":
-        """What `to_dict` gave. KeyError, TypeError or ValueError for anything else."""
+        """What `to_dict` gave. KeyError, TypeError, ValueError or AttributeError for anything else."""
+        hashes = {str(name): str(sha256) for name, sha256 in content["sha256"].items()}
         moments = {name: Moments(int(n), float(mean), float(sq)) for name, (n, mean, sq) in content["moments"].items()}
         errors = {name: (float(largest), float(squares)) for name, (largest, squares) in content["errors"].items()}
         dropped = {str(reason): int(count) for reason, count in content["dropped"].items()}
-        return cls(str(content["day"]), int(content["hours"]), str(content["sha256"]), moments, errors, dropped)
+        return cls(str(content["day"]), int(content["hours"]), hashes, moments, errors, dropped)
+
+
+def hash_field(values: np.ndarray) -> str:
+    """Return the hex SHA-256 of a variable's hours [n, H, W], as they lie in the array."""
+    return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
+
+
+def hash_variables(names: list[str], values: np.ndarray) -> dict[str, str]:
+    """Return `hash_field` of each variable of a day, [hours, variable, row, column] in the type of the array."""
+    return {name: hash_field(values[:, column]) for column, name in enumerate(names)}
 
 
 def days_text(days: list[DayRecord]) -> str:

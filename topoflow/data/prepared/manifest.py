@@ -1,4 +1,4 @@
-"""manifest.json: the files of a packed data set, and the meaning of their numbers."""
+"""manifest.json: the files of a prepared data set, and the meaning of their numbers."""
 
 import hashlib
 import json
@@ -12,13 +12,13 @@ from topoflow.errors import DataError
 from topoflow.files import write_atomically
 
 MANIFEST = "manifest.json"
-FORMAT = "topoflow packed data 2"
+FORMAT = "topoflow prepared data 1"
 _HOUR = np.timedelta64(1, "h")
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file of the packed data set: its name, size in bytes and SHA-256 (a year's array has one for each day)."""
+    """A file of the data set: its name, size in bytes and SHA-256 (a year's array has one for each day)."""
 
     name: str
     size: int
@@ -26,10 +26,10 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
-class PackedVariable:
+class PreparedVariable:
     """A variable that changes in time. A value is what the array holds times `scale` plus `offset`, in `unit`.
 
-    error_max, error_rms: largest and root mean square difference from the values that were packed, over all years.
+    error_max, error_rms: largest and root mean square difference from the values that were read, over all years.
     std: standard deviation of the variable over all years, or None where it has no value.
     """
 
@@ -43,11 +43,11 @@ class PackedVariable:
 
 
 @dataclass(frozen=True)
-class PackedYear:
+class PreparedYear:
     """One year. runs: times without a gap, [first as YYYY-MM-DDTHH, how many]. header: bytes before the numbers.
 
     array: [time, variable, row, column]. days: the record of its days. source_files: hash of the sizes and times of
-    change of the files that it was packed from, by which a later `pack` knows them.
+    change of the files that it was read from, by which a later `prepare` knows them.
     """
 
     year: int
@@ -67,24 +67,26 @@ class PackedYear:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All of a packed data set but its numbers. Years are in order; shape is that of the grid.
+    """All of a prepared data set but its numbers. Years are in order; shape is that of the grid.
 
-    settings: what it was asked to be, by the names of the options: years appended later must have the same.
-    step_hours: hours from each time to the next. provenance: the recipe and the files that were read.
+    settings: what it was asked to be, by the names of the recipe's keys: data appended later must have the same.
+    static: the file of the fields that do not change; static_units: {name: unit} of those. step_hours: hours from each
+    time to the next. provenance: the recipe and the files that were read.
     """
 
     settings: dict[str, Any]
     dtype: str
     shape: tuple[int, int]
-    variables: tuple[PackedVariable, ...]
-    statics: dict[str, FileRecord]
-    years: tuple[PackedYear, ...]
+    variables: tuple[PreparedVariable, ...]
+    static: FileRecord
+    static_units: dict[str, str]
+    years: tuple[PreparedYear, ...]
     step_hours: int = 1
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def files(self) -> list[FileRecord]:
         """All files but the manifest."""
-        return [*self.statics.values(), *(file for year in self.years for file in (year.array, year.days))]
+        return [self.static, *(file for year in self.years for file in (year.array, year.days))]
 
     def text(self) -> str:
         """As JSON, with the hash of all else as its last key."""
@@ -92,7 +94,7 @@ class Manifest:
         body = json.dumps(content, sort_keys=True)
         return json.dumps({**content, "manifest_sha256": hashlib.sha256(body.encode()).hexdigest()}, indent=1)
 
-    def with_years(self, years: list[PackedYear], variables: tuple[PackedVariable, ...]) -> "Manifest":
+    def with_years(self, years: list[PreparedYear], variables: tuple[PreparedVariable, ...]) -> "Manifest":
         """With these years in place of those that it has."""
         ordered = tuple(sorted(years, key=lambda year: year.year))
         return replace(self, years=ordered, variables=variables)
@@ -100,6 +102,11 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Replace the manifest in `folder`: after a crash at any instant it is the old one or the new one."""
         write_atomically(folder / MANIFEST, self.text())
+
+
+def is_prepared(path: Path) -> bool:
+    """Whether `path` is the folder of a prepared data set."""
+    return (path / MANIFEST).is_file()
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -114,18 +121,20 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(f"{path}: is damaged: it is not JSON") from None
     found = content.pop("format", None) if isinstance(content, dict) else None
     if found != FORMAT:
-        raise DataError(f"{path}: has the format {found!r}: expected {FORMAT!r}")
+        raise DataError(
+            f"{path}: has the format {found!r}: expected {FORMAT!r} (data packed by an earlier version are to be "
+            "prepared again from their files)"
+        )
     content.pop("manifest_sha256", None)
     try:
         manifest = Manifest(
-            settings=content["settings"],
-            dtype=content["dtype"],
-            shape=tuple(content["shape"]),
-            variables=tuple(PackedVariable(**variable) for variable in content["variables"]),
-            statics={name: FileRecord(**file) for name, file in content["statics"].items()},
-            years=tuple(_year(**year) for year in content["years"]),
-            step_hours=content["step_hours"],
-            provenance=content["provenance"],
+            **{
+                **content,
+                "shape": tuple(content["shape"]),
+                "variables": tuple(PreparedVariable(**variable) for variable in content["variables"]),
+                "static": FileRecord(**content["static"]),
+                "years": tuple(_year(**year) for year in content["years"]),
+            }
         )
     except (KeyError, TypeError):
         raise DataError(f"{path}: is damaged: it lacks a key of the format") from None
@@ -143,12 +152,12 @@ def check_sizes(manifest: Manifest, folder: Path) -> None:
         except OSError as error:
             raise DataError(f"{folder / file.name}: cannot be found: {error.strerror}") from error
         if size != file.size:
-            raise DataError(f"{folder / file.name}: has {size} bytes: expected {file.size} (see pack --verify)")
+            raise DataError(f"{folder / file.name}: has {size} bytes: expected {file.size} (see prepare --verify)")
 
 
-def _year(runs: list, array: dict, days: dict, **more: Any) -> PackedYear:
+def _year(runs: list, array: dict, days: dict, **more: Any) -> PreparedYear:
     unbroken = tuple((first, count) for first, count in runs)
-    return PackedYear(runs=unbroken, array=FileRecord(**array), days=FileRecord(**days), **more)
+    return PreparedYear(runs=unbroken, array=FileRecord(**array), days=FileRecord(**days), **more)
 
 
 def runs_of(times: np.ndarray, step_hours: int = 1) -> tuple[tuple[str, int], ...]:
