@@ -252,7 +252,7 @@ def _train_command(device: str, folder: Path) -> list[str]:
     config = {
         "run": {"device": device, "threads": 1},
         "data": {"path": str(folder / "world"), "train": [["2018-10-01", "2018-10-03"]], "threads": 0,
-                 "lead_times_hours": [6, 12], "cache": str(folder / "cache")},
+                 "lead_times_hours": [6, 12]},
         "model": {"embed_dim": 64, "depth": 2, "num_heads": 2, "drop_rate": DROP_RATE, "drop_path": DROP_RATE},
         "optim": {"schedule_interval": "step"},
         "train": {"max_steps": 6, "global_batch_size": 8, "micro_batch_size": 4, "log_every_steps": 1},

@@ -1,4 +1,4 @@
-"""Loading speed of samples: packed, from Zarr, and with the published program's loader, compared in one run.
+"""Loading speed of samples, and that of the published program's loader from Zarr, compared in one run.
 
     python -m benchmarks.loading [--sizes 32x64,128x256] [--hours 1500,400] [--rounds 7] [--quick]
 
@@ -18,21 +18,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from topoflow.tools.prepare.packing import PackOptions, pack
 from torch.utils.data import DataLoader
 
-from benchmarks.loading_data import CONSTANTS, DYNAMIC, DataSets, make_data_sets, write_fields
-from benchmarks.packed_layouts import hour_readers
+from benchmarks.loading_data import CONSTANTS, DataSets, make_data_sets, make_fields
 from benchmarks.published_loader import PublishedSamples
 from benchmarks.tables import print_table, ratio, spread
+from tests.support.prepared import write_prepared
 from topoflow.config import ModelConfig
-from topoflow.data.assembly import index_forecast_data, open_indexed_data
+from topoflow.data.assembly import open_forecast_data
 from topoflow.data.dataset import ForecastDataset
 from topoflow.data.sampling import BatchPlan, build_train_loader
 from topoflow.loss import loss_sums
 from topoflow.model.topoflow import build_model
 
 BATCH = 4
+CONSUMER_SECONDS = 0.01
+"""Time that a consumer takes for a sample, whose waiting is measured at the largest size."""
 SIX_YEARS, CELLS_OF_YEARS = 52_584, (8, 8)
 
 
@@ -52,12 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        for shape, length in zip(sizes, hours, strict=True):
-            data = make_data_sets(folder, shape, length)
+        made = [make_data_sets(folder, shape, length) for shape, length in zip(sizes, hours, strict=True)]
+        for data in made:
             print_samples(data, rounds, options.quick)
-            print_layouts(data, folder, rounds, min(length, 120))
             print_precision(data)
-        print_waiting(make_data_sets(folder / "a", sizes[0], hours[0]), rounds, 5 if options.quick else 25)
+        print_waiting(made, rounds, 5 if options.quick else 25)
         print_opening(folder, years, rounds)
     return 0
 
@@ -79,7 +79,7 @@ def in_turn(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[st
 def open_samples(data: DataSets, folder: Path, **more) -> ForecastDataset:
     """Return our data set over one of the folders, with wind."""
     config = data.config(folder, **more)
-    opened = open_indexed_data(config, True, index_forecast_data(config, True, True))
+    opened = open_forecast_data(config, True, True)
     return opened.dataset("train", opened.build_normalization())
 
 
@@ -91,11 +91,13 @@ def our_batches(dataset: ForecastDataset, in_order: bool, threads: int = 0) -> I
     return iter(build_train_loader(dataset, plan, epoch=0, threads=threads))
 
 
-def published_batches(data: DataSets, folder: Path, in_order: bool) -> Iterator[list[torch.Tensor]]:
+def published_batches(data: DataSets, in_order: bool) -> Iterator[list[torch.Tensor]]:
     """Yield batches from the published program's loader without end."""
-    config = data.config(folder)
-    store = next(folder.glob("*.zarr"))
-    samples = PublishedSamples(store, config.variables, config.targets, CONSTANTS, config.lead_times_hours, data.shape)
+    config = data.config(data.single)
+    assert data.zarr is not None
+    samples = PublishedSamples(
+        data.zarr, config.variables, config.targets, CONSTANTS, config.lead_times_hours, data.shape
+    )
     plan = BatchPlan(len(samples), 0, BATCH, BATCH, 0, 1)
     order = _in_order(len(samples)) if in_order else (b for e in itertools.count() for b in plan.micro_batches(e))
     return iter(DataLoader(samples, batch_sampler=order))
@@ -119,84 +121,74 @@ def rate(batches: Iterator, count: int) -> Callable[[], float]:
 
 
 def print_samples(data: DataSets, rounds: int, quick: bool) -> None:
-    """Print samples per second of all loaders; the ratio is to the published one on the same store."""
-    counts = (5, 10) if quick else (10, 100)
+    """Print samples per second of all loaders."""
+    counts = (5, 40) if quick else (10, 400)
     for in_order in (False, True):
-        contestants = {}
-        for layout, folder in (("chunks of our writer", data.written), ("a chunk an hour", data.hourly)):
-            contestants[f"published, Zarr, {layout}"] = rate(published_batches(data, folder, in_order), counts[0])
-            contestants[f"ours, Zarr, {layout}"] = rate(our_batches(open_samples(data, folder), in_order), counts[1])
-        for name, folder in (("float32", data.packed), ("float16", data.half)):
-            contestants[f"ours, packed, {name}"] = rate(
-                our_batches(open_samples(data, folder), in_order), 4 * counts[1]
-            )
+        contestants = {"published, Zarr, a chunk an hour": rate(published_batches(data, in_order), counts[0])}
+        for name, folder in (("float32", data.single), ("float16", data.half)):
+            contestants[f"ours, prepared, {name}"] = rate(our_batches(open_samples(data, folder), in_order), counts[1])
         found = in_turn(contestants, rounds)
-        rows = []
-        for name, values in found.items():
-            layout = name.partition("Zarr, ")[2] or "a chunk an hour"  # packed: relative to the faster of the two
-            rows.append([name, spread(values), ratio(values, found[f"published, Zarr, {layout}"], 1)])
+        published = next(iter(found.values()))
+        rows = [[name, spread(values), ratio(values, published, 1)] for name, values in found.items()]
         order = "in order" if in_order else "in random order"
         print(f"Samples per second, {order}, {data.shape[0]} x {data.shape[1]}, batches of {BATCH}, one process\n")
         print_table(["loader", "samples/s (range)", "this / published (quartiles)"], rows)
 
 
-def print_layouts(data: DataSets, folder: Path, rounds: int, hours: int) -> None:
-    """Print the microseconds to read all fields of one hour, in random order."""
-    readers = hour_readers(data, folder, hours)
-    order = np.random.default_rng(0).permutation(hours).tolist()
-
-    def timed(read: Callable[[int], np.ndarray]) -> Callable[[], float]:
-        def measure() -> float:
-            start = time.perf_counter()
-            for hour in order:
-                read(hour)
-            return 1e6 * (time.perf_counter() - start) / len(order)
-
-        return measure
-
-    found = in_turn({name: timed(read) for name, read in readers.items()}, rounds)
-    plain = found["plain array, mapped"]
-    rows = [[name, spread(values), ratio(values, plain, 1)] for name, values in found.items()]
-    print(f"One hour of {len(DYNAMIC)} fields, {data.shape[0]} x {data.shape[1]}, hours in random order\n")
-    print_table(["layout", "us to read (range)", "this / plain array (quartiles)"], rows)
-
-
 def print_precision(data: DataSets) -> None:
     """Print the loss of precision with float16."""
-    rows = [
-        [v.name, v.unit, f"{v.error_max:.3g}", f"{v.error_rms:.3g}", f"{v.error_rms / v.std:.1e}"]
-        for v in data.manifest_of_half.variables
-    ]
     print(f"Loss of precision with float16, {data.shape[0]} x {data.shape[1]}\n")
-    print_table(["variable", "unit", "largest error", "RMS error", "RMS over deviation"], rows)
+    print_table(["variable", "unit", "largest error", "RMS error", "RMS over deviation"], data.errors_of_half())
 
 
 # ---- waiting
 
 
-def print_waiting(data: DataSets, rounds: int, steps: int) -> None:
-    """Print the share of time that a training loop waits for batches of BATCH: width 96, depth 3, 4 heads."""
-    contestants = {
-        f"{name}, {threads} thread(s)": waiting(data, folder, threads, steps)
-        for name, folder, numbers in (("packed", data.packed, (0, 1, 2)), ("Zarr", data.hourly, (0, 2)))
-        for threads in numbers
-    }
+def print_waiting(made: list[DataSets], rounds: int, steps: int) -> None:
+    """Print the share of time that loops wait for batches of BATCH.
+
+    At the first size the loop trains a network of width 96, depth 3, 4 heads; at the last it sleeps in place of that.
+    """
+    small, large = made[0], made[-1]
+    contestants = {}
+    for threads in (0, 1, 2):
+        train = training(small)
+        contestants[f"{small.shape[0]} x {small.shape[1]}, a network, {threads} thread(s)"] = waiting(
+            small, threads, steps, train
+        )
+    for threads in (0, 1, 2):
+        contestants[f"{large.shape[0]} x {large.shape[1]}, 10 ms a sample, {threads} thread(s)"] = waiting(
+            large, threads, steps, lambda batch: time.sleep(CONSUMER_SECONDS * BATCH)
+        )
     found = in_turn(contestants, max(2, rounds // 2))
-    rows = [[name, spread(values, 100)] for name, values in found.items()]
-    print(f"Share of its time that a training loop waits for data, {data.shape[0]} x {data.shape[1]}\n")
-    print_table(["data", "% (range)"], rows)
+    print("Share of its time that a loop waits for data\n")
+    print_table(["loop", "% (range)"], [[name, spread(values, 100)] for name, values in found.items()])
 
 
-def waiting(data: DataSets, folder: Path, threads: int, steps: int) -> Callable[[], float]:
-    """Return a function that trains for some steps and returns the share of time spent waiting."""
-    dataset = open_samples(data, folder)
+def training(data: DataSets) -> Callable[[dict[str, torch.Tensor]], None]:
+    """Return a function that takes a training step on a batch."""
+    dataset = open_samples(data, data.single)
     config = ModelConfig(patch_size=2, embed_dim=96, depth=3, num_heads=4, drop_rate=0.0, drop_path=0.0)
-    grid = dataset.source.grid
+    grid = dataset.data.grid
     model = build_model(
         config, dataset.input_names, dataset.target_names, grid.shape, *grid.patch_centres_km(2), seed=0
     )
-    optimizer = torch.optim.AdamW(model.parameters())
-    elevation_m = torch.from_numpy(grid.heights_m())
+    optimizer, elevation_m = torch.optim.AdamW(model.parameters()), torch.from_numpy(dataset.data.heights_m())
+
+    def step(batch: dict[str, torch.Tensor]) -> None:
+        sums, counts = loss_sums(model, batch, elevation_m, "fp32")
+        (sums.sum() / counts.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def waiting(
+    data: DataSets, threads: int, steps: int, consume: Callable[[dict[str, torch.Tensor]], None]
+) -> Callable[[], float]:
+    """Return a function that consumes some batches and returns the share of time spent waiting for them."""
+    dataset = open_samples(data, data.single)
 
     def measure() -> float:
         batches, waited = our_batches(dataset, in_order=False, threads=threads), 0.0
@@ -206,10 +198,7 @@ def waiting(data: DataSets, folder: Path, threads: int, steps: int) -> Callable[
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
-            sums, counts = loss_sums(model, batch, elevation_m, "fp32")
-            (sums.sum() / counts.sum()).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            consume(batch)
         return waited / (time.perf_counter() - start)
 
     return measure
@@ -222,16 +211,13 @@ def print_opening(folder: Path, years: tuple[int, ...], rounds: int) -> None:
     """Print the time to open data, and the memory that an open data set holds, by length."""
     rows = []
     for count in years:
-        stores, packed = folder / f"years-{count}", folder / f"packed-years-{count}"
         start = np.datetime64(f"{2019 - count + 1}-01-01T00", "h")
         hours = int((np.datetime64("2020-01-01T00", "h") - start).astype(int))
-        write_fields(stores, CELLS_OF_YEARS, hours, start)
-        pack(str(stores), packed, PackOptions(), progress=False)
-        data = DataSets(CELLS_OF_YEARS, stores, stores, packed, packed, None)
-        found = in_turn({"Zarr": opening(data, stores), "packed": opening(data, packed)}, rounds)
-        for (name, values), path in zip(found.items(), (stores, packed), strict=True):
-            held = memory_of(functools.partial(open_samples, data, path))
-            rows.append([f"{name}, {count} year(s)", str(hours), spread(values, 1e3), f"{held / 1e6:.2f}"])
+        path = write_prepared(make_fields(CELLS_OF_YEARS, hours, start), folder / f"years-{count}")
+        data = DataSets(CELLS_OF_YEARS, path, path, None)
+        [values] = in_turn({"prepared": opening(data, path)}, rounds).values()
+        held = memory_of(functools.partial(open_samples, data, path))
+        rows.append([f"{count} year(s)", str(hours), spread(values, 1e3), f"{held / 1e6:.2f}"])
     print(f"Opening, {CELLS_OF_YEARS[0]} x {CELLS_OF_YEARS[1]}, from the path to the first sample\n")
     print_table(["data", "hours", "ms (range)", "MB held"], rows)
 
@@ -243,9 +229,7 @@ def opening(data: DataSets, folder: Path) -> Callable[[], float]:
         start = time.perf_counter()
         dataset = open_samples(data, folder)
         dataset[len(dataset) // 2]
-        seconds = time.perf_counter() - start
-        dataset.source.close()
-        return seconds
+        return time.perf_counter() - start
 
     return measure
 

@@ -21,18 +21,15 @@ class ArraySource:
 
     times: np.ndarray
     fields: dict[str, np.ndarray]
+    step_hours: int = 1
 
     def read(self, name, indices):
         return self.fields[name][indices]
 
 
-def hourly(start, hours):
-    return np.datetime64(start, "h") + np.arange(hours)
-
-
-def make_source(hours=24 * 12, shape=(2, 3), seed=0):
+def make_source(hours=24 * 12, shape=(2, 3), seed=0, step_hours=1):
     rng = np.random.default_rng(seed)
-    times = hourly("2019-03-01T05", hours)
+    times = np.datetime64("2019-03-01T05", "h") + step_hours * np.arange(hours)
     fields = {}
     for name in ("pm25", "o3"):
         noise = np.cumsum(rng.standard_normal((hours, *shape)), axis=0)
@@ -40,12 +37,12 @@ def make_source(hours=24 * 12, shape=(2, 3), seed=0):
         values = (1000 + daily + noise).astype(np.float32)
         values[rng.random(values.shape) < 0.15] = np.nan
         fields[name] = values
-    return ArraySource(times, fields)
+    return ArraySource(times, fields, step_hours)
 
 
 def everything(source, leads=LEADS):
     """Return all times, and all starts for which the longest lead fits."""
-    return np.arange(len(source.times)), np.arange(len(source.times) - max(leads))
+    return np.arange(len(source.times)), np.arange(len(source.times) - max(leads) // source.step_hours)
 
 
 def by_definition(source, name, leads, training_times, training_starts):
@@ -64,9 +61,10 @@ def by_definition(source, name, leads, training_times, training_starts):
         for cell in cells:
             product = square = 0.0
             for i in training_starts:
-                if not np.isnan(values[i][cell]) and not np.isnan(values[i + lead][cell]):
+                j = i + lead // source.step_hours
+                if not np.isnan(values[i][cell]) and not np.isnan(values[j][cell]):
                     a = values[i][cell] - climatology[cell, hours[i]]
-                    b = values[i + lead][cell] - climatology[cell, hours[i + lead]]
+                    b = values[j][cell] - climatology[cell, hours[j]]
                     product, square = product + a * b, square + a * a
             slope[lead, cell] = product / square
     return climatology, slope
@@ -94,12 +92,24 @@ def test_fit_equals_the_definition_for_any_blocks(block, monkeypatch):
     )
 
 
+def test_leads_of_three_hourly_data_are_hours_too():
+    source = make_source(step_hours=3)
+    fitted = fit_baselines(source, ("pm25", "o3"), LEADS, *everything(source), np.ones((2, 3), bool))
+    for t, name in enumerate(source.fields):
+        climatology, slope = by_definition(source, name, LEADS, *everything(source))
+        assert {hour for _, hour in climatology} == set(range(2, 24, 3))
+        for (cell, hour), mean in climatology.items():
+            assert fitted.climatology[t, hour][cell] == pytest.approx(mean, rel=1e-12)
+        for (lead, cell), value in slope.items():
+            assert fitted.slope[t, LEADS.index(lead)][cell] == pytest.approx(value, rel=1e-8)
+
+
 def test_fit_reads_each_training_hour_once_and_no_other(monkeypatch):
     monkeypatch.setattr(module, "BLOCK_HOURS", 50)
     source = make_source()
     days = [("2019-03-02", "2019-03-05"), ("2019-03-06", "2019-03-06"), ("2019-03-08", "2019-03-12")]
     training_times = split_times(source.times, days)
-    training_starts = split_starts(source.times, days, LEADS).starts
+    training_starts = split_starts(source.times, days, (0, max(LEADS))).starts
     assert len(training_starts) == (96 - 30) + 0 + (120 - 30)
     reads, read = [], source.read
     source.read = lambda name, indices: reads.append((name, list(indices))) or read(name, indices)
@@ -236,9 +246,9 @@ def test_baselines_of_china_2019_equal_the_published_ones(shared_dir):
     leads = (12, 24, 48, 96)
     shape = source.fields["pm25"].shape[1:]
     assert shape == (1, 323)
-    times, starts = split_times(source.times, train), split_starts(source.times, train, leads).starts
+    times, starts = split_times(source.times, train), split_starts(source.times, train, (0, 96)).starts
     fit = fit_baselines(source, POLLUTANTS, leads, times, starts, np.ones(shape, bool))
-    test_starts = split_starts(source.times, test, leads).starts
+    test_starts = split_starts(source.times, test, (0, 96)).starts
     assert len(test_starts) == 888
     records = scored_baselines(source, fit, test_starts, leads)
     for name, text in PUBLISHED.items():

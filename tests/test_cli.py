@@ -9,6 +9,7 @@ import xarray as xr
 
 from tests.support.prepared import prepare_world
 from topoflow import cli
+from topoflow.data.prepared.reader import PreparedData, index_prepared
 from topoflow.tools.demo.world import make_demo_data
 
 ROOT = Path(__file__).parents[1]
@@ -30,44 +31,30 @@ def stations(tmp_path):
     return path
 
 
-def test_grid_stations_writes_cell_means(tmp_path, stations, capsys):
-    out = tmp_path / "gridded"
-    assert cli.main(["grid-stations", str(stations), "-o", str(out), "--box", "20,22,100,102"]) == 0
-    store = xr.open_zarr(out / "data_2019.zarr", consolidated=False)
-    np.testing.assert_allclose(store["pm25"].sel(lat=20.5, lon=100.5), [15.0, 30.0])
-    np.testing.assert_allclose(store["pm25"].sel(lat=21.5, lon=101.5), [7.0, 8.0])
-    assert np.isnan(store["pm25"].sel(lat=20.5, lon=101.5)).all()
+def test_prepare_writes_cell_means_of_stations(tmp_path, stations, capsys):
+    (tmp_path / "recipe.yaml").write_text(
+        "sources: [{path: stations.nc}]\ngrid: {degrees: 1, box: [20, 22, 100, 102]}\n"
+    )
+    assert cli.main(["prepare", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "out")]) == 0
+    data = PreparedData(index_prepared(str(tmp_path / "out")))
+    assert data.grid.lat2d[:, 0].tolist() == [21.5, 20.5]
+    np.testing.assert_allclose(
+        data.read("pm25", slice(None)), [[[np.nan, 7], [15, np.nan]], [[np.nan, 8], [30, np.nan]]]
+    )
     assert "2 x 2" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("words", [["--box", "-35,-33,-71,-69"], ["--box=-35,-33,-71,-69"]])
-def test_grid_stations_takes_a_box_south_of_the_equator(tmp_path, stations, words):
-    dataset = xr.load_dataset(stations)
-    dataset = dataset.assign_coords(lat=dataset["lat"] - 55, lon=dataset["lon"] - 171)
-    dataset.to_netcdf(tmp_path / "south.nc")
-    out = tmp_path / "gridded"
-    assert cli.main(["grid-stations", str(tmp_path / "south.nc"), "-o", str(out), *words]) == 0
-    store = xr.open_zarr(out / "data_2019.zarr", consolidated=False)
-    np.testing.assert_allclose(store["lat"], [-34.5, -33.5])
-    np.testing.assert_allclose(store["lon"], [-70.5, -69.5])
 
 
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (["grid-stations", "nowhere.nc", "-o", "OUT"], "nowhere.nc"),
-        (["grid-stations", "STATIONS", "-o", "OUT", "--degrees", "0.3", "--box", "20,22,100,102"], "0.3"),
-        (["grid-stations", "STATIONS", "-o", "STATIONS"], "stations.nc"),
         (["demo-data", "STATIONS"], "stations.nc"),
         (["demo-data", "/proc/demo/world"], "/proc/demo: cannot be written: "),
-        (["grid-stations", "STATIONS", "-o", "/proc/world"], "/proc: cannot be written: "),
         (["demo-data", "OUT", "--days", "0"], "--days 0"),
         (["evaluate", "nowhere"], "nowhere"),
-        (["pack", "nowhere", "-o", "OUT"], "nowhere"),
-        (["pack", "nowhere", "-o", "/proc/world"], "/proc: cannot be written: "),
-        (["pack", "STATIONS", "-o", "STATIONS"], "stations.nc: is not packed data"),
-        (["pack", "STATIONS", "-o", "OUT", "--variables", "ozon"], "--variables: 'ozon'"),
-        (["pack", "--verify", "OUT"], "manifest.json: cannot be read: No such file"),
+        (["prepare", "nowhere.yaml", "-o", "OUT"], "nowhere.yaml"),
+        (["prepare", "STATIONS", "-o", "/proc/world"], "/proc: cannot be written: "),
+        (["prepare", "STATIONS", "-o", "STATIONS"], "stations.nc: is not prepared data"),
+        (["prepare", "--verify", "OUT"], "manifest.json: cannot be read: No such file"),
     ],
 )
 def test_unusable_arguments_give_one_line_and_status_2(tmp_path, stations, capsys, arguments, word):
@@ -79,29 +66,21 @@ def test_unusable_arguments_give_one_line_and_status_2(tmp_path, stations, capsy
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("option", [(), ("--dtype", "float16")])
-def test_pack_reports_its_result_and_verify_names_damage(tmp_path, capsys, option):
-    prepare_world(tmp_path / "world", days=2)
-    out = tmp_path / "packed"
-    for written in ("2018", "none, all years exist"):
-        assert cli.main(["pack", str(tmp_path / "world"), "-o", str(out), *option]) == 0
-        printed = capsys.readouterr().out
-        assert "11 variables as float" in printed
-        assert f"on 8 x 12 cells, 0.00 GB; years written: {written}" in printed
-        assert ("psfc" in printed) is bool(option)
-    assert cli.main(["pack", "--verify", str(out)]) == 0
-    assert "6 files match the manifest" in capsys.readouterr().out
+def test_verify_names_damage(tmp_path, capsys):
+    out = prepare_world(tmp_path / "world", days=2)
+    assert cli.main(["prepare", "--verify", str(out)]) == 0
+    assert "3 files match the manifest" in capsys.readouterr().out
     with open(out / "fields_2018.npy", "r+b") as file:
         file.seek(1000)
         file.write(b"x")
-    assert cli.main(["pack", "--verify", str(out)]) == 2
+    assert cli.main(["prepare", "--verify", str(out)]) == 2
     printed = capsys.readouterr()
-    assert printed.out == f"{out / 'fields_2018.npy'}: 2018-10-01 does not match its hash\n"
+    assert printed.out == f"{out / 'fields_2018.npy'}: v of 2018-10-01 do not match their hash\n"
     assert printed.err.startswith(f"topoflow: {out}: damaged in 1 place(s)")
     assert len(printed.err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("command", [["demo-data"], ["grid-stations", "STATIONS", "-o"]])
+@pytest.mark.parametrize("command", [["demo-data"], ["prepare", "STATIONS", "-o"]])
 def test_an_output_that_cannot_be_created_is_one_line_and_status_2(tmp_path, stations, capsys, command):
     output = stations / "out"
     assert cli.main([*(str(stations) if word == "STATIONS" else word for word in command), str(output)]) == 2
@@ -138,12 +117,11 @@ def test_ctrl_c_while_importing_is_one_line(module):
     "arguments",
     [
         [],
-        ["pack"],
-        ["pack", "in"],
-        ["pack", "-o", "out"],
-        ["pack", "in", "--verify", "out"],
+        ["prepare"],
+        ["prepare", "in"],
+        ["prepare", "-o", "out"],
+        ["prepare", "in", "--verify", "out"],
         ["demo-data", "x", "--grid", "24"],
-        ["grid-stations", "x"],
     ],
 )
 def test_bad_usage_is_status_2(arguments, capsys):

@@ -12,6 +12,7 @@ import torch
 import xarray as xr
 from torch import nn
 
+from tests.support.prepared import write_prepared
 from topoflow import evaluation, plots
 from topoflow.config import DataConfig, TrainConfig
 from topoflow.data.assembly import open_forecast_data
@@ -77,8 +78,8 @@ def make_fields(wind=False):
     return fields
 
 
-def open_fields(fields, folder, **changes):
-    write_prepared(fields, folder / "data")
+def open_fields(fields, folder, mask=None, **changes):
+    write_prepared(fields, folder / "data", mask=mask)
     dynamic = tuple(name for name in ("pm25", "co", "u", "v") if name in fields)
     settings = {
         "train": (("2019-01-01", "2019-01-06"),),
@@ -323,8 +324,7 @@ def test_cells_outside_the_mask_do_not_count(tmp_path):
     fields = make_fields()
     mask = np.zeros(SHAPE, bool)
     mask[1, 2:5] = True
-    np.save(tmp_path / "mask.npy", mask)
-    records = evaluate(open_fields(fields, tmp_path, mask=str(tmp_path / "mask.npy")), tmp_path / "out")
+    records = evaluate(open_fields(fields, tmp_path, mask), tmp_path / "out")
     forecast, observed, present = (values[:, mask] for values in expected_pairs(fields, "pm25", 24, 1.0))
     assert records[1]["n"] == np.isfinite(observed).sum()
     assert records[1]["rmse"] == pytest.approx(np.sqrt(np.nanmean((forecast - observed) ** 2)), rel=2e-6)

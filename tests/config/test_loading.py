@@ -37,7 +37,7 @@ def test_defaults_are_filled_in(file):
         ("train.compile=true", "train", "compile", True),
         ("run.dir=2019", "run", "dir", "2019"),
         ("run.dir=a=b", "run", "dir", "a=b"),
-        ("data.mask=no", "data", "mask", "no"),
+        ("checkpoint.init_from=no", "checkpoint", "init_from", "no"),
         ("model.img_size=[36, 62]", "model", "img_size", (36, 62)),
         ("data.normalization={u: [0, 10]}", "data", "normalization", {"u": (0.0, 10.0)}),
     ],
@@ -64,6 +64,10 @@ def test_later_override_wins_over_earlier_and_over_the_file(file):
         ("trian.max_steps=3", ["trian", "did you mean train?"]),
         ("data.learning_rate=3", ["data.learning_rate", "did you mean optim.learning_rate?"]),
         ("data.workers=3", ["data.workers", "unknown key", "did you mean data.threads?", "command line"]),
+        ("data.mask=a.npy", ["data.mask", "unknown key", "topoflow prepare", "command line"]),
+        ("data.hours={o2: [0]}", ["data.hours", "for o2: hours, none twice, of one of data.variables"]),
+        ("data.hours={pm25: [0, 0]}", ["data.hours", "for pm25: hours, none twice"]),
+        ("data.hours={pm25: [0, 12]}", ["data.hours", "for pm25: hours <= 0, because it is forecast"]),
         ("max_steps=3", ["max_steps", "expected section.key=value"]),
         ("optim.learning_rate=fast", ["optim.learning_rate", "'fast'", "expected number"]),
         ("optim.learning_rate=true", ["optim.learning_rate", "True", "expected number"]),
@@ -126,7 +130,7 @@ def test_a_missing_file_is_refused(tmp_path):
 
 
 def test_the_resolved_config_is_the_same_config(file):
-    texts = ["run.dir=1e5", "data.mask='12e3'", "data.path='null'"]
+    texts = ["run.dir=1e5", "checkpoint.init_from='12e3'", "data.path='null'"]
     config = load_config(file, ["optim.learning_rate=3.3e-7", "data.validation=[[2014-01-01, 2014-01-05]]", *texts])
     file.write_text(dump_config(config))
     assert load_config(file) == config

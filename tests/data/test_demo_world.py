@@ -1,20 +1,22 @@
 import hashlib
 import inspect
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import xarray as xr
 import yaml
-from topoflow.data.source import open_source
 
-from topoflow.data.variables import POLLUTANTS, VARIABLES
+from topoflow.data.prepared.reader import PreparedData, index_prepared
+from topoflow.data.variables import POLLUTANTS
 from topoflow.errors import ConfigError
 from topoflow.tools.demo import world as demo_world
 from topoflow.tools.demo.geography import Geography, build_flow, build_geography
 from topoflow.tools.demo.transport import advect, diffuse
 from topoflow.tools.demo.weather import WeatherFields, draw_weather
 from topoflow.tools.demo.world import TRACERS, build_world, make_demo_data, near_ground, react, remove
+from topoflow.tools.prepare.command import load_recipe, prepare
 
 CELL_M = (24e3, 28e3)
 DAY_S = 86400.0
@@ -218,7 +220,7 @@ def demo(tmp_path_factory) -> Path:
 
 
 def fields(folder: Path) -> dict[str, np.ndarray]:
-    years = [xr.open_dataset(store, engine="zarr", consolidated=False) for store in sorted(folder.glob("data_*.zarr"))]
+    years = [xr.open_dataset(file) for file in sorted(folder.glob("world_*.nc"))]
     dynamic = {
         name: np.concatenate([year[name].values for year in years])
         for name in years[0]
@@ -227,14 +229,18 @@ def fields(folder: Path) -> dict[str, np.ndarray]:
     return dynamic | {name: years[0][name].values for name in ("elevation", "population")}
 
 
-def test_the_reader_opens_it(demo):
-    assert sorted(store.name for store in demo.iterdir()) == ["data_2018.zarr", "data_2019.zarr"]
-    names = [name for name, variable in VARIABLES.items() if variable.kind in ("dynamic", "static")]
-    source = open_source(str(demo), names, in_memory=True)
-    assert len(source.times) == 8 * 24
-    assert (np.diff(source.times) == np.timedelta64(1, "h")).all()
-    assert source.grid.shape == (12, 16)
-    assert source.grid.population.max() > 1e5
+def test_prepare_takes_it_without_a_finding_and_keeps_every_value(demo, tmp_path):
+    assert sorted(file.name for file in demo.iterdir()) == ["world_2018.nc", "world_2019.nc"]
+    done = prepare(load_recipe([str(demo)]), tmp_path / "data", progress=False)
+    assert json.loads((tmp_path / "data" / "report.json").read_text())["findings"] == []
+    assert done.is_decided
+    data = PreparedData(index_prepared(str(tmp_path / "data")))
+    assert (len(data.times), data.step_hours, data.grid.shape) == (8 * 24, 1, (12, 16))
+    assert data.static("population").max() > 1e5
+    values = fields(demo)
+    assert set(data.dynamic) | {"elevation", "population"} == set(values)
+    for name in data.dynamic:  # the world runs from south to north
+        np.testing.assert_array_equal(data.read(name, slice(None)), values[name][:, ::-1])
 
 
 def test_values_are_plausible(demo):

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
-from topoflow.data.source import open_source
 
 from topoflow.cli import main
+from topoflow.data.prepared.reader import PreparedData, index_prepared
 from topoflow.errors import Refusal
 from topoflow.tools.prepare.command import load_recipe, prepare
 from topoflow.tools.prepare.recipe import GridSpec, Recipe, recipe_of_paths
@@ -52,7 +52,11 @@ def replace_rules(recipe, **changes):
 
 
 def values_of(folder, name, hours=HOURS):
-    return open_source(str(folder), (name,)).read(name, np.arange(hours))
+    return open_prepared(folder).read(name, np.arange(hours))
+
+
+def open_prepared(folder):
+    return PreparedData(index_prepared(str(folder)))
 
 
 @pytest.mark.parametrize("form", ["netcdf 4", "netcdf 3", "zarr 2", "zarr 3", "two files", "columns first", "packed"])
@@ -77,9 +81,9 @@ def test_any_form_gives_the_values_that_xarray_reads_north_first(tmp_path, form)
         expected = xr.open_dataset(folder / "data.nc").pm25.values[:, ::-1]
     prepared([folder], tmp_path / "out")
     np.testing.assert_array_equal(values_of(tmp_path / "out", "pm25"), expected.astype("f4"))
-    source = open_source(str(tmp_path / "out"), ("elevation",))
-    assert source.grid.north_first
-    np.testing.assert_array_equal(source.grid.elevation_m, dataset.elevation.values[::-1])
+    data = open_prepared(tmp_path / "out")
+    np.testing.assert_array_equal(data.grid.lat2d[:, 0], dataset.lat.values[::-1])
+    np.testing.assert_array_equal(data.static("elevation"), dataset.elevation.values[::-1])
 
 
 def test_weather_and_chemistry_of_different_files_are_joined_and_units_converted(tmp_path):
@@ -219,7 +223,7 @@ def test_cell_means_of_the_chinese_network_are_those_of_pandas(tmp_path):
         time=local - pd.Timedelta("8h"), south=np.floor(rows.lat + 1e-9), west=np.floor(rows.lon + 1e-9)
     )
     expected = cells.groupby(["time", "south", "west"])["value"].mean() * 1000
-    source = open_source(str(tmp_path / "out"), ("co",))
+    source = open_prepared(tmp_path / "out")
     found = source.read("co", np.arange(len(source.times)))
     assert np.isfinite(found).sum() == len(expected)
     rows_of, columns_of = source.grid.lat2d[:, 0] - 0.5, source.grid.lon2d[0] - 0.5

@@ -5,14 +5,15 @@ import shutil
 from dataclasses import dataclass
 
 import faults
+import numpy as np
 import pytest
 import torch
-import zarr
 
 from tests.support.prepared import prepare_world
 from topoflow.certificate import Certifier
 from topoflow.checkpoint.file import read_checkpoint, write_checkpoint
 from topoflow.checkpoint.fingerprint import seal
+from topoflow.data.prepared.manifest import read_manifest
 from topoflow.model.topoflow import TopoFlow
 
 SAVED_STEP = 6
@@ -121,8 +122,10 @@ def test_changed_values_outside_the_hashed_hours_are_found(resume, program, worl
     """PM2.5 is three times as high on some days of training; the first samples and the hashed hours are unchanged."""
     other = tmp_path / "other"
     shutil.copytree(world, other)
-    pm25 = zarr.open(next(other.glob("data_*.zarr")), mode="r+")["pm25"]
-    pm25[30:115] = 3 * pm25[30:115]
+    fields = np.load(other / "fields_2018.npy", mmap_mode="r+")
+    names = [variable.name for variable in read_manifest(other).variables]
+    fields[30:115, names.index("pm25")] *= 3
+    fields.flush()
     done = resume("nothing", f"data.path={other}")
     assert_stopped(program, done, 3, ["contents of next sample 2018-10-"])
 

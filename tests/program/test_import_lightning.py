@@ -10,6 +10,7 @@ import yaml
 
 from tests.lightning.lightning_runs import LightningRun
 from tests.lightning.restated import VARIABLES, Network
+from tests.support.prepared import prepare_world
 from topoflow import cli
 from topoflow.tools.lightning.conversion import convert
 
@@ -62,8 +63,9 @@ def test_a_run_resumes_from_an_imported_checkpoint(program, config, lightning, c
     assert report["names"]["model.blocks.0.attn.alpha"] == "blocks.0.attn.elevation_alpha"
 
     # in a new run with the file's own mask, which the import kept
-    masked = f"data.mask={program.folder / 'run' / 'china_mask.npy'}"
-    assert np.array_equal(np.load(masked.partition("=")[2]), lightning.mask.numpy())
+    mask = np.load(program.folder / "run" / "china_mask.npy")
+    assert np.array_equal(mask, lightning.mask.numpy())
+    masked = f"data.path={prepare_world(program.folder / 'masked-data', days=10, mask=mask)}"
     assert import_lightning(program, masked, run="masked") == 0
     output = capsys.readouterr().out
     assert "warning" not in output

@@ -8,6 +8,7 @@ import pytest
 import xarray as xr
 
 import train
+from tests.support.prepared import prepare_world
 from topoflow import cli
 
 
@@ -32,7 +33,7 @@ def refused(done, status, *words):
         ("data.train=[2031]", ["data.train", "2031"]),
         ("data.train=[[2018-10-01, 2018-12-31]]", ["data.train", "2018-12-31"]),
         ("data.validation=[[2018-10-05, 2018-10-08]]", ["data.train", "data.validation", "overlaps"]),
-        ("data.mask=mask.npy", ["data.mask", "mask.npy"]),
+        ("data.hours={u: [0, 500]}", ["data.train", "+500 h"]),
         ("data.lead_times_hours=[500]", ["data.train", "500"]),
         ("model.patch_size=5", ["model.patch_size", "5", "8 x 12"]),
         ("model.img_size=[8, 8]", ["model.img_size", "[8, 8]", "[8, 12]"]),
@@ -65,20 +66,9 @@ def test_a_world_size_that_does_not_divide(program):
     assert program.exit_record()["status"] == 2
 
 
-def test_an_empty_mask(program):
-    np.save(program.folder / "mask.npy", np.zeros((8, 12)))
-    refused(program.train(f"data.mask={program.folder / 'mask.npy'}"), 2, "data.mask")
-
-
-def test_units_that_differ(program, world):
-    copy = program.folder / "copy"
-    shutil.copytree(world, copy)
-    store = next(copy.glob("*.zarr"))
-    data = xr.open_zarr(store, consolidated=False).load()
-    shutil.rmtree(store)
-    data["co"].attrs["units"] = "mg m-3"
-    data.drop_encoding().to_netcdf(copy / "data_2018.nc")
-    refused(program.train(f"data.path={copy}"), 2, "co", "mg m-3", "ug m-3")
+def test_data_that_are_not_prepared(program, world):
+    raw = world.with_name(f"{world.name}-raw")
+    refused(program.train(f"data.path={raw}"), 2, "data.path", f"python -m topoflow prepare {raw} -o OUT")
 
 
 def test_a_run_directory_in_use(program):
@@ -123,10 +113,9 @@ def test_another_batch_size_may_not_cut_a_batch_of_the_epoch(program):
 
 def test_another_data_set_is_refused(program, tmp_path):
     assert program.train("train.max_steps=2").returncode == 0
-    made = program.topoflow("demo-data", tmp_path / "other", "--days", 10, "--grid", "8x12", "--seed", 1)
-    assert made.returncode == 0
-    done = program.train("train.max_steps=3", f"data.path={tmp_path / 'other'}")
-    refused(done, 3, "data.fingerprint")
+    other = prepare_world(tmp_path / "other", days=10, seed=1)
+    done = program.train("train.max_steps=3", f"data.path={other}")
+    refused(done, 3, "data.fingerprint", "first difference: elevation")
 
 
 def test_a_damaged_checkpoint(program):
@@ -207,17 +196,32 @@ def test_a_shrunk_training_split_that_ends_before_the_position_is_refused(progra
     refused(program.train(*changed), 3, "192 samples of the epoch")
 
 
-def test_a_changed_mask_is_refused_and_a_moved_one_is_not(program):
-    mask = np.ones((8, 12))
-    np.save(program.folder / "mask.npy", mask)
-    masked = f"data.mask={program.folder / 'mask.npy'}"
-    assert program.train("train.max_steps=1", masked).returncode == 0
-    (program.folder / "mask.npy").rename(program.folder / "moved.npy")
-    masked = f"data.mask={program.folder / 'moved.npy'}"
-    assert program.train("train.max_steps=2", masked).returncode == 0
-    mask[:4] = 0
-    np.save(program.folder / "moved.npy", mask)
-    refused(program.train("train.max_steps=3", masked), 3, "data.mask_fingerprint")
+def test_a_changed_mask_is_refused_and_a_moved_data_set_is_not(program, world):
+    assert program.train("train.max_steps=1").returncode == 0
+    moved = program.folder / "moved"
+    shutil.copytree(world, moved)
+    assert program.train("train.max_steps=2", f"data.path={moved}").returncode == 0
+    masked = prepare_world(program.folder / "masked", days=10, mask=np.arange(96).reshape(8, 12) > 10)
+    refused(program.train("train.max_steps=3", f"data.path={masked}"), 3, "data.fingerprint", "first difference: mask")
+
+
+def test_data_that_grew_resume(program, world):
+    raw = program.folder / "raw"
+    raw.mkdir()
+    [whole] = world.with_name(f"{world.name}-raw").glob("*.nc")
+    with xr.open_dataset(whole) as dataset:
+        dataset.isel(time=slice(0, 8 * 24 + 5)).to_netcdf(raw / "first.nc")
+        dataset.isel(time=slice(8 * 24 + 5, None)).to_netcdf(program.folder / "rest.nc")
+    growing = program.folder / "growing"
+    assert program.topoflow("prepare", raw, "-o", growing).returncode == 0
+    assert program.train("train.max_steps=2", f"data.path={growing}").returncode == 0
+    (program.folder / "rest.nc").rename(raw / "rest.nc")
+    assert program.topoflow("prepare", raw, "-o", growing).returncode == 0
+    done = program.train("train.max_steps=4", f"data.path={growing}")
+    assert done.returncode == 0, done.stderr
+    assert "next 32 samples match the certificate" in done.stderr
+    assert program.train("train.max_steps=4", run="on all of it").returncode == 0
+    assert program.losses("on all of it") == program.losses()
 
 
 SAVE_EVERY_STEP = ("checkpoint.every_steps=1", "data.validation=[]", "data.threads=0")
@@ -260,15 +264,14 @@ def test_a_refused_resume_leaves_the_config_as_it_was(program):
 
 
 def test_a_validation_split_without_a_value_is_no_divergence(program, world):
-    copy = program.folder / "copy"
-    shutil.copytree(world, copy)
-    store = next(copy.glob("*.zarr"))
-    data = xr.open_zarr(store, consolidated=False).load()
-    shutil.rmtree(store)
-    for name in ("pm25", "pm10", "so2", "no2", "co", "o3"):
-        data[name].loc[{"time": slice("2018-10-07", "2018-10-08")}] = np.nan
-    data.drop_encoding().to_netcdf(copy / "data_2018.nc")
-    refused(program.train(f"data.path={copy}"), 2, "data.validation", "no target has a valid value")
+    [file] = world.with_name(f"{world.name}-raw").glob("*.nc")
+    with xr.open_dataset(file) as data:
+        for name in ("pm25", "pm10", "so2", "no2", "co", "o3"):
+            data[name].loc[{"time": slice("2018-10-07", "2018-10-08")}] = np.nan
+        data.to_netcdf(program.folder / "data.nc")
+    assert program.topoflow("prepare", program.folder / "data.nc", "-o", program.folder / "data").returncode == 0
+    done = program.train(f"data.path={program.folder / 'data'}")
+    refused(done, 2, "data.validation", "no target has a valid value")
 
 
 def test_an_accepted_normalization_is_the_one_that_is_used(program):

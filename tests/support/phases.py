@@ -2,7 +2,7 @@
 
 For each phase: elapsed seconds; CPU seconds of all threads; calls of collective operations by name; and bytes and
 segments of all TCP sockets of the process together (gloo's, the store's, the watch's) as counted by the kernel. For the
-whole run: how often it opened files of a checkpoint and of a Zarr store for reading.
+whole run: how often it opened files of a checkpoint and of prepared data for reading.
 """
 
 import collections
@@ -58,7 +58,6 @@ _COLLECTIVES = (
     "send",
     "send_object_list",
 )
-_METADATA = ("zarr.json", ".zarray", ".zattrs", ".zgroup", ".zmetadata")
 _TCP_INFO = struct.Struct("=104x2Q2Q6I")
 """Of struct tcp_info (linux/tcp.h): two rates, bytes_acked, bytes_received, segs_out, segs_in, and four more."""
 
@@ -127,11 +126,13 @@ class PhaseRecorder:
             return
         path, mode, flags = arguments
         if "r" in mode if mode is not None else flags & os.O_ACCMODE == os.O_RDONLY:
-            folder, name = os.path.split(os.fspath(path))
+            name = os.path.basename(os.fspath(path))
             if name == "state.pt":
                 self.opens["checkpoint"] += 1
-            elif ".zarr" in folder:
-                self.opens["metadata" if name in _METADATA else "chunks"] += 1
+            elif name == "static.npz" or name.startswith("days_"):
+                self.opens["metadata"] += 1
+            elif name.startswith("fields_"):
+                self.opens["fields"] += 1
 
     def write(self) -> None:
         """Write the file: a list of phases, and then the totals of the process."""

@@ -1,5 +1,6 @@
 """Prepared data sets for tests: of arrays that a test chose, or of the demo world."""
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,17 @@ from topoflow.tools.prepare.command import load_recipe, prepare
 from topoflow.tools.prepare.writing import write
 
 
-def prepare_world(folder: Path, days: int, grid: tuple[int, int] = (8, 12), seed: int = 0) -> Path:
+def prepare_world(
+    folder: Path, days: int, grid: tuple[int, int] = (8, 12), seed: int = 0, mask: np.ndarray | None = None
+) -> Path:
     """Simulate the demo world, prepare it as `folder`, and return that."""
     raw = folder.with_name(f"{folder.name}-raw")
     make_demo_data(raw, days=days, grid=grid, seed=seed, progress=False)
-    assert prepare(load_recipe([str(raw)]), folder, progress=False).is_decided
+    recipe = load_recipe([str(raw)])
+    if mask is not None:
+        np.save(raw.with_suffix(".npy"), mask)
+        recipe = dataclasses.replace(recipe, mask=str(raw.with_suffix(".npy")))
+    assert prepare(recipe, folder, progress=False).is_decided
     return folder
 
 
