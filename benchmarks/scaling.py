@@ -154,7 +154,7 @@ def print_tables(measured: dict[int, list[Phases]]) -> None:
 
 
 def _print_opens(measured: dict[int, list[Phases]]) -> None:
-    kinds = ("checkpoint", "metadata", "chunks")
+    kinds = ("checkpoint", "metadata", "fields")
     print(f"| files opened by a resume, rank 0 and the most of any other | {' | '.join(kinds)} |\n|--:|--:|--:|--:|")
     for size, runs in measured.items():
         first, *others = (rank["opens"] for rank in runs[0][WHOLE])

@@ -36,7 +36,6 @@ MACHINES = (
 PARAMETERS = 52e6
 FLOPS_PER_SAMPLE = step_flops(MODEL_SIZES["c"])
 CELLS, DYNAMIC_INPUTS, TARGETS = 128 * 256, 11, 6
-YEARS, LOADER_PROCESSES = 6, 4
 
 # Fractions of the peak that are reached. Assumed; only the ratio of computing to sending depends on them.
 COMPUTE_EFFICIENCY, LINK_EFFICIENCY = 0.3, 0.6
@@ -54,8 +53,6 @@ METADATA_PER_SECOND = 1e5
 # Counted on this program (docs/scaling.md has the commands).
 IMPORTED_NAMES = 7500
 """Distinct names that a process opens or looks up before it trains: the requests of a node that caches them."""
-METADATA_OPENS_PER_STORE = 21
-"""Requests to open one Zarr store that is not consolidated."""
 GATHERS_AT_START = 12
 TABLE_NUMBERS = 12
 """Doubles that a rank contributes when a loss is logged: sums and counts of six targets."""
@@ -68,7 +65,7 @@ PROBE_SAMPLES = 10
 GRADIENT_BYTES = 4 * PARAMETERS
 CHECKPOINT_BYTES = 3 * GRADIENT_BYTES
 READS_PER_SAMPLE = DYNAMIC_INPUTS + TARGETS + 2
-"""Fields: inputs, targets, and the wind again. With one hour per chunk, each is a file."""
+"""Fields: inputs, targets, and the wind again."""
 BUCKET_BYTES, PIECE_BYTES = 25 * 2**20, 64 * 2**20
 
 
@@ -88,10 +85,7 @@ class Prediction:
     restore_read: float
     restore_send: float
     import_lookups: float
-    probe_opens: float
-    metadata_opens: float
-    metadata_opens_by_all: float
-    opens_per_second: float
+    probe_bytes: float
     read_bytes_per_second: float
     files_of_rank_0: float
 
@@ -129,10 +123,7 @@ def predict(machine: Machine, devices: int) -> Prediction:
         restore_read=CHECKPOINT_BYTES / DISK_BYTES_PER_SECOND,
         restore_send=CHECKPOINT_BYTES / link + pieces * (nodes - 1) * DEVICE_HOP_SECONDS,
         import_lookups=nodes * IMPORTED_NAMES,
-        probe_opens=devices * PROBE_SAMPLES * READS_PER_SAMPLE,
-        metadata_opens=YEARS * METADATA_OPENS_PER_STORE,
-        metadata_opens_by_all=devices * (1 + LOADER_PROCESSES) * YEARS * METADATA_OPENS_PER_STORE,
-        opens_per_second=devices * READS_PER_SAMPLE / step,
+        probe_bytes=devices * PROBE_SAMPLES * READS_PER_SAMPLE * 4 * CELLS,
         read_bytes_per_second=devices * READS_PER_SAMPLE * 4 * CELLS / step,
         files_of_rank_0=2 * devices + 2 * depth + 40,
     )
@@ -171,10 +162,7 @@ def _rows(found: list[Prediction]) -> dict[str, list[str]]:
         "files that rank 0 has open": show("files_of_rank_0"),
         "names looked up by imports, thousands": show("import_lookups", 1e-3),
         "the same at the metadata server, s": lookups,
-        "data metadata opened": show("metadata_opens"),
-        "(the same by all ranks and 4 loader processes each, thousands)": show("metadata_opens_by_all", 1e-3),
-        "chunks opened for the proof, thousands": show("probe_opens", 1e-3),
-        "chunks opened per second, thousands": show("opens_per_second", 1e-3),
+        "read for the proof of a resume, GB": show("probe_bytes", 1e-9),
         "fields read, GB/s": show("read_bytes_per_second", 1e-9),
     }
 

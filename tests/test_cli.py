@@ -75,7 +75,7 @@ def test_verify_names_damage(tmp_path, capsys):
         file.write(b"x")
     assert cli.main(["prepare", "--verify", str(out)]) == 2
     printed = capsys.readouterr()
-    assert printed.out == f"{out / 'fields_2018.npy'}: v of 2018-10-01 do not match their hash\n"
+    assert printed.out == f"{out / 'fields_2018.npy'}: temp of 2018-10-01 do not match their hash\n"
     assert printed.err.startswith(f"topoflow: {out}: damaged in 1 place(s)")
     assert len(printed.err.splitlines()) == 1
 

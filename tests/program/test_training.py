@@ -37,7 +37,7 @@ def plain_loop(program, steps):
     losses = []
     for indices in list(plan.micro_batches(0))[:steps]:
         batch = torch.utils.data.default_collate([train[i] for i in indices])
-        elevation_m = torch.from_numpy(data.grid.elevation_m)
+        elevation_m = torch.from_numpy(data.source.heights_m())
         output = model(batch["x"], batch["lead_time_hours"], elevation_m, batch["wind_ms"])
         loss = (output - batch["y"])[batch["valid"]].square().mean()
         loss.backward()
@@ -169,3 +169,19 @@ def test_the_manifest_and_state_hold_what_the_design_requires(program):
     assert set(state["optimizer"]["state"]["var_query"]) == {"step", "exp_avg", "exp_avg_sq"}
     manifest = json.loads((program.folder / "run" / "checkpoints" / "step-00000002" / "manifest.json").read_text())
     assert set(manifest["tensors"]) >= {f"model/{name}" for name in state["model"]}
+
+
+def test_inputs_before_and_after_the_start_train_resume_and_are_scored(program):
+    hours = ("data.hours={u: [0, 6, 12], pm25: [0, -12], o3: [-3]}", "data.test=[[2018-10-09, 2018-10-10]]")
+    assert program.train(*hours, "train.max_steps=6", run="whole").returncode == 0
+    assert program.train(*hours, "train.max_steps=3").returncode == 0
+    done = program.train(*hours, "train.max_steps=6")
+    assert done.returncode == 0, done.stderr
+    assert "next 32 samples match the certificate" in done.stderr
+    assert program.losses() == program.losses("whole")
+    assert "train: 109 start times" in done.stderr  # 144 hours, from 12 h before to 12 h after, but for the starts
+    assert program.state(step=6)["model"]["token_embeds.proj_weights"].shape[0] == 15 + 1 + 2 + 1
+    assert (program.folder / "run" / "evaluation" / "scores.json").is_file()
+    changed = program.train("data.hours={}", "data.test=[]", "train.max_steps=7")
+    assert changed.returncode == 3
+    assert "data.hours" in changed.stderr
