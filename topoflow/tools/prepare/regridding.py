@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from topoflow.data.grid import same_place
+from topoflow.data.grid import SAME_PLACE_DEGREES, same_place
 from topoflow.errors import ConfigError
 from topoflow.tools.prepare.recipe import Method
 
@@ -95,9 +95,10 @@ class FieldRegridding:
             self._points = PointMeans(lat.ravel(), lon.ravel(), target_lat, target_lon)
         elif method == "area":
             # the area between two parallels grows with the sine of the latitude
-            sines, wanted_sines = np.sin(np.deg2rad(-have.lat_edges)), np.sin(np.deg2rad(-want.lat_edges))
+            sines = np.sin(np.deg2rad(-have.lat_edges))
+            wanted_sines = np.sin(np.deg2rad(-_aligned(want.lat_edges, have.lat_edges)))
             self._rows = _overlaps(sines, wanted_sines, period=None)
-            self._columns = _overlaps(have.lon_edges, want.lon_edges, period=360.0)
+            self._columns = _overlaps(have.lon_edges, _aligned(want.lon_edges, have.lon_edges, 360.0), period=360.0)
             self._areas = np.diff(sines)[:, None] * np.diff(have.lon_edges)
         else:
             self._rows = _neighbours(-have.lat, -want.lat, period=None)
@@ -135,6 +136,18 @@ class FieldRegridding:
         )  # [..., H, w]
         across = (columns.weight[:, k] * down[..., columns.index[:, k]] for k in range(columns.index.shape[1]))
         return sum(across, start=np.zeros(()))
+
+
+def _aligned(want: np.ndarray, have: np.ndarray, period: float = np.inf) -> np.ndarray:
+    """Edges `want`, or those of `have` (plus whole periods) where both are one place.
+
+    Coordinates in float32 are up to 2e-5 degrees off, and cells that only touch would overlap by that much.
+    """
+    offset = want[:, None] - have
+    if np.isfinite(period):
+        offset -= period * np.round(offset / period)
+    nearest = np.take_along_axis(offset, np.abs(offset).argmin(axis=1)[:, None], axis=1)[:, 0]
+    return np.where(np.abs(nearest) <= SAME_PLACE_DEGREES, want - nearest, want)
 
 
 def _overlaps(have: np.ndarray, want: np.ndarray, period: float | None) -> _Axis:
