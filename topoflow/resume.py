@@ -100,8 +100,8 @@ class FineTune(NewRun):
         """Say which constants the run uses: those of its own config and data."""
         if config.data.normalization == "train":
             log.info(
-                "normalization: computed over this run's training split; to keep that of %s, copy data.normalization "
-                "from its config, or from `topoflow inspect`",
+                "normalization: computed over this run's training split; to keep that of %s, set data.normalization to "
+                "its constants, which `topoflow inspect` prints",
                 self.path,
             )
         else:

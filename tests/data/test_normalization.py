@@ -113,4 +113,8 @@ def test_constants_from_the_config():
     with pytest.raises(ConfigError, match=r"data.normalization: wind: expected names"):
         configured_normalization(given | {"wind": (0, 1)}, ("u",))
     with pytest.raises(ConfigError, match=r"data.normalization: hour_sin: expected names"):
-        configured_normalization(given | {"hour_sin": (0, 1)}, ("u",))
+        configured_normalization(given | {"hour_sin": (0, 2)}, ("u",))
+    own = configured_normalization(
+        {name: tuple(pair) for name, pair in found.to_dict().items()}, ("u", "co", "hour_cos")
+    )
+    assert own == found  # the constants of a checkpoint

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import xarray as xr
 
+from tests.support.prepared import prepare_world
 from topoflow import cli
 from topoflow.checkpoint.directory import CheckpointDirectory
 
@@ -152,3 +154,45 @@ def test_float32_is_multiplied_as_train_tf32_demands(program, run, command):
         assert torch.backends.cuda.matmul.allow_tf32
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.fixture
+def moved(program, world):
+    """The same world one degree further north."""
+    [file] = world.with_name(f"{world.name}-raw").glob("*.nc")
+    with xr.open_dataset(file) as dataset:
+        dataset.assign_coords(lat=("lat", dataset.lat.values + 1, dataset.lat.attrs)).to_netcdf(
+            program.folder / "raw.nc"
+        )
+    assert program.topoflow("prepare", program.folder / "raw.nc", "-o", program.folder / "moved").returncode == 0
+    return program.folder / "moved"
+
+
+def test_data_of_another_place_are_refused_and_of_another_time_are_not(program, run, world, moved, capsys):
+    assert cli.main(["evaluate", str(run), f"data.path={moved}"]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"data.path: {moved} is elsewhere: 8 x 12 cells, latitude " in line
+    other = prepare_world(program.folder / "other", days=10, seed=1)
+    assert cli.main(["evaluate", str(run), f"data.path={other}", "--output", str(program.folder / "out")]) == 0
+    said = capsys.readouterr().err
+    assert f"{other} differs from the data used in training: elevation" in said
+
+
+def test_fine_tuning_says_where_and_with_which_constants(program, run, moved, capsys):
+    init = f"checkpoint.init_from={run}"
+    here = program.train("train.max_steps=1", init, run="here")
+    assert here.returncode == 0, here.stderr
+    assert "another place" not in here.stderr
+    assert "normalization: computed over this run's training split; to keep that of " in here.stderr
+    there = program.train("train.max_steps=1", init, f"data.path={moved}", run="there")
+    assert there.returncode == 0, there.stderr
+    assert "another place: " in there.stderr
+    assert cli.main(["inspect", str(run / "checkpoints" / "step-00000008")]) == 0
+    printed = capsys.readouterr().out
+    assert "10 days from 2018-10-01 to 2018-10-10 of co, no2, " in printed
+    assert "8 x 12 cells, latitude " in printed
+    constants = program.state(step=8)["data"]["normalization"]
+    given = f"data.normalization={json.dumps(constants)}"
+    kept = program.train("train.max_steps=1", init, given, run="kept")
+    assert "normalization: the constants of data.normalization" in kept.stderr
+    assert program.state("kept", step=1)["data"]["normalization"] == constants

@@ -120,6 +120,7 @@ def configured_normalization(
 
     held: names of the data's variables.
     """
+    constants = {name: pair for name, pair in constants.items() if name not in UNNORMALIZED or tuple(pair) != (0, 1)}
     unknown = [name for name in constants if name not in {*VARIABLES, *held} or name in UNNORMALIZED]
     if unknown:
         raise ConfigError(f"data.normalization: {', '.join(unknown)}: expected names of normalized variables")

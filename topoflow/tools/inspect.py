@@ -16,6 +16,7 @@ import torch
 from topoflow.checkpoint.directory import POINTERS, CheckpointDirectory, find_checkpoint
 from topoflow.checkpoint.file import MANIFEST, STATE, read_checkpoint, read_manifest
 from topoflow.checkpoint.fingerprint import MOMENTS, captured_tensors
+from topoflow.data.grid import Grid
 from topoflow.errors import MissingPath, ResumeRefused
 from topoflow.text import format_table, shorten
 
@@ -135,7 +136,8 @@ def _describe_state(state: dict[str, Any]) -> dict[str, Any]:
     ]
     return {
         "format": ".".join(map(str, state["format"])),
-        **{key: state[key] for key in ("progress", "software", "random", "scheduler", "data", "config")},
+        **{key: state[key] for key in ("progress", "software", "random", "scheduler", "config")},
+        "data": _describe_data(state["data"]),
         "config_sha256": hashlib.sha256(json.dumps(state["config"], sort_keys=True).encode()).hexdigest(),
         "certificate": state.get("certificate"),
         "groups": groups,
@@ -145,6 +147,19 @@ def _describe_state(state: dict[str, Any]) -> dict[str, Any]:
         ],
         "buffers": [tensor for name, tensor in tensors.items() if name not in group_of],
     }
+
+
+def _describe_data(data: dict[str, Any]) -> dict[str, Any]:
+    """The data in short: the hashes of each day and the position of each cell are left out."""
+    described = dict(data)
+    if "contents" in data:
+        days = [day.partition(" ")[0] for day in data["contents"]["days"]]
+        described["contents"] = (
+            f"{len(days)} days from {days[0]} to {days[-1]} of {', '.join(data['contents']['hashes'])}"
+        )
+    if "grid" in data:
+        described["grid"] = Grid.from_dict(data["grid"]).describe()
+    return described
 
 
 def _describe_tensor(tensor: torch.Tensor) -> dict[str, Any]:
