@@ -47,24 +47,18 @@ class ForecastData:
 
     @functools.cached_property
     def contents(self) -> Contents:
-        """What the hours of all configured splits hold, as far as the run reads it."""
+        """What the hours of `splits` hold, as far as the run reads it."""
         names = (*self.config.variables, *self.config.targets, *self.needed)
-        ranges = [self.times(split) for split in SPLITS if getattr(self.config, split)]
-        return contents_of(self.source, names, np.unique(np.concatenate(ranges)))
+        hours = np.unique(np.concatenate([self.times(split) for split in self.splits]))
+        return contents_of(self.source, names, hours)
 
     def times(self, split: str) -> np.ndarray:
         """Return the positions of a split's hours in source.times."""
         return split_times(self.source.times, getattr(self.config, split), key=f"data.{split}")
 
     def starts(self, split: str) -> StartIndex:
-        """Return where a forecast of a split can start; raises as `split_starts` does."""
-        return split_starts(
-            self.source.times,
-            getattr(self.config, split),
-            window_hours(self.config),
-            self.source.step_hours,
-            key=f"data.{split}",
-        )
+        """Return where a forecast of a split can start, one of `splits` or another."""
+        return self.splits[split] if split in self.splits else find_starts(self.config, self.source, split)
 
     def build_normalization(self, on_progress: Callable[[], None] = lambda: None) -> Normalization:
         """From the constants of data.normalization, or computed over the training split.
@@ -96,6 +90,12 @@ class ForecastData:
         return lines
 
 
+def find_starts(config: DataConfig, source: PreparedData, split: str) -> StartIndex:
+    """Return where a forecast of a split can start; raises as `split_starts` does."""
+    window, ranges = window_hours(config), getattr(config, split)
+    return split_starts(source.times, ranges, window, source.step_hours, key=f"data.{split}")
+
+
 def open_forecast_data(
     config: DataConfig,
     with_wind: bool,
@@ -117,6 +117,5 @@ def open_forecast_data(
     source = PreparedData(index_prepared(config.path) if index is None else index)
     needed = (*(("u", "v") if with_wind else ()), *(("elevation",) if with_terrain else ()))
     check_channels(config, source, needed)
-    data = ForecastData(config, source, {}, with_wind, needed)
-    data.splits.update({split: data.starts(split) for split in only if getattr(config, split)})
-    return data
+    splits = {split: find_starts(config, source, split) for split in only if getattr(config, split)}
+    return ForecastData(config, source, splits, with_wind, needed)

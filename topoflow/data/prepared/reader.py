@@ -120,7 +120,10 @@ class PreparedData:
         """float32 [len(names), H, W]: the dynamic variables `names` at `index` of `times`, NaN where missing.
 
         It may be a view of the file, so it must not be changed. Names in the order of `dynamic` are read fastest.
+        IndexError for an index outside `times`.
         """
+        if not 0 <= index < len(self.times):
+            raise IndexError(f"position {index} of {len(self.times)} times")
         number = self._year_of(index)
         places, year = self._select(names), self._map(number)
         position = index - int(self._first[number])
