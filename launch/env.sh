@@ -127,6 +127,8 @@ run_job() {
   wait_for "$step" || status=$?
   own_status=$(status_of "$run_dir" "$status")
   status=${own_status:-$status} # empty if SLURM has begun to kill this job
+  # 128 + SIGINT, SIGUSR1 or SIGTERM: a request to stop came before a task, or srun, could catch it
+  case $status in 130 | 138 | 143) status=75 ;; esac
   if [ "$status" -eq 75 ] && [ "${SLURM_RESTART_COUNT:-0}" -ge 3 ] && [ ! -e "$run_dir/checkpoints/last" ]; then
     echo "topoflow: not requeued: no checkpoint after $((SLURM_RESTART_COUNT + 1)) starts: expected a longer --time" >&2
   elif [ "$status" -eq 75 ]; then
