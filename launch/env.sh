@@ -95,6 +95,8 @@ status_of() {
   echo "$status"
 }
 
+signalled='' # not empty: a trapped signal has arrived
+
 # wait_for PID: return its exit status. A trapped signal interrupts `wait`, so each trap calls pass_on.
 wait_for() {
   local status
@@ -114,17 +116,21 @@ pass_on() {
 # run_job RUN_DIR SRUN...: run the tasks of a batch job, and exit. If they end with 75 (stopped on request after a
 # checkpoint was committed), requeue the job, which then resumes.
 run_job() {
-  local run_dir=$1 status=0 step own_status
+  local run_dir=$1 status=75 step own_status
   shift
   rm -f -- "${run_dir:-.}/exit.json"
-  # since SLURM 22.05 srun does not inherit this from the job
-  SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} "$@" &
-  step=$!
-  # SLURM sends signals to the tasks, and with --signal=B:... to this shell. When the job is cancelled or requeued, this
-  # shell gets TERM. srun would kill its tasks at once on TERM, so it is sent USR1, which it forwards to them.
-  # shellcheck disable=SC2064
-  trap "pass_on USR1 $step" USR1 TERM
-  wait_for "$step" || status=$?
+  if [ -z "$signalled" ]; then
+    # since SLURM 22.05 srun does not inherit this from the job
+    SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} "$@" &
+    step=$! status=0
+    # SLURM sends signals to the tasks, and with --signal=B:... to this shell. When the job is cancelled or requeued, this
+    # shell gets TERM. srun would kill its tasks at once on TERM, so it is sent USR1, which it forwards to them.
+    # shellcheck disable=SC2064
+    trap "pass_on USR1 $step" USR1 TERM
+    [ -z "$signalled" ] || pass_on USR1 "$step" # one that came just before this trap
+    wait_for "$step" || status=$?
+  fi
+  trap '' USR1 TERM # the tasks have ended; scontrol requeue makes SLURM send TERM to this shell and to scontrol itself
   own_status=$(status_of "$run_dir" "$status")
   status=${own_status:-$status} # empty if SLURM has begun to kill this job
   # 128 + SIGINT, SIGUSR1 or SIGTERM: a request to stop came before a task, or srun, could catch it

@@ -30,7 +30,12 @@ exit "${SRUN_STATUS:-$status}"
 # a mock of the program that records its arguments and environment
 PYTHON = f"""#!/usr/bin/env bash
 case "$*" in
-  *topoflow.config*) echo "$RUN_DIR" ;;
+  *topoflow.config*)
+    if [ -n "${{CONFIG_WAITS-}}" ]; then
+      touch "$NOTES/reading"
+      until [ -e "$NOTES/go" ]; do :; done
+    fi
+    echo "$RUN_DIR" ;;
   -c*) exec {sys.executable} "$@" ;;
   *train.py*)
     printf '%s\\n' "$@" > "$NOTES/arguments"
@@ -248,6 +253,9 @@ ARRAY = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
         # a task was killed because another had ended; exit.json of rank 0 has the reason
         ("RUNNING", {"SRUN_STATUS": "137", "EXIT_JSON": json.dumps({"status": 75})}, 75, ["requeue 17"]),
         ("RUNNING", {"SRUN_STATUS": "137", "EXIT_JSON": json.dumps({"status": 5})}, 5, []),
+        # killed by SIGINT, SIGUSR1 or SIGTERM while it was starting, or srun itself was
+        *(("RUNNING", {"SRUN_STATUS": str(128 + number)}, 75, ["requeue 17"]) for number in (2, 10, 15)),
+        ("RUNNING", {"SRUN_STATUS": "137"}, 137, []),
         ("RUNNING", {"TASK_STATUS": "2"}, 2, []),
         ("RUNNING", {}, 0, []),
         # cancelled, or requeued by SLURM: scontrol would restart a cancelled job
@@ -275,3 +283,25 @@ def test_a_signal_to_the_batch_script_alone_stops_its_tasks(machine, sent):
     _, output = process.communicate(timeout=60)
     assert (process.returncode, machine.read("signals"), machine.read("scontrol")) == (75, ["USR1"], ["requeue 17"])
     assert output == ""
+
+
+@pytest.mark.parametrize("script", BATCH)
+@pytest.mark.parametrize("sent", ["USR1", "TERM"])
+def test_a_signal_to_the_batch_script_while_it_reads_the_config_only_requeues(machine, script, sent):
+    (machine.notes / "state").write_text("RUNNING")
+    process = machine.start(script, CONFIG_WAITS="1")
+    wait_for(machine.notes / "reading")
+    process.send_signal(getattr(signal, f"SIG{sent}"))
+    (machine.notes / "go").touch()
+    _, output = process.communicate(timeout=60)
+    assert (process.returncode, machine.read("scontrol"), output) == (75, ["requeue 17"], "")
+    assert machine.read("arguments") == []
+
+
+def test_the_term_that_a_requeue_causes_does_not_interrupt_it(machine):
+    """It would be repeated after 20 s, and SLURM would kill the script before."""
+    (machine.notes / "state").write_text("RUNNING")
+    scontrol = machine.folder.parent / "bin/scontrol"
+    scontrol.write_text('#!/usr/bin/env bash\necho "$*" >> "$NOTES/scontrol"\nkill -s TERM $PPID $$\n')
+    assert machine.run("train.sbatch", TASK_STATUS="75") == (75, "")
+    assert machine.read("scontrol") == ["requeue 17"]
