@@ -138,7 +138,8 @@ class DisturbedJob:
             time.sleep(disturbance.seconds)
         else:
             self._wait(lambda: files.is_pausing or self._has_ended(), f"a process that is {disturbance.plan.point}")
-        if not self._has_ended():
+        is_disturbed = not self._has_ended()
+        if is_disturbed:
             start = time.monotonic()
             output_before = self.campaign.log(self.name).stat().st_size
             self._disturb(disturbance, files)
@@ -147,7 +148,8 @@ class DisturbedJob:
         now = self.job.describe()
         if now["JobState"] in ENDED:
             if now["JobState"] != "COMPLETED":
-                raise JobFailed(f"{now['JobState']} {now['ExitCode']}: {last_line(self.campaign.log(self.name))}")
+                when = "after" if is_disturbed else "before or without"
+                raise JobFailed(f"{now['JobState']} {now['ExitCode']} {when} that: {self._reason()}")
             return False
         if now["Restarts"] != str(restart + 1):
             raise JobFailed(f"start {now['Restarts']} follows start {restart}")
@@ -189,6 +191,12 @@ class DisturbedJob:
         log = self.campaign.log(self.name)
         if b"stopped by SIG" not in log.read_bytes()[output_before:]:
             raise JobFailed(f"requeued without a line 'stopped by SIG...' in its output: {last_line(log)}")
+
+    def _reason(self) -> str:
+        """Return what exit.json says, and the last line of the output."""
+        path = self.run / "exit.json"
+        written = json.loads(path.read_text()) if path.exists() else None
+        return f"exit.json {written}, last line: {last_line(self.campaign.log(self.name))}"
 
     def _has_ended(self) -> bool:
         return self.job.state in ENDED

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import socket
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -92,17 +91,21 @@ class PlanFolder:
 def make_project(folder: Path) -> Path:
     """Create a project in `folder` with the shipped launch scripts and a train.py that reads plans; return its path.
 
-    Its jobs need ROOT in PYTHONPATH (the batch script runs topoflow.config_io to find run.dir).
+    It runs a copy of the program: ranks refuse to train with different sources, and ROOT may be edited meanwhile. Its
+    jobs need ROOT in PYTHONPATH (the batch script runs topoflow.config_io to find run.dir).
     """
-    project, plans = folder / "project", folder / "plans"
+    project, plans, program = folder / "project", folder / "plans", folder / "program"
     plans.mkdir(parents=True)
+    for name in ("topoflow", "tests/support"):
+        shutil.copytree(ROOT / name, program / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "train.py", program)
     shutil.copytree(ROOT / "launch", project / "launch")
-    (project / "train.py").write_text(STARTER.format(root=str(ROOT), plans=str(plans)))
+    (project / "train.py").write_text(STARTER.format(root=str(program), plans=str(plans)))
     return project
 
 
 def main(plans: str) -> int:
-    """Run train.main with the plan of this start of this job."""
+    """Run the program as `python train.py` does, with the plan of this start of this job."""
     environ = os.environ
     job, restart = environ["SLURM_JOB_NAME"], int(environ.get("SLURM_RESTART_COUNT", "0"))
     rank, files = int(environ["SLURM_PROCID"]), PlanFolder(Path(plans), job, restart)
@@ -112,9 +115,10 @@ def main(plans: str) -> int:
         files.pause()
     import train as program  # here and not above: a signal may arrive before torch is imported
     from tests.support.pause_points import install
+    from topoflow.terminal import run_program
 
     install(plan, files.pause, pauses_here=rank == plan.rank)
-    return program.main(sys.argv[1:])
+    return run_program(program.main)
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
