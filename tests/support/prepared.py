@@ -1,7 +1,7 @@
 """Prepared data sets for tests: of arrays that a test chose, or of the demo world."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +36,7 @@ class _Fields:
 
     def __post_init__(self):
         dynamic = [str(name) for name, values in self.dataset.data_vars.items() if "time" in values.dims]
-        self.units = {name: self.dataset[name].attrs["units"] for name in dynamic}
+        self.units: Mapping[str, str] = {name: self.dataset[name].attrs["units"] for name in dynamic}
         self.times = self.dataset.time.values.astype("datetime64[h]")
         self.shape = (self.dataset.sizes["lat"], self.dataset.sizes["lon"])
         self.is_decided = True
@@ -50,6 +50,12 @@ class _Fields:
 
     def file_states(self, first: int, stop: int) -> list[str]:
         return [str(self.times[position]) for position in range(first, stop)]
+
+    def seen(self) -> list:
+        return []
+
+    def recall(self, seen: list) -> None:
+        pass
 
     def finish(self) -> None:
         pass
@@ -68,5 +74,5 @@ def write_prepared(
     }
     if mask is not None:
         statics["mask"] = mask
-    write(_Fields(dataset, step_hours), statics, {"dtype": dtype}, {}, folder, progress=False)
+    write(_Fields(dataset, step_hours), statics, {"dtype": dtype}, lambda before: {}, folder, progress=False)
     return folder

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,6 +55,7 @@ class Checker:
         self._constant = rules.constant
         self._dropped: dict[np.datetime64, Counter[str]] = {}
         self._seen: dict[tuple[str, str], _Seen] = {}
+        self._looked_at: dict[tuple[str, str], None] = {}
 
     def check(
         self, name: str, values: np.ndarray, times: np.ndarray, path: Path, of_raw: tuple[float, float] | None = None
@@ -76,6 +78,7 @@ class Checker:
         if name in VARIABLES and self._constant != "keep" and values.ndim == 3:
             self._check_constant(name, values, days, seen)
         self._look(KNOWN.get(name), values, seen)
+        self._looked_at[name, str(path)] = None
         return values
 
     def _look(self, known: Known | None, values: np.ndarray, seen: _Seen) -> None:
@@ -130,6 +133,18 @@ class Checker:
         """Return whether no value was found that cannot be."""
         return not any(seen.below or seen.above or seen.constant_hours for seen in self._seen.values())
 
+    def seen(self) -> list[Any]:
+        """Return, as plain values, what is known of the values of the files looked at since the last call."""
+        keys, self._looked_at = list(self._looked_at), {}
+        found = [(key, self._seen[key]) for key in keys if self._seen[key].high >= self._seen[key].low]
+        return [[*key, seen.of_raw, seen.count, seen.low, seen.high] for key, seen in found]
+
+    def recall(self, seen: list[Any]) -> None:
+        """Take up what `seen` returned in an earlier process, about values that could be."""
+        for name, path, of_raw, count, low, high in seen:
+            known = self._seen.setdefault((name, path), _Seen(None if of_raw is None else (of_raw[0], of_raw[1])))
+            known.count, known.low, known.high = max(known.count, count), min(known.low, low), max(known.high, high)
+
     def report(self) -> None:
         """Add the findings about all values since the last report."""
         for (name, path), seen in self._seen.items():
@@ -140,6 +155,7 @@ class Checker:
             if known is None or not self._report_unit(name, path, known, seen):
                 self._report_outside(name, path, known, seen)
         self._seen.clear()
+        self._looked_at.clear()
 
     def _report_unit(self, name: str, path: str, known: Known, seen: _Seen) -> bool:
         """Add a decision where all values would be possible in another unit, and are not in the stated one."""

@@ -4,15 +4,17 @@ import dataclasses
 import hashlib
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from topoflow.data.prepared.manifest import read_manifest
+from topoflow.data.prepared.manifest import Manifest, read_manifest
 from topoflow.errors import ConfigError, DataError
 from topoflow.terminal import print_output
 from topoflow.tools.prepare.findings import Findings
 from topoflow.tools.prepare.joined import JoinedSource
+from topoflow.tools.prepare.provenance import describe
 from topoflow.tools.prepare.recipe import Recipe, read_recipe, recipe_of_paths, recipe_text
 from topoflow.tools.prepare.regridding import Target
 from topoflow.tools.prepare.report import finding_lines, write_report
@@ -62,18 +64,26 @@ def prepare(recipe: Recipe, output: Path | None, progress: bool = True) -> Prepa
         recipe = _completed(recipe, found)
         statics = Statics(recipe, target, found.pieces, opener, findings).build()
         source = JoinedSource(recipe, found, target, opener, findings)
+        how = {n: next(p.readers[n].text for p in found.pieces if n in p.readers) for n in found.names}
         manifest = None
+
+        def report(folder: Path, manifest: Manifest) -> None:
+            write_report(folder, manifest, findings.sorted(), how)
+
         if output is None:
             _look(source, progress)
         else:
-            provenance = {"recipe": recipe_text(recipe), "files": _files(found)}
-            manifest = write(source, statics, _settings(recipe, found, target, statics), provenance, output, progress)
+            paths, settings = [piece.path for piece in found.pieces], _settings(recipe, found, target, statics)
+            provenance = partial(describe, recipe, paths)
+            manifest = write(source, statics, settings, provenance, output, progress, report)
     finally:
         opener.close()
     if manifest is None or output is None:
         return Prepared(recipe, finding_lines(findings.sorted()), not findings.open())
-    how = {n: next(p.readers[n].text for p in found.pieces if n in p.readers) for n in found.names}
-    return Prepared(recipe, write_report(output, manifest, findings.sorted(), how), True)
+    text = output / "report.txt"
+    if not text.exists():
+        report(output, manifest)
+    return Prepared(recipe, text.read_text(encoding="utf-8").splitlines(), True)
 
 
 def _look(source: JoinedSource, progress: bool) -> None:
@@ -110,15 +120,6 @@ def _settings(recipe: Recipe, found: Scan, target: Target, statics: dict[str, np
         "mask": "none" if mask is None else hashlib.sha256(mask.tobytes()).hexdigest()[:16],
         "rules.drop": ", ".join(recipe.rules.drop),
     }
-
-
-def _files(found: Scan) -> list[dict[str, object]]:
-    from topoflow.tools.prepare.files import file_states
-
-    return [
-        {"path": str(piece.path), "state": hashlib.sha256("\n".join(file_states(piece.path)).encode()).hexdigest()[:16]}
-        for piece in found.pieces
-    ]
 
 
 def run(paths: list[str], output: Path | None, check: bool) -> int:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -81,6 +82,14 @@ class JoinedSource:
                 day = np.datetime64(str(self.times[piece[0]])[:10])
                 yield piece, fields[begin : begin + len(piece)], self._checker.dropped(day)
                 begin += len(piece)
+
+    def seen(self) -> list[Any]:
+        """Return, as plain values, what `finish` is to know of the values that were read since the last call."""
+        return self._checker.seen()
+
+    def recall(self, seen: list[Any]) -> None:
+        """Take up what `seen` returned in an interrupted process."""
+        self._checker.recall(seen)
 
     def finish(self) -> None:
         """Add the findings about values, now that all have been read."""

@@ -27,6 +27,8 @@ def require_same_statics(fields: Mapping[str, np.ndarray], present: Manifest, fo
     """DataError, naming it, if one of `fields` is not what the prepared data in `folder` hold."""
     stored = read_static(folder, present)
     for name, field in fields.items():
+        if name not in stored:
+            raise DataError(f"{folder}: was prepared without {name!r}: expected {', '.join(stored)}, or another folder")
         is_place = name in ("lat2d", "lon2d")
         if not (
             same_place(stored[name], field)

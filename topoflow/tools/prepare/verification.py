@@ -1,6 +1,7 @@
 """Verify a prepared data set: read it and compare it with its manifest."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from tqdm import tqdm
 from topoflow.data.prepared.days import read_days
 from topoflow.data.prepared.manifest import FileRecord, Manifest, PreparedYear, read_manifest
 from topoflow.errors import DataError
-from topoflow.tools.prepare.year_writer import day_blocks
+from topoflow.tools.prepare.year_writer import day_blocks, npy_header
 
 
 def verify(folder: Path, progress: bool = True) -> tuple[Manifest, list[str]]:
@@ -40,22 +41,23 @@ def _damage_of_file(folder: Path, file: FileRecord) -> str | None:
 
 
 def _damage_of_year(folder: Path, manifest: Manifest, year: PreparedYear, bar: tqdm) -> list[str]:
-    path, damage = folder / year.array.name, []
+    path, damage, days = folder / year.array.name, [], []
     try:
         days = read_days(folder / year.days.name, year.days.sha256)
-        shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
-        size = path.stat().st_size
     except DataError as error:
-        return [str(error)]
-    except (OSError, ValueError) as error:
-        return [f"{path}: cannot be read: {error}".splitlines()[0]]
-    if size != year.array.size:
-        damage.append(f"{path}: has {size} bytes: expected {year.array.size}")
-    expected = (len(year.times), len(manifest.variables), *manifest.shape)
-    if shape != expected:
-        damage.append(f"{path}: has shape {shape}: expected {expected}")
-    for day, damaged in day_blocks(path, year.header, expected[1:], manifest.dtype, days):
-        if damaged:
-            damage.append(f"{path}: {', '.join(damaged)} of {day.day} do not match their hash")
-        bar.update(day.hours)
+        damage.append(str(error))
+    shape = (len(year.times), len(manifest.variables), *manifest.shape)
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != year.array.size:
+                damage.append(f"{path}: has {size} bytes: expected {year.array.size}")
+            if file.read(year.header) != npy_header(shape, np.dtype(manifest.dtype)):
+                damage.append(f"{path}: its header is not that of {manifest.dtype} in the shape {shape}")
+            for day, damaged in day_blocks(file, shape[1:], manifest.dtype, days):
+                if damaged:
+                    damage.append(f"{path}: {', '.join(damaged)} of {day.day} do not match their hash")
+                bar.update(day.hours)
+    except OSError as error:
+        damage.append(f"{path}: cannot be read: {error.strerror}")
     return damage

@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,17 +18,20 @@ from topoflow.data.prepared.manifest import (
     Manifest,
     PreparedVariable,
     PreparedYear,
+    check_sizes,
     is_prepared,
     read_manifest,
     runs_of,
 )
 from topoflow.errors import ConfigError, DataError, Refusal
 from topoflow.files import flush_folder, remove_unfinished, require_writable, write_atomically
+from topoflow.tools.prepare.past import Past
 from topoflow.tools.prepare.precision import DTYPES, choose_variables, cost, decode, encode, sum_up
 from topoflow.tools.prepare.statics import require_same_statics, save_statics, static_units
+from topoflow.tools.prepare.work_folder import LOCK, delete_work_folder, work_folder
 from topoflow.tools.prepare.year_writer import YearWriter
 
-PLAN, LOCK = "plan.json", "lock"
+_FILE_OF_YEAR = re.compile(r"(fields_\d{4}(_\d+h_[0-9a-f]{8})?\.(npy|journal)|days_\d{4}(_\d+h_[0-9a-f]{8})?\.json)")
 
 _Made = tuple[PreparedYear, list[DayRecord]]
 """A year that was written now, and its days."""
@@ -60,8 +62,16 @@ class Fields(Protocol):
         """Whether everything read so far may be written."""
         ...
 
+    def seen(self) -> list[Any]:
+        """Return, as plain values, what `finish` is to know of the values that were read since the last call."""
+        ...
+
+    def recall(self, seen: list[Any]) -> None:
+        """Take up what `seen` returned in an interrupted process, whose values are not read again."""
+        ...
+
     def finish(self) -> None:
-        """Decide what needs all values: called when all have been read, before anything is committed."""
+        """Decide what needs all values: called when all have been read or recalled, before anything is committed."""
         ...
 
 
@@ -69,9 +79,10 @@ def write(
     source: Fields,
     statics: Mapping[str, np.ndarray],
     settings: dict[str, Any],
-    provenance: dict[str, Any],
+    provenance: Callable[[dict[str, Any]], dict[str, Any]],
     output: Path,
     progress: bool = True,
+    report: Callable[[Path, Manifest], object] = lambda folder, manifest: None,
 ) -> Manifest | None:
     """Write `source` and the `statics` {name: [H, W]} into the folder `output`.
 
@@ -83,42 +94,34 @@ def write(
 
     Args:
         settings: what must be the same in data that are appended; settings["dtype"] is float32 or float16.
-        provenance: the recipe and the files.
+        provenance: takes the provenance of the data that are there ({} for none), returns that of the whole.
+        report: called with the folder and the manifest before they count, to add files to the folder.
 
     Raises:
-        DataError: a time or static field differs from the prepared one.
+        DataError: a time or static field differs from the prepared one; a file changed while it was read.
         ConfigError: other settings than those of what is there; `output` is something else or cannot be written.
     """
-    is_free = not (output.exists() or output.is_symlink()) or (output.is_dir() and not any(output.iterdir()))
-    if not is_free and not is_prepared(output):
-        raise ConfigError(f"{output}: is not prepared data: expected a new or empty folder, or prepared data")
-    require_writable(output.absolute().parent)  # before the work: it is written next to `output`, then renamed
+    output = output.resolve()  # of a link, the folder itself: the hidden one must lie next to it
+    _require_replaceable(output)
+    require_writable(output.parent)  # before the work: it is written next to `output`, then renamed
     try:
-        with _work_folder(output) as work:
-            return _Writing(source, statics, settings, provenance, output, work, progress).run()
+        with work_folder(output) as work:
+            return _Writing(source, statics, settings, provenance, output, work, progress, report).run()
     except Refusal:
         raise
     except OSError as error:
-        raise ConfigError(f"{output}: cannot be written: {error.strerror or error}") from error
+        file = f" ({error.filename})" if error.filename else ""
+        raise ConfigError(f"{output}: cannot be written: {error.strerror or error}{file}") from error
 
 
-@contextmanager
-def _work_folder(output: Path) -> Iterator[Path]:
-    """The hidden folder next to `output`, held only by this process."""
-    import fcntl
-
-    work = output.absolute().with_name(f".{output.absolute().name}.preparing")
-    work.mkdir(parents=True, exist_ok=True)
-    with open(work / LOCK, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{output}: another process is preparing it ({work} is locked)") from None
-        try:
-            yield work
-        finally:
-            if work.exists() and not any(path.name not in (LOCK, PLAN) for path in work.iterdir()):
-                shutil.rmtree(work)  # refused before anything was written
+def _require_replaceable(output: Path) -> None:
+    is_free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
+    if not is_free and not is_prepared(output):
+        raise ConfigError(f"{output}: is not prepared data: expected a new or empty folder, or prepared data")
+    if output.is_mount():
+        raise ConfigError(
+            f"{output}: is where a file system is mounted, so it cannot be replaced: expected a folder in it"
+        )
 
 
 class _Writing:
@@ -129,17 +132,24 @@ class _Writing:
         source: Fields,
         statics: Mapping[str, np.ndarray],
         settings: dict[str, Any],
-        provenance: dict[str, Any],
+        provenance: Callable[[dict[str, Any]], dict[str, Any]],
         output: Path,
         work: Path,
         progress: bool,
+        report: Callable[[Path, Manifest], object],
     ):
         self.source, self.statics, self.settings, self.provenance = source, statics, settings, provenance
-        self.output, self.work, self.progress = output, work, progress
+        self.output, self.work, self.progress, self.report = output, work, progress, report
         self.dtype = DTYPES[settings["dtype"]]
         self.present = read_manifest(output) if is_prepared(output) else None
+        self.states: dict[int, str] = {}
+        """Of each year that is read, a hash of the states that its files had before."""
+        self.days: dict[int, list[DayRecord]] = {}
         remove_unfinished(work)
         if self.present is not None:
+            check_sizes(self.present, output)
+            for year in self.present.years:
+                self.days[year.year] = read_days(output / year.days.name, year.days.sha256)
             _tidy(output, self.present)
 
     def run(self) -> Manifest | None:
@@ -151,41 +161,26 @@ class _Writing:
         year_of = times.astype("datetime64[Y]").astype(int) + 1970
         positions = {int(year): np.flatnonzero(year_of == year) for year in np.unique(year_of)}
         kept = {year.year: year for year in (self.present.years if self.present else ())}
-        made = []
+        made: dict[int, _Made] = {}
         with tqdm(total=len(times), desc="prepare", unit="hour", disable=not self.progress) as bar:
             for year, hours in positions.items():
                 before = kept.get(year)
                 if before is not None and self._is_unchanged(before, hours):
                     bar.update(len(hours))
                     continue
-                made.append(self._write_year(year, hours, variables, before, bar))
+                made[year] = self._write_year(year, hours, variables, before, bar)
+                if before is not None and np.array_equal(before.times, times[hours]):  # and all values are the same
+                    kept[year] = replace(before, source_files=made.pop(year)[0].source_files)
         self.source.finish()
         if not self.source.is_decided:
             return None
-        for year, _ in made:
-            kept.pop(year.year, None)
-        return self._commit(list(kept.values()), made, variables)
+        return self._commit({year: record for year, record in kept.items() if year not in made}, made, variables)
 
     def _variables(self) -> tuple[PreparedVariable, ...]:
-        """With the constants that were chosen when it was begun."""
+        """With their constants: of data that are there, or chosen from the source."""
         if self.present is not None:
             return self.present.variables
-        plan = self.work / PLAN
-        begun = {"settings": self.settings, "source": self._hash_source_files(np.arange(len(self.source.times)))}
-        if plan.exists():
-            try:
-                content = json.loads(plan.read_text())
-                variables = tuple(PreparedVariable(**variable) for variable in content.pop("variables"))
-                if content == begun:
-                    return variables
-            except (ValueError, KeyError, TypeError):  # damaged
-                pass
-            for path in self.work.iterdir():  # begun with another recipe or other files
-                if path.name != LOCK:
-                    path.unlink()
-        chosen = choose_variables(self.source.units, self.dtype, self.source.times, self.source.fields)
-        write_atomically(plan, json.dumps({**begun, "variables": [vars(variable) for variable in chosen]}, indent=1))
-        return chosen
+        return choose_variables(self.source.units, self.dtype, self.source.times, self.source.fields)
 
     def _is_unchanged(self, before: PreparedYear, hours: np.ndarray) -> bool:
         """Return whether a year is as it was prepared, as far as its files show."""
@@ -205,22 +200,26 @@ class _Writing:
         before: the year as it was prepared; DataError, naming the day, unless the same times have the same values.
         """
         states, times = self._hash_source_files(hours), self.source.times[hours]
+        self.states[year] = states
         parts = [self.settings, [[v.scale, v.offset] for v in variables], states, [str(t) for t in times]]
+        parts += [before.days.sha256] if before is not None else []
         identity = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         tag = f"{year}" if before is None else f"{year}_{len(hours)}h_{identity[:8]}"
-        past = _Past(self.output, before, times, (len(variables), *self.source.shape), self.dtype)
+        past = Past(self.output, before, times, variables, self.source.shape, self.dtype)
         pieces = day_pieces(self.source.times, hours)
         shape = (len(hours), len(variables), *self.source.shape)
         array = self.work / f"fields_{tag}.npy"
         with YearWriter(array, identity, shape, self.dtype, [len(piece) for piece in pieces]) as writer:
             done = len(writer.days)
+            for seen in writer.seen:
+                self.source.recall(seen)
             bar.update(sum(map(len, pieces[:done])))
             for piece, values, dropped in self.source.days(pieces[done:]):
                 if self.source.is_decided:
                     stored = self._encode(variables, values)
                     past.require_same(self.source.times[piece], stored)
                     day = str(self.source.times[piece[0]])[:10]
-                    writer.write(stored, self._record(day, variables, values, stored, dropped))
+                    writer.write(stored, self._record(day, variables, values, stored, dropped), self.source.seen())
                 bar.update(len(piece))
             if self.source.is_decided:
                 writer.finish()
@@ -257,22 +256,35 @@ class _Writing:
         states = self.source.file_states(int(hours[0]), int(hours[-1]) + 1)
         return hashlib.sha256("\n".join(states).encode()).hexdigest()
 
-    def _commit(self, kept: list[PreparedYear], made: list[_Made], variables: tuple[PreparedVariable, ...]) -> Manifest:
+    def _require_unchanged_files(self) -> None:
+        """DataError if files were replaced while they were read: what was written may then be of both."""
+        year_of = self.source.times.astype("datetime64[Y]").astype(int) + 1970
+        for year, states in self.states.items():
+            if self._hash_source_files(np.flatnonzero(year_of == year)) != states:
+                raise DataError(f"{self.output}: files of {year} changed while they were read: run the command again")
+
+    def _commit(
+        self, kept: Mapping[int, PreparedYear], made: Mapping[int, _Made], variables: tuple[PreparedVariable, ...]
+    ) -> Manifest:
         """Put what was written in its place; nothing counts before the manifest does."""
-        days = [day for year in kept for day in read_days(self.output / year.days.name, year.days.sha256)]
-        days += [day for _, of_year in made for day in of_year]
+        years = sorted([*kept.values(), *(year for year, _ in made.values())], key=lambda year: year.year)
+        of_years = {**self.days, **{number: of_year for number, (_, of_year) in made.items()}}
+        days = [day for year in years for day in of_years[year.year]]
         variables = tuple(sum_up(variable, days) for variable in variables)
-        years = [*kept, *(year for year, _ in made)]
+        if self.present is not None and tuple(years) == self.present.years:
+            delete_work_folder(self.work)
+            return self.present
+        provenance = self.provenance(self.present.provenance if self.present is not None else {})
+        self._require_unchanged_files()
         if self.present is not None:
-            manifest = self.present
-            if made:
-                manifest = replace(self.present.with_years(years, variables), provenance=self.provenance)
-                for year, _ in made:
-                    for file in (year.array, year.days):
-                        (self.work / file.name).rename(self.output / file.name)
-                flush_folder(self.output)
-                manifest.write(self.output)
-            shutil.rmtree(self.work)
+            manifest = replace(self.present.with_years(years, variables), provenance=provenance)
+            for year, _ in made.values():
+                for file in (year.array, year.days):
+                    (self.work / file.name).rename(self.output / file.name)
+            self.report(self.output, manifest)
+            flush_folder(self.output)
+            manifest.write(self.output)
+            delete_work_folder(self.work)
             _tidy(self.output, manifest)
             return manifest
         manifest = Manifest(
@@ -284,50 +296,22 @@ class _Writing:
             static_units(self.statics),
             (),
             self.source.step_hours,
-            self.provenance,
+            provenance,
         ).with_years(years, variables)
+        self.report(self.work, manifest)
         manifest.write(self.work)
         self.work.rename(self.output)
-        flush_folder(self.output.absolute().parent)
+        flush_folder(self.output.parent)
         _tidy(self.output, manifest)
         return manifest
-
-
-class _Past:
-    """The fields of a year as they were prepared, which must not change."""
-
-    def __init__(
-        self, folder: Path, before: PreparedYear | None, times: np.ndarray, shape: tuple[int, ...], dtype: str
-    ):
-        self._folder, self._array = folder, None
-        if before is None:
-            return
-        gone = ~np.isin(before.times, times)
-        if gone.any():
-            raise DataError(
-                f"{folder}: {before.times[gone][0]} was prepared, but the files no longer have it: expected all of the "
-                f"{len(before.times)} prepared times of {before.year}"
-            )
-        self._times = before.times
-        path = folder / before.array.name
-        self._array = np.memmap(path, dtype, "r", offset=before.header, shape=(len(before.times), *shape))
-
-    def require_same(self, times: np.ndarray, stored: np.ndarray) -> None:
-        """DataError if a time that was prepared now has other values."""
-        if self._array is None:
-            return
-        for time, new in zip(times, stored, strict=True):
-            at = int(np.searchsorted(self._times, time))
-            if at < len(self._times) and self._times[at] == time and self._array[at].tobytes() != new.tobytes():
-                raise DataError(f"{self._folder}: {time} was prepared with values that differ from the files'")
 
 
 def _tidy(output: Path, manifest: Manifest) -> None:
     """Delete what is of no use any more once the manifest is in its place."""
     remove_unfinished(output)
     used = {file.name for file in manifest.files()}
-    for path in (output / PLAN, output / LOCK, *output.glob("fields_*"), *output.glob("days_*")):
-        if path.name not in used:
+    for path in output.iterdir():
+        if path.name == LOCK or (_FILE_OF_YEAR.fullmatch(path.name) and path.name not in used):
             path.unlink(missing_ok=True)
 
 
