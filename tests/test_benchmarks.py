@@ -24,6 +24,7 @@ QUICK = {
     "loop": ["--quick"],
     "machine": [],
     "model_step": ["--quick"],
+    "prepare_campaign": ["--cycles", "2"],
     "published": [],
     "run": ["--quick", "--only", "data", "terrain"],
     "scaling": ["--ranks", "1,2", "--steps", "4", "--repeats", "1"],
