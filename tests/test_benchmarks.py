@@ -25,6 +25,7 @@ QUICK = {
     "machine": [],
     "model_step": ["--quick"],
     "prepare_campaign": ["--cycles", "2"],
+    "prepare": ["--hours", "24", "--memory-hours", "24", "48", "--rounds", "1", "--shape", "8x12"],
     "published": [],
     "run": ["--quick", "--only", "data", "terrain"],
     "scaling": ["--ranks", "1,2", "--steps", "4", "--repeats", "1"],

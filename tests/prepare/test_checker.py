@@ -12,7 +12,16 @@ from topoflow.tools.prepare.rules import parse_drops
 
 TIMES = np.datetime64("2019-01-01T01") + np.arange(30) * np.timedelta64(1, "h")
 PATH = Path("x.nc")
-UNITS = {"pm25": "ug m-3", "co": "ug m-3", "temp": "K", "rh": "%", "psfc": "Pa", "u": "m s-1", "emission": "kg"}
+UNITS = {
+    "pm25": "ug m-3",
+    "co": "ug m-3",
+    "temp": "K",
+    "rh": "%",
+    "psfc": "Pa",
+    "u": "m s-1",
+    "aod550": "1",
+    "emission": "kg",
+}
 IDENTITY = (1.0, 0.0)
 
 
@@ -49,6 +58,13 @@ def test_values_of_the_atmosphere(name, low, high):
     found, findings, _ = check(name, values)
     assert findings == []
     np.testing.assert_array_equal(found, values)
+
+
+def test_a_limit_that_float32_cannot_hold_is_possible():
+    values = values_of(0, 4)
+    values[0, 0, 0] = -0.1  # in float32 a little less than the limit of aod550
+    assert float(values.min()) < -0.1
+    assert check("aod550", values)[1] == []
 
 
 @pytest.mark.parametrize("mark", [-999.0, 9.96921e36, -32768.0, 1e20])

@@ -82,15 +82,24 @@ class Checker:
         return values
 
     def _look(self, known: Known | None, values: np.ndarray, seen: _Seen) -> None:
+        if not values.size:
+            return
+        least, most = (known.low, known.high) if known is not None else _FLOAT_RANGE
+        low, high = float(np.fmin.reduce(values, axis=None)), float(np.fmax.reduce(values, axis=None))  # without NaN
+        seen.count += values.size - int(np.count_nonzero(np.isnan(values)))
+        if least <= low and high <= most:
+            seen.low, seen.high = min(seen.low, low), max(seen.high, high)
+        elif low <= high:
+            self._look_outside(least, most, values, seen)
+
+    def _look_outside(self, least: float, most: float, values: np.ndarray, seen: _Seen) -> None:
         present = values[~np.isnan(values)]
         finite = present[np.isfinite(present)]
-        seen.count += present.size
         if finite.size:
             seen.low, seen.high = min(seen.low, float(finite.min())), max(seen.high, float(finite.max()))
-        least, most = (known.low, known.high) if known is not None else _FLOAT_RANGE
         below, above = present < least, present > most
         outside = present[below | above]
-        if not outside.size:
+        if not outside.size:  # float32 rounds the limit to the value
             return
         seen.below, seen.above = seen.below + int(below.sum()), seen.above + int(above.sum())
         seen.lowest, seen.highest = min(seen.lowest, float(outside.min())), max(seen.highest, float(outside.max()))
@@ -102,10 +111,10 @@ class Checker:
     def _check_constant(self, name: str, values: np.ndarray, days: np.ndarray, seen: _Seen) -> None:
         """Whole fields of one value among others that vary."""
         flat = values.reshape(len(values), -1)
-        present = np.isfinite(flat).sum(axis=1)
-        high = np.where(np.isnan(flat), -np.inf, flat).max(axis=1, initial=-np.inf)
-        low = np.where(np.isnan(flat), np.inf, flat).min(axis=1, initial=np.inf)
-        constant = (present >= _CONSTANT_CELLS) & (high == low)
+        low, high = np.fmin.reduce(flat, axis=1), np.fmax.reduce(flat, axis=1)  # of what is not NaN
+        constant = high == low
+        if constant.any():
+            constant &= np.isfinite(flat).sum(axis=1) >= _CONSTANT_CELLS
         if not constant.any() or constant.all():
             return
         if self._constant == "drop":

@@ -110,7 +110,7 @@ class JoinedSource:
         return _Supply(piece, positions[inside], clock.order[inside])
 
     def _read(self, positions: np.ndarray, checker: Checker) -> np.ndarray:
-        out = np.full((len(positions), len(self.units), *self.shape), np.nan, np.float32)
+        out = np.empty((len(positions), len(self.units), *self.shape), np.float32)
         for column, name in enumerate(self.units):
             having = [s for s in self._supplies if name in s.piece.readers]
             if having and having[0].piece.place.kind == "stations":
@@ -124,6 +124,7 @@ class JoinedSource:
                     at, values = _mean_of_same(at, values)
                     out[at, column] = self._regridding(supply.piece.place).mean(values)
                     taken[at] = True
+            out[~taken, column] = np.nan
         return out
 
     def _read_stations(
