@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import netCDF4
 import numpy as np
 import xarray as xr
 import zarr
@@ -142,7 +143,21 @@ def _open_netcdf(path: Path, findings: Findings) -> xr.Dataset | None:
         found = f"{size} bytes of {announced} that its header announces: the file was cut"
         findings.add("error", path, "", found, "a whole NetCDF 3 file: copy or download it again")
         return None
-    return _decode(xr.open_dataset(path, engine="netcdf4", chunks=None, decode_cf=False), path, findings)
+    raw = xr.open_dataset(path, engine="netcdf4", chunks=None, decode_cf=False)
+    for name, variable in raw.variables.items():
+        _set_default_mark(str(name), variable, path, findings)
+    return _decode(raw, path, findings)
+
+
+def _set_default_mark(name: str, variable: xr.Variable, path: Path, findings: Findings) -> None:
+    """Set _FillValue of packed numbers that have none: what was not written unpacks to a value that can be."""
+    is_packed = not {"scale_factor", "add_offset"}.isdisjoint(variable.attrs)
+    has_mark = not {"_FillValue", "missing_value"}.isdisjoint(variable.attrs)
+    kind = variable.dtype.str[1:]
+    if is_packed and not has_mark and kind in ("i2", "i4", "u2", "u4"):
+        default = netCDF4.default_fillvals[kind]
+        variable.attrs["_FillValue"] = variable.dtype.type(default)
+        findings.add("note", path, name, f"packed without _FillValue: {default}, NetCDF's default, is read as missing")
 
 
 def _decode(raw: xr.Dataset, path: Path, findings: Findings) -> xr.Dataset:

@@ -226,9 +226,8 @@ def _read_turned(
 ) -> np.ndarray:
     """[n, h, w] or [n, S] at `rows`, which count along `time_dims`, the last fastest; further dimensions of size 1."""
     variable = dataset[name]
-    if rows is None:  # a field that does not change, even where the file repeats it at each time
-        values = read_values(dataset, name, {str(dim): 0 for dim in variable.dims if dim not in place.dims})
-        return place.turn(values, [dim for dim in variable.dims if dim in place.dims])
+    if rows is None:
+        return _read_unchanging(dataset, place, name)
     levels = {str(dim): 0 for dim in variable.dims if dim not in (*place.dims, *time_dims)}
     if any(variable.sizes[dim] > 1 for dim in levels):
         sizes = ", ".join(f"{dim} {variable.sizes[dim]}" for dim in levels)
@@ -250,6 +249,18 @@ def _read_turned(
     values = np.transpose(values, [dims.index(dim) for dim in (*here, *others)])
     turned = place.turn(values, [*here, *others])
     return turned[tuple(i - part.start for i, part in zip(index, ranges, strict=True))]
+
+
+def _read_unchanging(dataset: xr.Dataset, place: Place, name: str) -> np.ndarray:
+    """[h, w] or [S] of a field that does not change, even where the file repeats it at each time."""
+    variable = dataset[name]
+    others = [str(dim) for dim in variable.dims if dim not in place.dims]
+    dims = [dim for dim in variable.dims if dim in place.dims]
+    first, last = (read_values(dataset, name, {dim: at * (variable.sizes[dim] - 1) for dim in others}) for at in (0, 1))
+    if not np.allclose(first, last, rtol=1e-4, atol=1e-3, equal_nan=True):
+        sizes = ", ".join(f"{dim} {variable.sizes[dim]}" for dim in others)
+        raise DataError(f"changes along further dimensions ({sizes}): expected one field; cut the file to it")
+    return place.turn(first, dims)
 
 
 class _Stations:

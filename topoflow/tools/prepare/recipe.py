@@ -70,6 +70,8 @@ class Rules:
     drop: tuple[str, ...] = ()
     """Values to treat as missing: our name and a comparison or number, as in `pm25 < -50`, `o3 == 0`, `pm10 > 5000`,
     or `any == -999` for every variable. Each is counted by variable and year in the report."""
+    keep: tuple[str, ...] = ()
+    """Values that are right although they look like marks of missing values or cannot be, as in `pm10 > 20000`."""
     positions: Literal["refuse", "drop"] = "refuse"
     """Stations whose position cannot be."""
     constant: Literal["refuse", "keep", "drop"] = "refuse"

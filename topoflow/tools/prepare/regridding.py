@@ -86,6 +86,7 @@ class FieldRegridding:
         self.shape: tuple[int, int] = target_lat.shape
         self.is_identity = same_place(lat, target_lat) and same_place(lon, target_lon)
         self._points: PointMeans | None = None
+        self._areas: np.ndarray | None = None
         if self.is_identity:
             return
         have, want = axes_of(lat, lon), axes_of(target_lat, target_lon)
@@ -120,10 +121,18 @@ class FieldRegridding:
     def share_out(self, counts: np.ndarray) -> np.ndarray:
         """Return float32 [H, W] of counts [h, w], of which a cell gives each of the target the share that it covers.
 
-        So their sum stays, but for what lies outside the target.
+        So their sum stays, but for what lies outside the target. Where rows are not straight, a count goes to where the
+        centre of its cell is.
+
+        Raises:
+            ConfigError: the method is bilinear, which keeps no sum.
         """
-        if self.is_identity or self._points is not None:
+        if self.is_identity:
             return self.mean(counts)
+        if self._points is not None:
+            return self._points.sum(counts.ravel())
+        if self._areas is None:
+            raise ConfigError("counts are shared out by area: expected the method area")
         present = ~np.isnan(counts)
         total = self._sum(np.where(present, counts, 0.0) / self._areas)
         return np.where(self._sum(present.astype(np.float64)) > 0, total, np.nan).astype(np.float32)
@@ -240,10 +249,13 @@ class PointMeans:
             mean[..., self._cells] = means
         return mean.reshape(*leading, *self.shape)
 
-    def count(self) -> np.ndarray:
-        """Return the number of points in each cell, int64 [H, W]."""
-        inside = self.cell[self.cell >= 0]
-        return np.bincount(inside, minlength=self.shape[0] * self.shape[1]).reshape(self.shape)
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Return float32 [H, W] of values [P]: the sum of those present in each cell, NaN without one."""
+        there = (self.cell >= 0) & ~np.isnan(values)
+        size = self.shape[0] * self.shape[1]
+        total = np.bincount(self.cell[there], values[there], minlength=size)
+        count = np.bincount(self.cell[there], minlength=size)
+        return np.where(count > 0, total, np.nan).astype(np.float32).reshape(self.shape)
 
 
 def _enclosing(lat: np.ndarray, lon: np.ndarray, axes: Axes) -> np.ndarray:

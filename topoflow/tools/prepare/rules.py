@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from topoflow.data.variables import VARIABLES
 from topoflow.tools.prepare.findings import Findings
 
 _COMPARISONS: dict[str, Callable] = {
@@ -46,8 +47,9 @@ def _is_close(values: np.ndarray, number: float) -> np.ndarray:
     return np.abs(values - number) <= 1e-5 * max(abs(number), 1e-30)
 
 
-def parse_drops(texts: Sequence[str], names: Sequence[str], findings: Findings) -> tuple[Drop, ...]:
-    """Return the rules; a finding for each that cannot be read, or is about no variable."""
+def parse_drops(texts: Sequence[str], names: Sequence[str], findings: Findings, key: str = "drop") -> tuple[Drop, ...]:
+    """Return the rules of rules.drop or rules.keep; a finding for each that cannot be read, or is about no variable."""
+    names = tuple(dict.fromkeys([*names, *(n for n, variable in VARIABLES.items() if variable.kind == "static")]))
     drops = []
     for text in texts:
         match = _RULE.fullmatch(text)
@@ -56,9 +58,9 @@ def parse_drops(texts: Sequence[str], names: Sequence[str], findings: Findings) 
         except ValueError:
             drop = None
         if drop is None:
-            findings.add("error", "recipe", "", f"rules.drop: {text!r}", "a comparison like 'pm25 < -50'")
+            findings.add("error", "recipe", "", f"rules.{key}: {text!r}", "a comparison like 'pm25 < -50'")
         elif drop.name != "any" and drop.name not in names:
-            findings.add("error", "recipe", "", f"rules.drop: {text!r}", f"any, or one of {', '.join(names)}")
+            findings.add("error", "recipe", "", f"rules.{key}: {text!r}", f"any, or one of {', '.join(names)}")
         else:
             drops.append(drop)
     return tuple(drops)

@@ -119,18 +119,34 @@ def _look(number: int, spec: Source, path: Path, opener: Opener, findings: Findi
         return None
     changing, statics, chunk = {}, {}, 1
     for name, reader in readers.items():
-        leading = [dim for need in reader.needs for dim in dataset[need].dims if dim not in place.dims]
-        if leading and (name not in VARIABLES or VARIABLES[name].kind == "dynamic"):
-            changing[name] = reader
-            for need in reader.needs:
-                sizes = dataset[need].encoding.get("preferred_chunks") or {}
-                chunk = max(chunk, int(sizes.get(leading[0], 1)))
-        else:
+        if name in VARIABLES and VARIABLES[name].kind != "dynamic":
             statics[name] = reader
+            continue
+        changing[name] = reader
+        leading = [dim for need in reader.needs for dim in dataset[need].dims if dim not in place.dims]
+        for need in reader.needs if leading else ():
+            sizes = dataset[need].encoding.get("preferred_chunks") or {}
+            chunk = max(chunk, int(sizes.get(leading[0], 1)))
     clock = read_times(dataset, spec, findings, str(path), opener.rules.duplicates) if changing else None
     if changing and clock is None:
         return None
+    if clock is not None and len(clock.times) > 1:
+        changing = _with_time(changing, clock, dataset, findings, path)
     return Piece(number, given, path, place, clock, changing, statics, chunk)
+
+
+def _with_time(
+    readers: Mapping[str, Reader], clock: Clock, dataset: xr.Dataset, findings: Findings, path: Path
+) -> dict[str, Reader]:
+    """Return the readers of what has a value for each time; a finding for each of the others."""
+    kept = {}
+    for name, reader in readers.items():
+        if any(set(clock.dims) & set(dataset[need].dims) for need in reader.needs):
+            kept[name] = reader
+        else:
+            found = f"does not change along the times ({', '.join(clock.dims)}): left out"
+            findings.add("note", path, ", ".join(reader.needs), found)
+    return kept
 
 
 def _step(recipe: Recipe, pieces: list[Piece], findings: Findings) -> int:

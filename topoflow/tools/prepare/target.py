@@ -2,22 +2,24 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from topoflow.data.grid import same_place
 from topoflow.data.prepared.manifest import is_prepared, read_manifest
 from topoflow.data.prepared.reader import read_static
 from topoflow.errors import ConfigError, DataError
 from topoflow.tools.prepare.cells import build_cells
+from topoflow.tools.prepare.checker import Checker
 from topoflow.tools.prepare.findings import Findings
 from topoflow.tools.prepare.joined import read_field
+from topoflow.tools.prepare.names import KNOWN
 from topoflow.tools.prepare.place import Place, read_place
 from topoflow.tools.prepare.recipe import GridSpec, Recipe, Source
 from topoflow.tools.prepare.regridding import Axes, FieldRegridding, Target, axes_of
 from topoflow.tools.prepare.scan import Opener, Piece
-from topoflow.tools.prepare.variables import describe
+from topoflow.tools.prepare.variables import Reader, describe
 
 DEFAULT_DEGREES = 1.0
 """Side of a cell where only stations are given and the recipe says nothing."""
@@ -152,11 +154,28 @@ class Statics:
         except DataError as error:
             self._findings.add("error", path, name, str(error), "values that can be read")
             return None
-        method = self._recipe.grid.method
+        values = self._check(name, values, path, reader)
+        method = "area" if name == "population" else self._recipe.grid.method
         regridding = FieldRegridding(place.lat, place.lon, self._target.lat, self._target.lon, method)
-        if name != "population" or regridding.is_identity or method == "bilinear":
-            return regridding.mean(values)
-        return regridding.share_out(values)
+        return regridding.share_out(values) if name == "population" else regridding.mean(values)
+
+    def _check(self, name: str, values: np.ndarray, path: Path, reader: Reader) -> np.ndarray:
+        """Return the values [h, w] without those that the recipe drops; findings on those that cannot be."""
+        drop, keep = (
+            tuple(rule for rule in rules if rule.lstrip().startswith((name, "any")))
+            for rules in (self._recipe.rules.drop, self._recipe.rules.keep)
+        )
+        checker = Checker(replace(self._recipe.rules, drop=drop, keep=keep), self._findings, {name: reader.unit})
+        checked = checker.check(name, values[None], np.zeros(1, "M8[D]"), path, reader.of_raw)[0]
+        for reason, count in checker.dropped(np.datetime64(0, "D")).items():
+            self._findings.add("note", path, name, f"dropped {reason.split(': ')[1]}: {count} cells")
+        if name == "elevation" and np.nanmin(checked, initial=0.0) < KNOWN[name].low:
+            found = f"heights down to {np.nanmin(checked):g} m: the depth of the sea, or a mark of missing values?"
+            line = 'rules: {drop: ["elevation < 0"]} (then 0 m, as over the sea)'
+            self._findings.add("decision", path, name, found, f"heights above {KNOWN[name].low:g} m", line)
+        else:
+            checker.report()
+        return checked
 
     def _elevation(self, field: np.ndarray, path: str) -> np.ndarray:
         """Without a missing value: 0 m where the terrain has none, as over the sea."""
@@ -200,6 +219,7 @@ class Statics:
         place = None if dataset is None else read_grid(dataset, spec, self._opener, self._findings)
         if dataset is None or place is None:
             return None
+        dataset = dataset.squeeze([dim for dim in dataset.dims if dataset.sizes[dim] == 1 and dim not in place.dims])
         flat = [name for name in dataset.data_vars if set(dataset[name].dims) == set(place.dims)]
         named = [name for name in flat if re.search("mask|land|lsm", str(name), re.IGNORECASE)] or flat
         if len(named) != 1:
@@ -209,7 +229,11 @@ class Statics:
         if not np.isfinite(values).all():
             self._findings.add("error", path, "mask", "values that are missing", "0 or 1 in each cell")
             return None
-        if same_place(place.lat, self._target.lat) and same_place(place.lon, self._target.lon):
-            return values != 0
+        if values.min() < 0 or values.max() > 1:
+            found = f"values from {values.min():g} to {values.max():g}"
+            self._findings.add("error", path, str(named[0]), found, "0 or 1 in each cell, or a fraction between them")
+            return None
+        if not np.isin(values, (0, 1)).all():
+            self._findings.add("note", path, str(named[0]), "fractions: cells of at least 0.5 count")
         regridding = FieldRegridding(place.lat, place.lon, self._target.lat, self._target.lon, "area")
-        return np.nan_to_num(regridding.mean((values != 0).astype(np.float64))) >= 0.5
+        return np.nan_to_num(regridding.mean(values)) >= 0.5
