@@ -85,9 +85,15 @@ def read_times(
 def _place_in_bounds(dataset: xr.Dataset, name: str, stamps: np.ndarray) -> Stamp | None:
     """Return where in the file's bounds of time all stamps are; None without bounds, or anywhere else."""
     of_time = bounds_name(dataset, name)
-    if of_time not in dataset.variables or dataset[of_time].dtype.kind != "M" or not stamps.size:
+    if of_time not in dataset.variables or not stamps.size:
         return None
-    bounds = dataset[of_time].values.astype("M8[ns]")
+    array = dataset[of_time]
+    if array.dtype.kind in "iuf":  # bounds have the units of what they bound, and seldom repeat them (CF 7.1)
+        units = {key: dataset[name].attrs[key] for key in ("units", "calendar") if key in dataset[name].attrs}
+        array = xr.decode_cf(xr.Dataset({of_time: array.assign_attrs({**units, **array.attrs})}))[of_time]
+    if array.dtype.kind != "M":
+        return None
+    bounds = array.values.astype("M8[ns]")
     if bounds.shape != (*stamps.shape, 2) or not (bounds[..., 1] > bounds[..., 0]).all():
         return None
     at = (stamps - bounds[..., 0]) / (bounds[..., 1] - bounds[..., 0])
@@ -186,6 +192,13 @@ def _to_hours(
     ends = utc + {"end": 0 * step, "middle": step // 2, "start": step}[source.stamp]
     hours = _nearest(ends, _HOUR)
     off = np.abs(ends - hours)
+    shift = hours[0] - ends[0]
+    if source.off_hour == "nearest" and np.abs(hours - ends - shift).max() <= _MINUTE < off.max():
+        found = (
+            f"times are {abs(shift) // _MINUTE} minutes {'before' if shift > 0 * _MINUTE else 'after'} the hour in UTC"
+        )
+        findings.add("note", file, name, f"{found}; moved to the nearest one")
+        return hours.astype("M8[h]")
     if off.max() <= _MINUTE:
         if source.stamp != "end" and step > _HOUR:
             # hourly means with gaps look the same as means over the whole step
@@ -209,7 +222,11 @@ def _to_hours(
         findings.add("decision", file, name, found, "30 minutes past the hour", "stamp: end")
     else:
         zone = "" if utc[0] == stamps[0] else f" in UTC (time_zone {source.time_zone or 'UTC'})"
-        findings.add("error", file, name, found, f"whole hours{zone}")
+        if np.abs(hours - ends - shift).max() <= _MINUTE:  # all alike, as in zones such as UTC+5:30
+            findings.add("decision", file, name, found, f"whole hours{zone}", "off_hour: nearest")
+        else:
+            expected = f"whole hours{zone}: average them over hours first (cdo hourmean, pandas resample)"
+            findings.add("error", file, name, found, expected)
     return None
 
 

@@ -22,6 +22,15 @@ from topoflow.tools.prepare.zarr_chunks import cut_chunks, stored_chunks, withou
 
 _DATA_NAMES = (".nc", ".nc3", ".nc4", ".cdf", ".zarr", ".csv", ".csv.gz", ".csv.zip", ".parquet")
 _ZARR_METADATA = ("zarr.json", ".zgroup", ".zmetadata")
+_OTHER_KINDS = {
+    b"PK": ("is a ZIP archive", "unpack it and give what is in it (a workbook of Excel: save it as CSV)"),
+    b"\x1f\x8b": ("is compressed by gzip", "gunzip it"),
+    b"BZh": ("is compressed by bzip2", "bunzip2 it"),
+    b"GRIB": ("is GRIB", "convert it by grib_to_netcdf, or by cfgrib and xarray"),
+    b"\xd0\xcf\x11\xe0": ("is a workbook of Excel", "save it as CSV"),
+    b"\x0e\x03\x13\x01": ("is HDF 4", "convert it by h4toh5 or ncl_convert2nc"),
+}
+"""What people hand over in place of NetCDF, by its first bytes."""
 UNREADABLE = (
     *(OSError, ValueError, KeyError, RuntimeError, TypeError, IndexError, AttributeError, AssertionError),
     *(ArithmeticError, MemoryError, EOFError, SystemError, zlib.error, lzma.LZMAError),
@@ -44,7 +53,9 @@ def find_files(path: str | tuple[str, ...], findings: Findings) -> list[Path]:
     try:
         matches = [root] if root.exists() else [Path(name) for name in sorted(glob.glob(str(root), recursive=True))]
         visible = [match for match in matches if match == root or not _is_hidden(match)]
-        files = [file for match in visible for file in (_data_of_folder(match) if _is_folder(match) else [match])]
+        files = [
+            file for match in visible for file in (_data_of_folder(match, findings) if _is_folder(match) else [match])
+        ]
     except (OSError, ValueError) as error:
         findings.add("error", path, "", f"cannot be searched: {_reason(error)}", "files, a glob or a folder")
         return []
@@ -64,13 +75,18 @@ def _is_folder(path: Path) -> bool:
     return path.is_dir() and not is_zarr(path) and path.suffix != ".zarr"
 
 
-def _data_of_folder(folder: Path) -> list[Path]:
+def _data_of_folder(folder: Path, findings: Findings) -> list[Path]:
     visible = sorted(child for child in folder.iterdir() if not _is_hidden(child))
-    return [
+    data = [
         child
         for child in visible
         if is_zarr(child) or (child.name.lower().endswith(_DATA_NAMES) and not _is_folder(child))
     ]
+    others = [child.name for child in visible if child not in data]
+    if data and others:
+        found = f"{len(others)} of {len(visible)} files and folders are not read, such as {', '.join(others[:3])}"
+        findings.add("note", folder, "", found, f"names that end in {', '.join(_DATA_NAMES)}", "path: FILE OR GLOB")
+    return data
 
 
 def is_zarr(path: Path) -> bool:
@@ -90,7 +106,11 @@ def open_file(path: Path, rules: Rules, findings: Findings) -> xr.Dataset | None
     except UNREADABLE as error:
         if not (path.is_dir() and _report_unreadable_arrays(path, findings)):
             kind = "Zarr" if path.is_dir() else "NetCDF"
-            findings.add("error", path, "", f"cannot be opened as {kind}: {_reason(error)}", f"a whole {kind} file")
+            other = None if path.is_dir() else _other_kind(path)
+            if other is not None:
+                findings.add("error", path, "", other[0], f"a NetCDF file: {other[1]}")
+            else:
+                findings.add("error", path, "", f"cannot be opened as {kind}: {_reason(error)}", f"a whole {kind} file")
         return None
     if dataset is None:
         return None
@@ -100,6 +120,21 @@ def open_file(path: Path, rules: Rules, findings: Findings) -> xr.Dataset | None
         return None
     dataset.encoding["source"] = str(path)
     return dataset
+
+
+def _other_kind(path: Path) -> tuple[str, str] | None:
+    """Return what a file is by its first bytes, and what to do with it; None where these say nothing."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError:
+        return None
+    if not head:
+        return "is empty", "download it again"
+    text = head.lstrip().lower()
+    if text.startswith((b"<", b"{")):
+        return f"is text: {head[:60].decode('utf-8', 'replace').strip()!r}", "a server's answer? download it again"
+    return next((advice for start, advice in _OTHER_KINDS.items() if head.startswith(start)), None)
 
 
 def read_values(dataset: xr.Dataset, name: str, selection: Mapping[str, Any]) -> np.ndarray:

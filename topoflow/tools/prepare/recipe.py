@@ -38,6 +38,12 @@ class Source:
     stamp: Stamp = "end"
     """Whether a stamp is the start, middle or end of the hour that a mean is taken over. Prepared data have the end,
     when the mean is known; stamps of values at an instant are `end` too: they stay as they are."""
+    off_hour: Literal["refuse", "nearest"] = "refuse"
+    """What to do with stamps that all lie at the same minute between two hours of UTC, as those of zones such as
+    UTC+5:30. nearest: move them to the nearest hour (half an hour: to the later one)."""
+    levels: Mapping[str, str] = field(default_factory=dict)
+    """{dimension of the file: position from 0}, where a variable has dimensions beside time and place, as in
+    `levels: {bottom_top: 0}`."""
     stations: str | None = None
     """Table with the position of each station (id, latitude, longitude), where the file has none."""
     ratio: Literal["20 degC", "25 degC", "file"] = "file"

@@ -69,7 +69,7 @@ class FieldRegridding:
 
     area: the mean of what a cell of the target covers, by area on the sphere. bilinear: between the four nearest
     centres. A source whose rows or columns are not straight has no areas here: a cell of the target is then the mean
-    of the centres inside it. On the same cells, values are left as they are.
+    of the centres inside it, or the value of the cell that it lies in. On the same cells, values are left as they are.
 
     Args:
         lat, lon: of the source, float64 [h, w], north first, west to east.
@@ -94,6 +94,9 @@ class FieldRegridding:
             if method == "bilinear":
                 raise ConfigError("grid.method: bilinear: expected sources and a grid of straight rows and columns")
             self._points = PointMeans(lat.ravel(), lon.ravel(), target_lat, target_lon)
+            self._empty = np.setdiff1d(np.arange(target_lat.size), self._points.cell)
+            inside = target_lat.ravel()[self._empty], target_lon.ravel()[self._empty]
+            self._donors = _nearest(*inside, lat, lon) if have is None else _enclosing(*inside, have)
         elif method == "area":
             # the area between two parallels grows with the sine of the latitude
             sines = np.sin(np.deg2rad(-have.lat_edges))
@@ -110,7 +113,10 @@ class FieldRegridding:
         if self.is_identity:
             return fields.astype(np.float32, copy=False)
         if self._points is not None:
-            return self._points.mean(fields.reshape(*fields.shape[:-2], -1))
+            flat = fields.reshape(*fields.shape[:-2], -1)
+            mean = self._points.mean(flat).reshape(*fields.shape[:-2], -1)
+            mean[..., self._empty] = np.where(self._donors >= 0, flat[..., self._donors], np.nan)
+            return mean.reshape(*fields.shape[:-2], *self.shape)
         present = ~np.isnan(fields)
         total = self._sum(np.where(present, fields, 0.0))
         weight = self._sum(present.astype(np.float64))

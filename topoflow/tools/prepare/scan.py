@@ -19,7 +19,9 @@ from topoflow.tools.prepare.tables import read_table, without_columns
 from topoflow.tools.prepare.variables import Reader, describe
 
 _OPEN_FILES = 40
+_FEW_UNREAD = 8
 _HOUR = np.timedelta64(1, "h")
+_LONGEST_STEP = 6
 _TABLE = re.compile(r"\.(csv|tsv|txt|parquet|pq)(\.(gz|zip|bz2|xz))?$", re.IGNORECASE)
 _DURATION = re.compile(r"(\d+)\s*(h|d)")
 
@@ -58,7 +60,7 @@ class Opener:
         if _TABLE.search(path.name):
             dataset = read_table(path, spec, self._findings, self.rules.duplicates)
         else:
-            dataset = open_file(path, self.rules, self._findings)
+            dataset = _at_levels(open_file(path, self.rules, self._findings), path, spec, self._findings)
         if dataset is not None:
             self._open[key] = dataset
             if len(self._open) > _OPEN_FILES:
@@ -69,6 +71,22 @@ class Opener:
         """Close all files."""
         while self._open:
             self._open.popitem()[1].close()
+
+
+def _at_levels(dataset: xr.Dataset | None, path: Path, spec: Source, findings: Findings) -> xr.Dataset | None:
+    """Return a dataset, unread, at the levels that the recipe names; None after a finding."""
+    if dataset is None or not spec.levels:
+        return dataset
+    at = {dim: position for dim, position in spec.levels.items() if dim in dataset.sizes}
+    for dim, position in at.items():
+        if not position.isdecimal() or int(position) >= dataset.sizes[dim]:
+            found = f"levels: {{{dim}: {position}}}"
+            findings.add("error", path, "", found, f"a position from 0 to {dataset.sizes[dim] - 1}")
+            return None
+    chosen = dataset.isel({dim: int(position) for dim, position in at.items()})
+    chosen.encoding["source"] = dataset.encoding["source"]
+    chosen.set_close(dataset.close)
+    return chosen
 
 
 @dataclass
@@ -115,7 +133,10 @@ def _look(number: int, spec: Source, path: Path, opener: Opener, findings: Findi
         spec = without_columns(spec)
     place = read_place(dataset, spec, findings, str(path), opener.rules.positions)
     readers = describe(dataset, spec, findings, str(path))
-    if place is None or not readers:
+    if place is None:
+        return None
+    _report_unread(dataset, place, readers, findings, spec)
+    if not readers:
         return None
     changing, statics, chunk = {}, {}, 1
     for name, reader in readers.items():
@@ -130,9 +151,46 @@ def _look(number: int, spec: Source, path: Path, opener: Opener, findings: Findi
     clock = read_times(dataset, spec, findings, str(path), opener.rules.duplicates) if changing else None
     if changing and clock is None:
         return None
+    if clock is not None:
+        changing = _on_one_level(changing, clock, place, dataset, findings, path)
     if clock is not None and len(clock.times) > 1:
         changing = _with_time(changing, clock, dataset, findings, path)
     return Piece(number, given, path, place, clock, changing, statics, chunk)
+
+
+def _report_unread(
+    dataset: xr.Dataset, place: Place, readers: Mapping[str, Reader], findings: Findings, spec: Source
+) -> None:
+    """Add a note that names the fields that nothing was made of."""
+    used = {need for reader in readers.values() for need in reader.needs}
+    fields = [name for name in dataset.data_vars if place.dims and set(place.dims) <= set(dataset[name].dims)]
+    unread = [str(name) for name in fields if name not in used and dataset[name].dtype.kind in "iuf"]
+    if unread and (not used or len(unread) <= _FEW_UNREAD):
+        more = ", ..." if len(unread) > _FEW_UNREAD else ""
+        found = f"not read, as the names are not known: {', '.join(unread[:_FEW_UNREAD])}{more}"
+        # one note for all files of a source that have the same
+        files = spec.path if isinstance(spec.path, str) else ", ".join(spec.path)
+        findings.add("note", files, "", found, settle=f"names: {{pm25: {unread[0]}}}, if it is that")
+
+
+def _on_one_level(
+    readers: Mapping[str, Reader], clock: Clock, place: Place, dataset: xr.Dataset, findings: Findings, path: Path
+) -> dict[str, Reader]:
+    """Return the readers of what has no dimension beside time and place; a decision for each of the others."""
+    kept = {}
+    for name, reader in readers.items():
+        dims = {str(dim): size for need in reader.needs for dim, size in dataset[need].sizes.items()}
+        others = {dim: n for dim, n in dims.items() if n > 1 and dim not in (*place.dims, *clock.dims)}
+        if not others:
+            kept[name] = reader
+            continue
+        found = f"has dimensions beside time and place ({', '.join(f'{dim} {n}' for dim, n in others.items())})"
+        if "expver" in others:  # ERA5 and its first release, each NaN where the other has values
+            findings.add("error", path, ", ".join(reader.needs), found, "both combined: a.combine_first(b) of xarray")
+            continue
+        line = f"levels: {{{', '.join(f'{dim}: 0' for dim in others)}}}, or another position from 0"
+        findings.add("decision", path, ", ".join(reader.needs), found, "one level", line)
+    return kept
 
 
 def _with_time(
@@ -153,7 +211,10 @@ def _step(recipe: Recipe, pieces: list[Piece], findings: Findings) -> int:
     steps = {piece.clock.step_hours for piece in pieces if piece.clock is not None and piece.clock.step_hours}
     coarsest = max(steps, default=1)
     if recipe.frequency is None:
-        if len(steps) > 1:
+        if coarsest > _LONGEST_STEP:
+            found = f"times every {coarsest} h"
+            findings.add("error", _files(recipe), "", found, "times every 1 h, 3 h or 6 h")
+        elif len(steps) > 1:
             found = f"times every {', '.join(f'{step} h' for step in sorted(steps))}"
             findings.add("note", _files(recipe), "", f"{found}: every {coarsest} h is written")
         return coarsest
