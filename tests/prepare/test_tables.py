@@ -150,14 +150,14 @@ def test_marks_of_missing_values_are_no_text(tmp_path, mark):
 
 def test_text_among_numbers_needs_a_decision(tmp_path):
     rows = "".join(f"a,2019-01-01 {hour:02}:00,{hour}\n" for hour in range(5))
-    _, (finding,) = read(write(tmp_path, f"station,time,o3\n{rows}a,2019-01-01 05:00,<2\n"))
+    _, (finding, _) = read(write(tmp_path, f"station,time,o3\n{rows}a,2019-01-01 05:00,<2\n"))
     assert (finding.severity, finding.variable) == ("decision", "o3")
     assert "1 of 6 values are text (first: '<2')" in finding.found
 
 
 def test_one_station_at_two_places_needs_a_decision(tmp_path):
     text = "station,time,lat,lon,o3\na,2019-01-01 00:00,30,110,1\na,2019-01-01 01:00,30.001,110,2\n"
-    _, (finding,) = read(write(tmp_path, text))
+    _, (finding, _) = read(write(tmp_path, text))
     assert finding.severity == "decision"
     assert "station 'a' is at two places" in finding.found
 

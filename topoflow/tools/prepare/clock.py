@@ -71,9 +71,12 @@ def read_times(
         found = f"{np.isnat(stamps).sum()} of {stamps.size} times are missing"
         findings.add("error", file, name, found, "a time for each value")
         return None
-    if place_in_bounds not in (None, source.stamp):
+    if place_in_bounds not in (None, source.stamp or "end"):
         found = f"stamps are at the {place_in_bounds} of their bounds ({bounds_name(dataset, name)})"
-        findings.add("decision", file, name, found, f"at the {source.stamp}", f"stamp: {place_in_bounds}")
+        findings.add("decision", file, name, found, f"at the {source.stamp or 'end'}", f"stamp: {place_in_bounds}")
+        return None
+    if source.stamp is None and dataset[name].attrs.get("stamp") == "start":  # of tables
+        findings.add("decision", file, name, "stamps are the start of the hour", "their end", "stamp: start")
         return None
     utc = _to_utc(dataset, name, stamps.ravel(), is_utc, source, findings, file)
     if utc is None:
@@ -189,7 +192,8 @@ def _to_hours(
 ) -> np.ndarray | None:
     """Return the hours [n] at which means end: stamps moved by the step or half of it, within a minute of an hour."""
     step = _step(_nearest(utc, _HALF_HOUR), _HALF_HOUR) or _HOUR
-    ends = utc + {"end": 0 * step, "middle": step // 2, "start": step}[source.stamp]
+    stamp = source.stamp or "end"
+    ends = utc + {"end": 0 * step, "middle": step // 2, "start": step}[stamp]
     hours = _nearest(ends, _HOUR)
     off = np.abs(ends - hours)
     shift = hours[0] - ends[0]
@@ -200,9 +204,9 @@ def _to_hours(
         findings.add("note", file, name, f"{found}; moved to the nearest one")
         return hours.astype("M8[h]")
     if off.max() <= _MINUTE:
-        if source.stamp != "end" and step > _HOUR:
+        if stamp != "end" and step > _HOUR:
             # hourly means with gaps look the same as means over the whole step
-            found = f"stamps moved to the end of their step of {step // _HOUR} h (stamp: {source.stamp})"
+            found = f"stamps moved to the end of their step of {step // _HOUR} h (stamp: {stamp})"
             findings.add("note", file, name, found)
         if off.max() > _SECOND:
             found = (
@@ -215,9 +219,9 @@ def _to_hours(
     are_halves = (np.abs(utc - _nearest(utc, _HALF_HOUR)) <= _MINUTE).all() and (
         np.abs(utc - _nearest(utc, _HOUR)) > _MINUTE
     ).all()
-    if source.stamp == "end" and are_halves and utc[0] == stamps[0]:
+    if stamp == "end" and are_halves and utc[0] == stamps[0]:
         findings.add("decision", file, name, found, "the end of the hour", "stamp: middle")
-    elif source.stamp == "middle":
+    elif stamp == "middle":
         found = f"{found}, with stamp: middle"
         findings.add("decision", file, name, found, "30 minutes past the hour", "stamp: end")
     else:

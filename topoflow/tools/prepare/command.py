@@ -26,11 +26,12 @@ from topoflow.tools.prepare.writing import write
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` did. lines: of the report. is_decided: whether nothing needs a decision."""
+    """What `prepare` did. lines: of the report. is_decided: whether nothing needs a decision. findings: all, one a line."""
 
     recipe: Recipe
     lines: list[str]
     is_decided: bool
+    findings: list[str]
 
 
 def load_recipe(paths: list[str]) -> Recipe:
@@ -60,7 +61,7 @@ def prepare(recipe: Recipe, output: Path | None, progress: bool = True) -> Prepa
         found = scan(recipe, opener, findings)
         target = None if found is None else build_target(recipe.grid, found.pieces, opener, findings)
         if found is None or target is None:
-            return Prepared(recipe, finding_lines(findings.sorted()), not findings.open())
+            return _undecided(recipe, findings)
         recipe = _completed(recipe, found)
         statics = Statics(recipe, target, found.pieces, opener, findings).build()
         source = JoinedSource(recipe, found, target, opener, findings)
@@ -79,11 +80,21 @@ def prepare(recipe: Recipe, output: Path | None, progress: bool = True) -> Prepa
     finally:
         opener.close()
     if manifest is None or output is None:
-        return Prepared(recipe, finding_lines(findings.sorted()), not findings.open())
+        return _undecided(recipe, findings)
     text = output / "report.txt"
     if not text.exists():
         report(output, manifest)
-    return Prepared(recipe, text.read_text(encoding="utf-8").splitlines(), True)
+    lines = text.read_text(encoding="utf-8").splitlines()
+    return Prepared(recipe, lines, True, [finding.line() for finding in findings.sorted()])
+
+
+def _undecided(recipe: Recipe, findings: Findings) -> Prepared:
+    """What was only looked at, or may not be written."""
+    found = findings.sorted()
+    lines = finding_lines(found)
+    if len(lines) < len(found):
+        lines[-1] += ": --check prints all"
+    return Prepared(recipe, lines, not findings.open(), [finding.line() for finding in found])
 
 
 def _look(source: JoinedSource, progress: bool) -> None:
@@ -129,7 +140,7 @@ def run(paths: list[str], output: Path | None, check: bool) -> int:
     is_new = not paths[0].endswith((".yaml", ".yml"))
     if is_new:
         print_output(f"# the recipe of these files; keep it as recipe.yaml to change it\n{recipe_text(done.recipe)}")
-    print_output("\n".join(done.lines))
+    print_output("\n".join(done.findings if check else done.lines))
     if done.is_decided:
         return 0
     if check:

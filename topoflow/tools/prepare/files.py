@@ -258,10 +258,13 @@ def _mask_unwritten(
         findings.add("error", path, name, found, "all values of a coordinate")
         return dataset
     fill = array.fill_value
+    if rules.incomplete == "fill":
+        findings.add("note", path, name, f"{found}: they are read as the fill value {fill}")
+        return dataset
     if rules.incomplete == "missing" or (fill is not None and (fill in marks or fill != fill)):
         findings.add("note", path, name, f"{found}: their values are missing")
     else:
-        findings.add("decision", path, name, found, "all of them", "rules: {incomplete: missing}")
+        findings.add("decision", path, name, found, "all of them", "rules: {incomplete: missing} (or fill)")
     variable = dataset.variables[name]
     if variable.dtype.kind not in "iuf":
         return dataset

@@ -35,9 +35,11 @@ class Source:
     time_zone: str | None = None
     """Zone of stamps that state none: an IANA name (Asia/Shanghai) or an offset (UTC+8). By default UTC, unless an
     attribute of the file states another one."""
-    stamp: Stamp = "end"
-    """Whether a stamp is the start, middle or end of the hour that a mean is taken over. Prepared data have the end,
-    when the mean is known; stamps of values at an instant are `end` too: they stay as they are."""
+    stamp: Stamp | None = None
+    """Whether a stamp is the start, middle or end of the hour that a mean is taken over; by default the end. Prepared
+    data have the end, when the mean is known; stamps of values at an instant are `end` too: they stay as they are."""
+    dates: Literal["day first", "month first"] | None = None
+    """Order of day and month in dates such as 05/01/2019 of a table, where no date of the file tells."""
     off_hour: Literal["refuse", "nearest"] = "refuse"
     """What to do with stamps that all lie at the same minute between two hours of UTC, as those of zones such as
     UTC+5:30. nearest: move them to the nearest hour (half an hour: to the later one)."""
@@ -84,8 +86,9 @@ class Rules:
     """Hours in which a whole field has one value, where its neighbours in time have not."""
     duplicates: Literal["refuse", "first", "last", "mean"] = "refuse"
     """A station (or field) with several values for one hour."""
-    incomplete: Literal["refuse", "missing"] = "refuse"
-    """Parts of a file that were never written."""
+    incomplete: Literal["refuse", "missing", "fill"] = "refuse"
+    """Chunks of a Zarr array that were never written. fill: they hold the array's fill value, as where the program that
+    wrote them left out chunks of zeros."""
     sea: Literal["refuse", "zero"] = "zero"
     """Cells of the terrain without a height: 0 m, as over the sea, and counted."""
 

@@ -43,6 +43,8 @@ class Layout:
         kind: long: one value a row; wide: one column a station; columns: one column a variable.
         time: one column of stamps, date and hour, or year, month, day and hour.
         is_utc: whether the names of these say that they are in UTC.
+        is_start: whether they are known to be the start of the hour.
+        other_end: the column with the other end of what a mean is taken over.
         station: columns that together name the station of a row; empty: one column a station, or a single station.
         data: stations (wide) or variables (columns).
     """
@@ -50,6 +52,8 @@ class Layout:
     kind: Literal["long", "wide", "columns"]
     time: tuple[str, ...]
     is_utc: bool
+    is_start: bool
+    other_end: str | None
     station: tuple[str, ...]
     lat: str | None
     lon: str | None
@@ -61,7 +65,7 @@ class Layout:
 
     def columns(self) -> list[str]:
         """Return the columns that are read."""
-        others = (self.lat, self.lon, self.parameter, self.value, self.unit, self.validity)
+        others = (self.lat, self.lon, self.parameter, self.value, self.unit, self.validity, self.other_end)
         return [*dict.fromkeys([*self.time, *self.station, *(c for c in others if c), *self.data])]
 
 
@@ -84,7 +88,9 @@ def find_column(columns: list[str], role: str, names: Mapping[str, str]) -> str 
     return next((by_key[key] for key in USUAL_NAMES[role] if key in by_key), None)
 
 
-def find_layout(columns: list[str], names: Mapping[str, str], stamp: str, stations: Collection[str] = ()) -> Layout:
+def find_layout(
+    columns: list[str], names: Mapping[str, str], stamp: str | None, stations: Collection[str] = ()
+) -> Layout:
     """Return what the columns are.
 
     Args:
@@ -105,7 +111,11 @@ def find_layout(columns: list[str], names: Mapping[str, str], stamp: str, statio
     taken = {*time, *station, roles["lat"], roles["lon"], roles["unit"], roles["validity"]}
     times = {key for group in _TIMES for key in group}
     data = [c for c in columns if c not in taken and key_of(c) not in times | _NO_VALUES]
-    common = (time, is_utc, station, roles["lat"], roles["lon"])
+    ends = {**_BEGINS, **{end: begin for begin, end in _BEGINS.items()}}
+    other_end = by_key.get(ends.get(key_of(time[0]), "")) if len(time) == 1 else None
+    # the EPA's "Time Local" is when the sample began (aqs.epa.gov/aqsweb/airdata/FileFormats.html)
+    is_start = key_of(time[0]) in _BEGINS or all(key in by_key for key in _AQS_STATION)
+    common = (time, is_utc, is_start, other_end, station, roles["lat"], roles["lon"])
     if roles["value"] and roles["parameter"]:
         return Layout("long", *common, roles["parameter"], roles["value"], roles["unit"], roles["validity"], ())
     # CNEMC: `date,hour,type,1001A,...`; RAMA: `FECHA,HORA,ACO,...`, known by the list of stations
@@ -117,7 +127,7 @@ def find_layout(columns: list[str], names: Mapping[str, str], stamp: str, statio
     return Layout("columns", *common, None, None, None, roles["validity"], tuple(data))
 
 
-def _find_time(columns: list[str], names: Mapping[str, str], stamp: str) -> tuple[tuple[str, ...], bool]:
+def _find_time(columns: list[str], names: Mapping[str, str], stamp: str | None) -> tuple[tuple[str, ...], bool]:
     if "time" in names:
         if names["time"] not in columns:
             raise DataError(f"has no column {names['time']!r}, which the recipe names as time: {_some(columns)}")

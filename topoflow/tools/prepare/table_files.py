@@ -1,5 +1,6 @@
 """Files of tables: CSV (plain, gzip, zip) and Parquet, read a part at a time."""
 
+import codecs
 import collections
 import csv
 import gzip
@@ -16,6 +17,9 @@ from topoflow.errors import DataError
 ROWS = 200_000
 """Rows that are read at a time: 20 columns of text take about 200 MB."""
 
+_BEYOND = "beyond the header"
+"""Column of what a row has behind the last column: pandas would cut it off."""
+_DECIMAL_COMMA = r"^(\s*[-+]?\d+),(\d+\s*)$"
 _T = TypeVar("_T")
 _HEAD_BYTES = 1 << 20
 _UNREADABLE = (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile, csv.Error, NotImplementedError)
@@ -53,11 +57,10 @@ def read_parts(path: Path, columns: list[str], rows: int = ROWS) -> Iterator[Any
             lambda: pd.read_csv(
                 file,
                 sep=head.delimiter,
-                skiprows=head.lines_before,
-                names=head.columns,
-                header=0,
+                skiprows=head.lines_before + 1,
+                names=[*head.columns, _BEYOND],
+                header=None,
                 index_col=False,
-                usecols=columns,
                 dtype=str,
                 na_filter=False,
                 encoding=head.encoding,
@@ -66,6 +69,13 @@ def read_parts(path: Path, columns: list[str], rows: int = ROWS) -> Iterator[Any
             )
         )
         while (part := _guarded(lambda: next(parts, None))) is not None:
+            beyond = part[_BEYOND].str.strip()
+            part = part[columns]
+            if (is_longer := beyond != "").any():
+                row = int(part.index[is_longer][0]) + head.lines_before + 2
+                raise DataError(f"line {row} has more fields than the {len(head.columns)} columns: an unquoted comma?")
+            if head.has_decimal_comma:
+                part = part.apply(lambda column: column.str.replace(_DECIMAL_COMMA, r"\1.\2", regex=True))
             yield part
 
 
@@ -82,9 +92,13 @@ class _Head:
             for mark, table in rows.items()
         }
         self.delimiter = max(rows, key=lambda mark: widths[mark][0][0] if widths[mark] else 0)
+        self.has_decimal_comma = self.delimiter != ","
         width = widths[self.delimiter][0][0] if widths[self.delimiter] else 0
         if width < 2:
             raise DataError("is no table: expected lines of fields separated by a comma, semicolon or tab")
+        table = [row for row in rows[self.delimiter] if row]
+        if all(row[-1].strip() == "" for row in table if len(row) == width):
+            width -= any(len(row) == width - 1 for row in table)  # rows that end in a delimiter, unlike the header
         header = next(i for i, row in enumerate(rows[self.delimiter]) if len(row) == width)
         self.lines_before = header
         names = [name.strip() for name in rows[self.delimiter][header]]
@@ -98,6 +112,8 @@ def _read_head(path: Path) -> _Head:
 
 
 def _find_encoding(head: bytes) -> str:
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
     for encoding in ("utf-8-sig", "gb18030"):
         try:
             head[: head.rfind(b"\n") + 1 or None].decode(encoding)

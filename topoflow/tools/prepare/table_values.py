@@ -14,10 +14,12 @@ MISSING = ("", "na", "n/a", "nan", "-", "--", "---", "null", "none", "nd", "<na>
 _POINTS = ("N", "NNE", "NE", "ENE", "E", "ESE", "SE", "SSE", "S", "SSW", "SW", "WSW", "W", "WNW", "NW", "NNW")
 _DEGREES = {point: 22.5 * i for i, point in enumerate(_POINTS)}
 
+_COMPACT = r"^((?:19|20)\d{6})(\d{2})(\d{2})?$"
+"""2019010105 and 201901010530. Seconds since 1970 begin with 19 from 2030 on."""
 _STAMP = (
     r"^(?:(?P<year>\d{4})[-/.]?(?P<month>\d{1,2})[-/.]?(?P<day>\d{1,2})"
     r"|(?P<first>\d{1,2})[-/.](?P<second>\d{1,2})[-/.](?P<last>\d{4}))"
-    r"(?:[T ]\s*(?P<h>\d{1,2})(?::(?P<m>\d{2})(?::(?P<s>\d{2}(?:\.\d+)?))?)?)?"
+    r"(?:[T ]\s*(?P<h>\d{1,2})(?::(?P<m>\d{2})(?::(?P<s>\d{2}(?:\.\d+)?))?)?(?:\s*(?P<half>[AaPp])\.?[Mm]\.?)?)?"
     r"\s*(?P<zone>Z|UTC|[+-]\d{2}:?\d{2})?$"
 )
 
@@ -113,8 +115,12 @@ class Stamps:
         return times
 
     def _parse(self, text: Any) -> np.ndarray:
+        text = text.str.replace(_COMPACT, lambda match: f"{match[1]} {match[2]}:{match[3] or '00'}", regex=True)
         parts: Any = text.str.extract(_STAMP)
-        number: dict[str, Any] = {name: pd.to_numeric(parts[name]) for name in parts if name != "zone"}
+        number: dict[str, Any] = {name: pd.to_numeric(parts[name]) for name in parts if name not in ("zone", "half")}
+        half = parts["half"].str.upper()
+        number["h"] = number["h"].where(half.isna(), number["h"].where(number["h"].between(1, 12)) % 12)
+        number["h"] = number["h"] + 12 * (half == "P")
         if number["last"].notna().any():
             is_day_first = self._find_order(number["first"], number["second"], text)
             day, month = ("first", "second") if is_day_first else ("second", "first")
@@ -137,7 +143,8 @@ class Stamps:
     def _find_order(self, first: Any, second: Any, text: Any) -> bool:
         if self._is_day_first is None:
             if (first > 12).any() == (second > 12).any():
-                raise DataError(f"day and month of stamps cannot be told apart (first: {text.iloc[0]!r})")
+                example = text[first.notna()].iloc[0]
+                raise DataError(f"day and month of {example!r} cannot be told apart (recipe: dates: day first)")
             self._is_day_first = bool((first > 12).any())
         return self._is_day_first
 

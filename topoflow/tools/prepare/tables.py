@@ -68,7 +68,7 @@ def read_table(
             return None
     try:
         layout = find_layout(read_columns(path), source.names, source.stamp, positions or ())
-        table = _Table(layout, path, findings)
+        table = _Table(layout, path, source, findings)
         for part in read_parts(path, layout.columns(), rows):
             table.add(part.reset_index(drop=True))
         return table.build(duplicates, positions)
@@ -80,11 +80,15 @@ def read_table(
 class _Table:
     """Collects the values of a table by variable, part by part."""
 
-    def __init__(self, layout: Layout, path: Path, findings: Findings):
-        self.layout, self.path, self.findings = layout, path, findings
+    def __init__(self, layout: Layout, path: Path, source: Source, findings: Findings):
+        self.layout, self.path, self.source, self.findings = layout, path, source, findings
         self.stem = path.name.split(".")[0]
         self.numbers = Numbers()
-        self.stamps = Stamps(is_day_first=True if key_of(layout.time[0]) == "fecha" else None)
+        is_day_first = None if source.dates is None else source.dates == "day first"
+        if source.dates is None and key_of(layout.time[0]) == "fecha":
+            is_day_first = True
+        self.stamps, self.other_stamps = Stamps(is_day_first), Stamps(is_day_first)
+        self.longer = 0
         self.times = np.empty(0, "M8[ns]")
         self.codes: dict[str, int] = {}
         self.positions: Positions = {}
@@ -94,6 +98,11 @@ class _Table:
     def add(self, part: Any) -> None:
         """Add rows [n] of the table, a DataFrame."""
         times = self.stamps.read(part[list(self.layout.time)])
+        if self.layout.other_end is not None:  # the EEA's files have means over days beside those over hours
+            lengths = np.abs(times - self.other_stamps.read(part[[self.layout.other_end]]))
+            is_hourly = lengths <= np.timedelta64(61, "m")
+            self.longer += int((~is_hourly).sum())
+            part, times = part[is_hourly].reset_index(drop=True), times[is_hourly]
         self.times = np.union1d(self.times, times)
         if self.layout.kind == "wide":
             self._add_wide(part, times)
@@ -134,6 +143,8 @@ class _Table:
 
     def _station_ids(self, part: Any) -> Any:
         columns = self.layout.station
+        if not columns and self.layout.lat is not None and self.layout.lon is not None:  # stations are their places
+            return part[self.layout.lat].astype(str).str.strip() + " " + part[self.layout.lon].astype(str).str.strip()
         if not columns:
             return pd.Series([self.stem] * len(part), dtype=str)
         ids = part[columns[0]].astype(str).str.strip()
@@ -179,8 +190,10 @@ class _Table:
 
     def build(self, duplicates: Duplicates, listed: Mapping[str, tuple[float, float]] | None) -> xr.Dataset:
         """Return the data set, after the findings on what was added."""
+        if self.longer:
+            self.findings.add("note", self.path, "", f"{self.longer} rows are means over more than an hour: not read")
         if not len(self.times):
-            raise DataError("has no rows")
+            raise DataError("has no rows" if not self.longer else "has no hourly means")
         left_out = self._report_text()
         if self.invalid:
             self.findings.add("note", self.path, self.layout.validity or "", f"{self.invalid} rows are not valid")
@@ -198,6 +211,12 @@ class _Table:
         )
         if self.stamps.is_utc or self.layout.is_utc:
             dataset["time"].attrs["time_zone"] = "UTC"
+        elif self.source.time_zone is None:
+            files = self.source.path if isinstance(self.source.path, str) else ", ".join(self.source.path)
+            found, line = "stamps state no time zone: read as UTC", "time_zone: UTC+8, or another, where they are local"
+            self.findings.add("note", files, self.layout.time[0], found, settle=line)
+        if self.layout.is_start:
+            dataset["time"].attrs["stamp"] = "start"
         for name, key in _name_variables(self.values):
             if key[0] not in left_out:
                 values = self._fill(name, key, rank, duplicates)
@@ -232,7 +251,8 @@ class _Table:
         """Report text among numbers; return the names of columns of text, which are left out."""
         left_out = set()
         for name, (number, text) in self.numbers.counts.items():
-            if self.layout.kind == "columns" and text > number and name in self.layout.data:
+            is_text = number == 0 and not any(map(str.isdigit, self.numbers.examples.get(name, "0")))
+            if self.layout.kind == "columns" and is_text and name in self.layout.data:
                 left_out.add(name)
                 self.findings.add("note", self.path, name, f"text ({self.numbers.examples[name]!r}); not read")
             elif text:
