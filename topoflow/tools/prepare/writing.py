@@ -230,6 +230,8 @@ class _Writing:
         return PreparedYear(year, runs_of(times, step), writer.header, file, days, states, step), writer.days
 
     def _encode(self, variables: tuple[PreparedVariable, ...], values: np.ndarray) -> np.ndarray:
+        if self.dtype == "<f4":  # as they are, without a copy
+            return values
         stored = np.empty(values.shape, self.dtype)
         for column, variable in enumerate(variables):
             stored[:, column] = encode(variable, values[:, column], self.dtype)
