@@ -293,7 +293,7 @@ class TestZarr:
         _, found = open_found(path)
         (decision,) = [f for f in found if f.severity != "note"]
         assert (decision.severity, decision.variable) == ("decision", "pm25")
-        assert decision.settle == "rules: {incomplete: missing}"
+        assert decision.settle == "rules: {incomplete: missing} (or fill)"
         assert "1 of 3" in decision.found
         opened, found = open_found(path, "missing")
         assert opened is not None

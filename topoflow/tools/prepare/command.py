@@ -26,7 +26,7 @@ from topoflow.tools.prepare.writing import write
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` did. lines: of the report. is_decided: whether nothing needs a decision. findings: all, one a line."""
+    """What `prepare` did. lines: of the report. is_decided: nothing needs a decision. findings: all, one a line."""
 
     recipe: Recipe
     lines: list[str]
