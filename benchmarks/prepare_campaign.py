@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from contextlib import ExitStack
@@ -26,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import xarray as xr
+from tqdm import tqdm
 
 from topoflow import cli
 from topoflow.data.prepared.manifest import is_prepared
@@ -67,6 +69,7 @@ class Process:
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
             sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
             prepare_process()
+            tqdm.set_lock(threading.RLock())  # its own lock is shared with forks, and stays locked when one is killed
             if most_bytes is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
             os._exit(run_program(lambda: cli.main(arguments)))

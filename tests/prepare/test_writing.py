@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,17 @@ def test_a_new_file_for_another_year_does_not_discard_what_was_written(files, fi
     np.testing.assert_array_equal(found[50:60], fields.u.values[47:57] + 1)
 
 
+def test_float16_constants_are_those_of_all_files_that_are_there_in_the_end(fields, tmp_path):
+    wide = fields.copy(deep=True)
+    wide["co"][fields["time.year"] == 2019] *= 8
+    wide.isel(time=slice(0, 64)).to_netcdf(tmp_path / "2018.nc")
+    begin(lambda: run(tmp_path / "*.nc", tmp_path / "out", dtype="float16"), days=2)
+    wide.isel(time=slice(64, None)).to_netcdf(tmp_path / "2019.nc")
+    for output in ("out", "whole"):
+        run(tmp_path / "*.nc", tmp_path / output, dtype="float16")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def too_small(fields, folder):
     """Values that are 1e9 times too small for their unit, which needs a decision once all have been read."""
     fields = fields[["pm25"]].copy(deep=True)
@@ -190,6 +202,16 @@ def test_the_lock_of_a_folder_that_has_been_finished_does_not_count(tmp_path, mo
         assert (work / "lock").exists()
         with pytest.raises(ConfigError, match="is locked"), work_folder(tmp_path / "out"):
             pass
+
+
+def test_the_folder_of_the_next_process_is_left_to_it(tmp_path):
+    work = tmp_path / ".out.preparing"
+    with ExitStack() as after:
+        with work_folder(tmp_path / "out"):
+            work.rename(tmp_path / "out")  # it is complete
+            after.enter_context(work_folder(tmp_path / "out"))
+        assert (work / "lock").exists()
+    assert not work.exists()
 
 
 # ---- where it is written

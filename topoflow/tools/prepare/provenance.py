@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from topoflow.tools.prepare.files import file_states
-from topoflow.tools.prepare.recipe import Recipe, is_url, recipe_text
+from topoflow.tools.prepare.recipe import Recipe, recipe_text
 
 
 def describe(recipe: Recipe, paths: Iterable[Path], before: dict[str, Any]) -> dict[str, Any]:
@@ -15,11 +15,10 @@ def describe(recipe: Recipe, paths: Iterable[Path], before: dict[str, Any]) -> d
     paths: of the files with data; those with terrain, stations and so on are in the recipe.
     before: what this returned for data that are appended to, {} for none: its other files and recipes are kept.
     """
-    others = [recipe.elevation, recipe.population, recipe.mask, recipe.grid.like]
-    others += [source.stations for source in recipe.sources]
-    named = {Path(path) for path in others if path is not None and not is_url(path)}
+    named = [recipe.elevation, recipe.population, recipe.mask, *(source.stations for source in recipe.sources)]
+    others = [Path(path) for path in named if path is not None and Path(path).is_file()]
     files = {file["path"]: file for file in before.get("files", [])}
-    for path in {*paths, *named}:
+    for path in {path.absolute() for path in (*paths, *others)}:
         files[str(path)] = _record(path, files.get(str(path)))
     text, earlier = recipe_text(recipe), list(before.get("earlier_recipes", []))
     if before.get("recipe", text) != text:

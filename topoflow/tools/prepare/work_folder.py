@@ -18,12 +18,12 @@ def work_folder(output: Path) -> Iterator[Path]:
     ConfigError if another process holds it.
     """
     work = output.with_name(f".{output.name}.preparing")
-    with _lock(work, output):
+    with _lock(work, output) as lock:
         try:
             yield work
         finally:
-            is_unused = work.exists() and all(path.name == LOCK for path in work.iterdir())
-            if is_unused:  # refused before anything was written
+            is_ours = _is_lock_of(work, lock)  # else it was finished, and may be there again, of another process
+            if is_ours and all(path.name == LOCK for path in work.iterdir()):  # refused before anything was written
                 delete_work_folder(work)
 
 
@@ -39,18 +39,24 @@ def _lock(work: Path, output: Path) -> IO:
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(lock.fileno()), os.stat(work / LOCK)):
+            if _is_lock_of(work, lock):
                 return lock
-        except FileNotFoundError:
-            pass
         except BlockingIOError:
             lock.close()
             raise ConfigError(f"{output}: another process is preparing it ({work} is locked)") from None
         lock.close()  # of a folder that another process has finished with meanwhile
 
 
+def _is_lock_of(work: Path, lock: IO) -> bool:
+    """Return whether an open lock is still the one that lies in `work`."""
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), os.stat(work / LOCK))
+    except FileNotFoundError:
+        return False
+
+
 def delete_work_folder(work: Path) -> None:
-    """Delete it, its lock last. Another process may then create it again at once: so its being there is no failure."""
+    """Delete the folder of this process, its lock last: from then on another process may create it again."""
     for path in work.iterdir():
         if path.name != LOCK:
             path.unlink()
