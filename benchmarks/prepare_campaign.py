@@ -163,7 +163,7 @@ class Campaign:
         if self.draw.random() < 0.7:
             while not self.work.exists() and not process.has_ended():
                 time.sleep(0.001)
-            time.sleep(self.draw.uniform(0, self.seconds / 2))
+            time.sleep(self.draw.uniform(0, self.seconds / 3))
         else:
             time.sleep(self.draw.uniform(0, self.seconds))
         process.signal(number)
