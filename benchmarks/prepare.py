@@ -5,8 +5,8 @@
 Reads an uncompressed NetCDF file (11 variables, float32) and writes it on its own grid; 744 hours of 128 x 256 cells
 are 1 GB. Each round runs the whole command and, in turn, `cp` of the same file, both until the bytes are on the disk.
 Figures are medians with their range, in MB of float32 written. Seconds of processor time hardly depend on what else the
-machine does. Memory is the largest resident size of the command's process. Exit status 1 if memory exceeds 2 GB or grows
-with the input.
+machine does. Memory is the largest resident size of the command's process. Exit status 1 if memory exceeds 2 GB or
+grows with the input.
 """
 
 import argparse
