@@ -297,3 +297,12 @@ def test_one_table_is_read_as_each_source_says(tmp_path):
     assert done.is_decided, done.lines
     found = values_of(tmp_path / "out", "o3", 25)
     np.testing.assert_allclose(np.nanmax(found.reshape(25, -1), axis=1)[1:], frame["second"])
+
+
+def test_check_prints_all_findings(tmp_path, capsys):
+    for k in range(50):
+        (tmp_path / f"part{k:02}.nc").write_bytes(b"GRIB")
+    assert main(["prepare", str(tmp_path / "part*.nc"), "--check"]) == 1
+    assert sum("is GRIB" in line for line in capsys.readouterr().out.splitlines()) == 50
+    assert main(["prepare", str(tmp_path / "part*.nc"), "-o", str(tmp_path / "out")]) == 2
+    assert "--check prints all" in capsys.readouterr().out

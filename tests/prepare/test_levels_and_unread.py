@@ -101,3 +101,32 @@ def test_a_fine_grid_that_is_not_straight_gets_the_values_of_the_cells_around(tm
     found = data.read("temp", [0])[0]
     assert np.isfinite(found).all()
     assert np.abs(found - 280 - data.grid.lat2d).max() <= 0.5
+
+
+def test_wind_along_tilted_rows_needs_the_angle(tmp_path):
+    dataset = gridded(4, U10="m s-1", V10="m s-1") / 10
+    lat, lon = np.meshgrid(dataset.lat, dataset.lon, indexing="ij")
+    dataset = dataset.drop_vars(["lat", "lon"]).rename(lat="y", lon="x")
+    tilted = dataset.assign_coords(lat=(("y", "x"), lat + 0.1 * (lon - 113.5)), lon=(("y", "x"), lon))
+    for name in ("U10", "V10"):
+        tilted[name].attrs["units"] = "m s-1"
+    tilted.to_netcdf(tmp_path / "wrf.nc")
+    done, _ = prepare_paths(tmp_path, "wrf.nc")
+    assert any("tilted" in line and "COSALPHA" in line for line in done.lines)
+    _, data = prepare_recipe(tmp_path, {"sources": [{"path": "wrf.nc", "names": {"u": "U10", "v": "V10"}}]})
+    assert data.dynamic == ("u", "v")
+
+
+def test_unwritten_chunks_may_be_zeros(tmp_path):
+    dataset = gridded(48)
+    dataset.pm25[24:] = 0.0
+    dataset.pm25[30:, 0, 0] = 1.0
+    encoding = {"pm25": {"chunks": (6, 8, 8)}}
+    dataset.to_zarr(tmp_path / "data.zarr", zarr_format=3, encoding=encoding, consolidated=False)
+    metadata = tmp_path / "data.zarr/pm25/zarr.json"
+    metadata.write_text(metadata.read_text().replace('"fill_value": "NaN"', '"fill_value": 0.0'))
+    (tmp_path / "data.zarr/pm25/c/4/0/0").unlink()
+    done, _ = prepare_paths(tmp_path, "data.zarr", rules={"constant": "keep"})
+    assert any("never written" in line and "fill" in line for line in done.lines)
+    _, data = prepare_paths(tmp_path, "data.zarr", rules={"constant": "keep", "incomplete": "fill"})
+    assert (data.read("pm25", slice(24, 30)) == 0).all()

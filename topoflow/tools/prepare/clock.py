@@ -4,6 +4,7 @@ import datetime
 import re
 import zoneinfo
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ from topoflow.tools.prepare.stamps import bounds_name, find_time, read_stamps
 
 _HOUR, _MINUTE, _SECOND = (np.timedelta64(1, unit).astype("m8[ns]") for unit in ("h", "m", "s"))
 _HALF_HOUR = 30 * _MINUTE
+_DIGITS = {"Y": 4, "m": 2, "d": 2, "H": 2, "M": 2, "j": 3}
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,16 @@ def read_times(
         duplicates: which value counts where the file has several for one hour. refuse: add a decision, and go on with
             the first.
     """
-    name = find_time(dataset, source, findings, file)
+    if source.time_in_name is None:
+        name = find_time(dataset, source, findings, file)
+    else:
+        name = "time in the name"
+        stamp = _time_in_name(str(file), source.time_in_name)
+        if stamp is None:
+            found = f"no time like {source.time_in_name!r} in its name"
+            findings.add("error", file, "", found, "time_in_name with %Y, %m, %d, %H, as strptime has them")
+            return None
+        dataset = dataset.assign_coords({name: stamp})
     if name is None:
         return None
     try:
@@ -103,6 +114,18 @@ def _place_in_bounds(dataset: xr.Dataset, name: str, stamps: np.ndarray) -> Stam
     places: dict[Stamp, float] = {"start": 0.0, "middle": 0.5, "end": 1.0}
     near: list[Stamp] = [place for place, fraction in places.items() if (np.abs(at - fraction) < 0.02).all()]
     return near[0] if near else None
+
+
+def _time_in_name(file: str, pattern: str) -> np.datetime64 | None:
+    """Return the time that the name of a file has where `pattern` (of strptime) says; None where it has none."""
+    text = re.sub(r"%([YmdHMj])", lambda match: rf"\d{{{_DIGITS[match[1]]}}}", re.escape(pattern))
+    found = re.search(text, Path(file).name)
+    if found is None or "%Y" not in pattern:
+        return None
+    try:
+        return np.datetime64(datetime.datetime.strptime(found[0], pattern), "ns")
+    except ValueError:
+        return None
 
 
 def parse_zone(text: str) -> datetime.tzinfo | None:

@@ -38,6 +38,8 @@ class Source:
     stamp: Stamp | None = None
     """Whether a stamp is the start, middle or end of the hour that a mean is taken over; by default the end. Prepared
     data have the end, when the mean is known; stamps of values at an instant are `end` too: they stay as they are."""
+    time_in_name: str | None = None
+    """Where the names of the files have their times: as strptime writes them, such as `CN-Reanalysis%Y%m%d%H`."""
     dates: Literal["day first", "month first"] | None = None
     """Order of day and month in dates such as 05/01/2019 of a table, where no date of the file tells."""
     off_hour: Literal["refuse", "nearest"] = "refuse"

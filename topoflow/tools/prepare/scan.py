@@ -11,6 +11,7 @@ import xarray as xr
 
 from topoflow.data.variables import VARIABLES
 from topoflow.tools.prepare.clock import Clock, read_times
+from topoflow.tools.prepare.coordinates import USUAL_NAMES as COORDINATES
 from topoflow.tools.prepare.files import find_files, open_file
 from topoflow.tools.prepare.findings import Findings
 from topoflow.tools.prepare.place import Place, read_place
@@ -20,6 +21,7 @@ from topoflow.tools.prepare.variables import Reader, describe
 
 _OPEN_FILES = 40
 _FEW_UNREAD = 8
+_TILT_DEGREES = 1.0
 _HOUR = np.timedelta64(1, "h")
 _LONGEST_STEP = 6
 _TABLE = re.compile(r"\.(csv|tsv|txt|parquet|pq)(\.(gz|zip|bz2|xz))?$", re.IGNORECASE)
@@ -136,6 +138,7 @@ def _look(number: int, spec: Source, path: Path, opener: Opener, findings: Findi
     if place is None:
         return None
     _report_unread(dataset, place, readers, findings, spec)
+    _require_eastward_wind(readers, place, spec, findings)
     if not readers:
         return None
     changing, statics, chunk = {}, {}, 1
@@ -164,13 +167,32 @@ def _report_unread(
     """Add a note that names the fields that nothing was made of."""
     used = {need for reader in readers.values() for need in reader.needs}
     fields = [name for name in dataset.data_vars if place.dims and set(place.dims) <= set(dataset[name].dims)]
-    unread = [str(name) for name in fields if name not in used and dataset[name].dtype.kind in "iuf"]
+    unread = [str(name) for name in fields if name not in used and not _is_coordinate(dataset[name])]
     if unread and (not used or len(unread) <= _FEW_UNREAD):
         more = ", ..." if len(unread) > _FEW_UNREAD else ""
         found = f"not read, as the names are not known: {', '.join(unread[:_FEW_UNREAD])}{more}"
         # one note for all files of a source that have the same
         files = spec.path if isinstance(spec.path, str) else ", ".join(spec.path)
         findings.add("note", files, "", found, settle=f"names: {{pm25: {unread[0]}}}, if it is that")
+
+
+def _is_coordinate(array: xr.DataArray) -> bool:
+    units = str(array.attrs.get("units", "")).lower()
+    is_usual = any(str(array.name).lower() in names for names in COORDINATES.values())
+    return is_usual or units.startswith(("degree_", "degrees_")) or array.dtype.kind not in "iuf"
+
+
+def _require_eastward_wind(readers: Mapping[str, Reader], place: Place, spec: Source, findings: Findings) -> None:
+    """Add a decision where WRF's wind along its rows would be taken as eastward, and the rows are not parallels."""
+    if place.kind != "grid" or "u" in spec.names or readers.get("u") is None or readers["u"].needs != ("U10",):
+        return
+    eastward = np.diff(place.lon, axis=1) * np.cos(np.deg2rad(place.lat[:, 1:]))
+    tilt = np.rad2deg(np.abs(np.arctan2(np.diff(place.lat, axis=1), eastward))).max()
+    if tilt > _TILT_DEGREES:
+        files = spec.path if isinstance(spec.path, str) else ", ".join(spec.path)
+        found = f"U10 and V10 are along rows that are tilted by up to {tilt:.0f} degrees"
+        line = "names: {u: U10, v: V10}, if they are eastward and northward"
+        findings.add("decision", files, "U10, V10", found, "COSALPHA and SINALPHA in the file", line)
 
 
 def _on_one_level(

@@ -37,6 +37,7 @@ def find_time(dataset: xr.Dataset, source: Source, findings: Findings, file: obj
     ranks = {name: _rank(dataset[name], name in by_attributes) for name in names if name not in bounds}
     best = [name for name, rank in ranks.items() if rank is not None and rank == min(filter(None, ranks.values()))]
     if not best:
+        line = f"{line}, or time_in_name: ..._%Y%m%d%H"
         findings.add("decision", file, "", f"no time among ({', '.join(names)})", "a variable with CF times", line)
         return None
     if len(best) > 1:

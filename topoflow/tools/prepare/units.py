@@ -27,6 +27,8 @@ SPELLINGS = {
     "~": "1",
     "m of water equivalent": "m",
     "gpm": "m",
+    # GEOS-Chem
+    "mol mol-1 dry": "mol mol-1",
     # OpenAQ, CMAQ, WRF-Chem, RAMA
     "ppb": "1e-9",
     "ppbv": "1e-9",
@@ -57,6 +59,8 @@ SPELLINGS = {
     "mcg m-3": "ug m-3",
     "mug/m3": "ug m-3",
     "ug/m3": "ug m-3",
+    "ugm-3": "ug m-3",
+    "ug/cu.m": "ug m-3",
     "0-1": "1",
     "people": "1",
     "persons": "1",
