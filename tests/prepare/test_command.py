@@ -269,12 +269,12 @@ def test_days_that_another_recipe_wrote_are_not_kept(tmp_path, monkeypatch):
 
 def test_two_stations_of_one_name_are_refused(tmp_path):
     time = np.datetime64("2019-01-01", "ns") + np.arange(24) * np.timedelta64(1, "h")
-    for k in range(2):  # two networks whose files name no stations
+    for k in range(2):  # two networks whose names are numbers
         stations = xr.Dataset(
             {"pm25": (("time", "station"), np.random.default_rng(k).gamma(4.0, 10.0, (24, 2)), {"units": "ug m-3"})},
             coords={"time": time, "lat": ("station", [30.2 + k, 31.2 + k]), "lon": ("station", [110.5, 111.5])},
         )
-        stations.to_netcdf(tmp_path / f"{k}.nc")
+        stations.assign_coords(station=[0, 1]).to_netcdf(tmp_path / f"{k}.nc")
     recipe = recipe_of_paths([str(tmp_path / "0.nc"), str(tmp_path / "1.nc")])
     done = prepare(recipe, tmp_path / "out", progress=False)
     assert not done.is_decided

@@ -280,8 +280,18 @@ class _Stations:
                     elsewhere.append(station)
             if elsewhere:
                 found = f"{len(elsewhere)} stations are elsewhere in other files, the first {elsewhere[0]}"
-                findings.add("error", piece.path, "", found, "one position for each name of a station")
+                findings.add(
+                    "error",
+                    piece.path,
+                    "",
+                    found,
+                    "one position for each name; rename those that moved, or of another network",
+                )
         self.count = len(lat)
+        shared = len(lat) - len({(round(a, 4), round((b + 180) % 360, 4)) for a, b in zip(lat, lon, strict=True)})
+        if shared:
+            found = f"{shared} stations are where another of another name is: each counts in the mean of its cell"
+            findings.add("note", "stations", "", found)
         self.points = PointMeans(np.array(lat, float), np.array(lon, float), target.lat, target.lon, target.axes)
         if self.count:
             outside = int((self.points.cell < 0).sum())

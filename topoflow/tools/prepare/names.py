@@ -108,9 +108,12 @@ KNOWN: dict[str, Known] = {
         ("ammonia",), 5000.0, "nh3_conc", "surf_ug_nh3", "surf_ppb_nh3", "42604", "ammonia", "35", molar_mass=17.031,
     ),
     "blh": Known(
-        "m", 0.0, 12000.0, ("atmosphere_boundary_layer_thickness",), ("pblh", "pbl", "boundary_layer_height", "hmix")
+        "m", 0.0, 12000.0, ("atmosphere_boundary_layer_thickness",), ("pblh", "pbl", "boundary_layer_height", "hmix"),
+        least_top=20.0, other_units=("km",),
     ),
-    "tp": Known("m", -1e-4, 2.0, ("lwe_thickness_of_precipitation_amount",), ("total_precipitation",)),
+    "tp": Known(
+        "m", -1e-4, 2.0, ("lwe_thickness_of_precipitation_amount",), ("total_precipitation",), other_units=("mm",)
+    ),
     "ssrd": Known(
         "J m-2", -1e4, 5e7, ("integral_wrt_time_of_surface_downwelling_shortwave_flux_in_air",),
         ("surface_solar_radiation_downwards",),

@@ -116,7 +116,7 @@ def _build_stations(
 ) -> Place | None:
     lats, lons = np.atleast_1d(lat.values), np.atleast_1d(lon.values)
     dims = tuple(map(str, lat.dims))
-    ids = _station_ids(dataset, source, dims, len(lats), findings, file)
+    ids = _station_ids(dataset, source, dims, lats, lons, findings, file)
     if ids is None:
         return None
     inside = _is_inside("lat", lats) & _is_inside("lon", lons) & ~((lats == 0) & (lons == 0))
@@ -143,9 +143,15 @@ def _is_inside(which: str, degrees: np.ndarray) -> np.ndarray:
 
 
 def _station_ids(
-    dataset: xr.Dataset, source: Source, dims: tuple[str, ...], count: int, findings: Findings, file: object
+    dataset: xr.Dataset,
+    source: Source,
+    dims: tuple[str, ...],
+    lats: np.ndarray,
+    lons: np.ndarray,
+    findings: Findings,
+    file: object,
 ) -> list[str] | None:
-    """Return the stations' names, or their numbers from 0 where the file has no names; None after a finding."""
+    """Return the stations' names, or their places where the file has no names; None after a finding."""
     if source.names.get("station", "") not in ("", *map(str, dataset.variables)):
         found = f"there is no variable {source.names['station']!r}, which the recipe names as station"
         findings.add("decision", file, "", found, f"one of {names_text(list(dataset.variables))}", name_line("station"))
@@ -166,7 +172,9 @@ def _station_ids(
             findings.add("decision", file, str(name), found, "one name for each station", name_line("station"))
             return None
         return ids
-    return [str(i) for i in range(count)]
+    places = [f"{lat:.4f} {lon:.4f}" for lat, lon in zip(lats, (lons + 180) % 360 - 180, strict=True)]
+    repeated = Counter(places)
+    return [place if repeated[place] == 1 else f"{place} ({i})" for i, place in enumerate(places)]
 
 
 def _build_grid(lat: xr.DataArray, lon: xr.DataArray, findings: Findings, file: object) -> Place | None:

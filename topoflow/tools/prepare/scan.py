@@ -154,6 +154,13 @@ def _look(number: int, spec: Source, path: Path, opener: Opener, findings: Findi
     clock = read_times(dataset, spec, findings, str(path), opener.rules.duplicates) if changing else None
     if changing and clock is None:
         return None
+    if clock is not None and set(clock.dims) & set(place.dims):
+        found = (
+            f"times and places share the dimension {', '.join(set(clock.dims) & set(place.dims))}: records one by one"
+        )
+        expected = "a table (CSV) with one row for each of them, or an array of time and station"
+        findings.add("error", path, "", found, expected)
+        return None
     if clock is not None:
         changing = _on_one_level(changing, clock, place, dataset, findings, path)
     if clock is not None and len(clock.times) > 1:
