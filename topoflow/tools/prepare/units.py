@@ -59,7 +59,6 @@ SPELLINGS = {
     "mcg m-3": "ug m-3",
     "mug/m3": "ug m-3",
     "ug/m3": "ug m-3",
-    "ugm-3": "ug m-3",
     "ug/cu.m": "ug m-3",
     "0-1": "1",
     "people": "1",
