@@ -108,12 +108,17 @@ def test_a_missing_or_cut_file_is_named_at_opening(prepared, name):
         open_prepared(prepared)
 
 
-def test_a_file_that_is_cut_later_is_refused_before_it_is_mapped(prepared):
-    source = open_prepared(prepared)
+def test_a_file_that_is_cut_after_the_look_is_refused_before_it_is_mapped(prepared):
+    index = index_prepared(str(prepared))
     (prepared / "fields_2019.npy").write_bytes(b"")
     with pytest.raises(DataError, match=r"fields_2019.npy: has 0 bytes"):
-        source.at(("u", "v"), 99)
-    source.at(("u", "v"), 0)
+        PreparedData(index)
+
+
+def test_what_is_replaced_later_can_still_be_read(prepared, fields):
+    data = open_prepared(prepared)
+    (prepared / "fields_2019.npy").unlink()
+    np.testing.assert_array_equal(data.at(("u",), 99)[0], fields.u[99])
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,17 @@ def test_three_hourly_data_have_windows_of_as_many_hours():
     np.testing.assert_array_equal(times[index.starts], whole[kept])
 
 
+def test_a_day_of_three_hourly_data_ends_at_21_h():
+    times = hours("2019-01-01T00", "2019-01-10T21")[::3]
+    ranges = [("2019-01-09", "2019-01-10")]
+    assert len(split_times(times, ranges, 3)) == 16
+    assert len(split_starts(times, ranges, (0, 6), 3).starts) == 14
+    with pytest.raises(DataError, match="not in the data"):
+        split_times(times, ranges, 1)
+    with pytest.raises(DataError, match="not in the data"):
+        split_times(times[:-1], ranges, 3)
+
+
 def test_test_split_of_the_real_run_has_888_starts():
     times = hours("2019-01-01T00", "2019-12-31T23")
     times = times[times.astype("datetime64[D]") != np.datetime64("2019-04-08")]

@@ -10,7 +10,7 @@ import xarray as xr
 
 from topoflow.data.prepared.reader import PreparedData, index_prepared
 from topoflow.tools.prepare.command import prepare
-from topoflow.tools.prepare.recipe import GridSpec, Recipe, Source, read_recipe
+from topoflow.tools.prepare.recipe import GridSpec, Recipe, Rules, Source, read_recipe
 
 RECIPES = Path(__file__).parents[2] / "configs/recipes"
 MOLAR_VOLUME_25 = 24.4654
@@ -79,7 +79,8 @@ def test_beijing_with_its_wind_and_weather(shared_dir, tmp_path):
     path = shared_dir / "data/beijing_12_stations_2013_2017_hourly.nc"
     source = Source(path=str(path), time_zone="UTC+8", names={"rain": "rain"})
     grid = GridSpec(degrees=0.25, box=(39.5, 40.5, 115.75, 117.0))
-    data = prepared(Recipe((source,), grid, elevation=str(shared_dir / "data/terrain_asia_20min.nc")), tmp_path / "out")
+    terrain, rules = str(shared_dir / "data/terrain_asia_20min.nc"), Rules(drop=("elevation < 0",))
+    data = prepared(Recipe((source,), grid, elevation=terrain, rules=rules), tmp_path / "out")
 
     with xr.open_dataset(path) as dataset:
         frame = dataset.drop_vars("elevation").to_dataframe().reset_index()

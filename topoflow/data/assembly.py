@@ -54,7 +54,8 @@ class ForecastData:
 
     def times(self, split: str) -> np.ndarray:
         """Return the positions of a split's hours in source.times."""
-        return split_times(self.source.times, getattr(self.config, split), key=f"data.{split}")
+        ranges, step_hours = getattr(self.config, split), self.source.step_hours
+        return split_times(self.source.times, ranges, step_hours, key=f"data.{split}")
 
     def starts(self, split: str) -> StartIndex:
         """Return where a forecast of a split can start, one of `splits` or another."""

@@ -39,7 +39,8 @@ def moments_of(values: np.ndarray) -> Moments:
     if present.size == 0:
         return Moments()
     mean = float(present.mean())
-    return Moments(present.size, mean, float(np.square(present - mean).sum()))
+    present -= mean
+    return Moments(present.size, mean, float(np.square(present, out=present).sum()))
 
 
 def day_pieces(times: np.ndarray, indices: np.ndarray) -> list[np.ndarray]:

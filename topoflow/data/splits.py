@@ -41,13 +41,14 @@ def parse_range(given: Range, key: str) -> tuple[np.datetime64, np.datetime64]:
     return start, end
 
 
-def split_times(times: np.ndarray, ranges: Sequence[Range], key: str = "split") -> np.ndarray:
-    """int64 positions in `times` (datetime64[h] [T], increasing) of all hours in `ranges`.
+def split_times(times: np.ndarray, ranges: Sequence[Range], step_hours: int = 1, key: str = "split") -> np.ndarray:
+    """int64 positions in `times` of all of them in `ranges`.
 
-    Raises ConfigError naming `key` for a range that cannot be read or that shares hours with another of them, and
-    DataError for a range that the data do not reach: a [start, end] with an end outside them, a year without an hour.
+    times: datetime64[h] [T], increasing, step_hours apart but for gaps. Raises ConfigError naming `key` for a range that
+    cannot be read or that shares hours with another of them, and DataError for a range that the data do not reach: a
+    [start, end] with an end outside them, a year without an hour.
     """
-    positions = [np.arange(*_limits(times, given, key)) for given in ranges]
+    positions = [np.arange(*_limits(times, given, step_hours, key)) for given in ranges]
     check_disjoint(**{key: ranges})
     return np.sort(np.concatenate(positions)).astype(np.int64)
 
@@ -68,7 +69,7 @@ def split_starts(
     first, last = window_hours
     starts, dropped = [], 0
     for given in ranges:
-        begin, end = _limits(times, given, key)
+        begin, end = _limits(times, given, step_hours, key)
         inside = times[begin:end]
         lower, upper = parse_range(given, key)
         candidates = np.flatnonzero((inside + first * _HOUR >= lower) & (inside + last * _HOUR <= upper))
@@ -100,11 +101,14 @@ def check_disjoint(**splits: Sequence[Range]) -> None:
             )
 
 
-def _limits(times: np.ndarray, given: Range, key: str) -> tuple[int, int]:
-    """Positions [begin, end) of a range in `times`; DataError if the data do not reach it."""
+def _limits(times: np.ndarray, given: Range, step_hours: int, key: str) -> tuple[int, int]:
+    """Positions [begin, end) of a range in `times`; DataError if the data do not reach it.
+
+    A time stands for the hours until the next one: a day of three-hourly data ends at 21 h.
+    """
     start, end = parse_range(given, key)
     begin, stop = np.searchsorted(times, [start, end + _HOUR])
-    outside = start < times[0] or end > times[-1]
+    outside = start < times[0] or end >= times[-1] + step_hours * _HOUR
     if begin == stop or (outside and not isinstance(given, int)):
         raise DataError(f"{key}: {_show(given)} is not in the data, which cover {times[0]} to {times[-1]}")
     return int(begin), int(stop)

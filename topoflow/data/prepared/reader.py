@@ -71,7 +71,8 @@ def read_static(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
 class PreparedData:
     """The fields of a prepared data set, by name and time, in physical units. Several threads may read at a time.
 
-    What is read lies in the operating system's page cache, once for all processes of a node.
+    What is read lies in the operating system's page cache, once for all processes of a node. DataError if an array is
+    missing or has another size.
 
     Attributes:
         times: datetime64[h] [T], increasing, step_hours apart but for gaps; UTC.
@@ -94,7 +95,8 @@ class PreparedData:
         self._scale, self._offset = np.array(scales, np.float32).reshape(-1, 2).T[..., None, None]
         self._is_scaled = manifest.dtype != "<f4"
         self._first = np.cumsum([0] + [sum(count for _, count in year.runs) for year in manifest.years])
-        self._maps: dict[int, _Map] = {}
+        # now, because data that are appended to replace the array of their last year
+        self._maps = [self._map(number) for number in range(len(manifest.years))]
         self._places: dict[tuple[str, ...], slice | list[int]] = {}
         self._days = {day.day: day for year in index.days for day in year}
 
@@ -125,7 +127,7 @@ class PreparedData:
         if not 0 <= index < len(self.times):
             raise IndexError(f"position {index} of {len(self.times)} times")
         number = self._year_of(index)
-        places, year = self._select(names), self._map(number)
+        places, year = self._select(names), self._maps[number]
         position = index - int(self._first[number])
         if names:
             year.expect(position, places)
@@ -174,7 +176,7 @@ class PreparedData:
         year_of = np.searchsorted(self._first, indices, side="right") - 1
         for number in np.unique(year_of):
             chosen = np.flatnonzero(year_of == number)
-            values[chosen] = self._map(int(number)).array[indices[chosen] - self._first[number], column]
+            values[chosen] = self._maps[number].array[indices[chosen] - self._first[number], column]
         return values
 
     def _select(self, names: tuple[str, ...]) -> slice | list[int]:
@@ -189,13 +191,9 @@ class PreparedData:
         return int(np.searchsorted(self._first, index, side="right")) - 1
 
     def _map(self, number: int) -> "_Map":
-        found = self._maps.get(number)
-        if found is None:  # two threads that map the same year at a time do no harm
-            year, manifest = self._manifest.years[number], self._manifest
-            shape = (int(np.diff(self._first)[number]), len(self.dynamic), *manifest.shape)
-            path = self.folder / year.array.name
-            found = self._maps[number] = _Map(path, year.array.size, year.header, manifest.dtype, shape)
-        return found
+        year, manifest = self._manifest.years[number], self._manifest
+        shape = (int(np.diff(self._first)[number]), len(self.dynamic), *manifest.shape)
+        return _Map(self.folder / year.array.name, year.array.size, year.header, manifest.dtype, shape)
 
 
 class _Map:
