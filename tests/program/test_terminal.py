@@ -89,10 +89,10 @@ def test_a_launch_script_without_stderr_has_its_status(program, command):
     assert (done.returncode, done.stdout) == (2, b"")
 
 
-@pytest.mark.parametrize("command", ["inspect RUN", "inspect RUN --json", "pack data -o packed", "doctor"])
+@pytest.mark.parametrize("command", ["inspect RUN", "inspect RUN --json", "prepare RAW -o out", "doctor"])
 def test_a_full_disk_behind_stdout_is_one_line(program, world, command):
     assert program.train(*SHORT).returncode == 0
-    words = [{"RUN": str(program.folder / "run"), "data": str(world)}.get(word, word) for word in command.split()]
+    words = [{"RUN": str(program.folder / "run"), "RAW": f"{world}-raw"}.get(word, word) for word in command.split()]
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "topoflow", *words],

@@ -49,8 +49,8 @@ class ForecastData:
     def contents(self) -> Contents:
         """What the hours of `splits` hold, as far as the run reads it."""
         names = (*self.config.variables, *self.config.targets, *self.needed)
-        hours = np.unique(np.concatenate([self.times(split) for split in self.splits]))
-        return contents_of(self.source, names, hours)
+        hours = [self.times(split) for split in self.splits]
+        return contents_of(self.source, names, np.unique(np.concatenate([np.empty(0, np.int64), *hours])))
 
     def times(self, split: str) -> np.ndarray:
         """Return the positions of a split's hours in source.times."""

@@ -47,8 +47,8 @@ class Contents:
 
         Only variables that both have are compared. all_days: days that only one has count as different.
         """
-        for name in self.fixed.keys() & other.fixed.keys():
-            if self.fixed[name] != other.fixed[name]:
+        for name in self.fixed:
+            if name in other.fixed and self.fixed[name] != other.fixed[name]:
                 return name
         if all_days and self.days != other.days:
             either = sorted(set(self.days) ^ set(other.days))

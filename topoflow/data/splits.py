@@ -44,9 +44,9 @@ def parse_range(given: Range, key: str) -> tuple[np.datetime64, np.datetime64]:
 def split_times(times: np.ndarray, ranges: Sequence[Range], step_hours: int = 1, key: str = "split") -> np.ndarray:
     """int64 positions in `times` of all of them in `ranges`.
 
-    times: datetime64[h] [T], increasing, step_hours apart but for gaps. Raises ConfigError naming `key` for a range that
-    cannot be read or that shares hours with another of them, and DataError for a range that the data do not reach: a
-    [start, end] with an end outside them, a year without an hour.
+    times: datetime64[h] [T], increasing, step_hours apart but for gaps. Raises ConfigError naming `key` for a range
+    that cannot be read or that shares hours with another of them, and DataError for a range that the data do not reach:
+    a [start, end] with an end outside them, a year without an hour.
     """
     positions = [np.arange(*_limits(times, given, step_hours, key)) for given in ranges]
     check_disjoint(**{key: ranges})
