@@ -1,5 +1,6 @@
 """Values that cannot be: each kind is a decision with the rule that settles it, and the rule settles it."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -154,3 +155,37 @@ def test_rules_that_cannot_be_read():
     assert [(drop.name, drop.comparison, drop.number) for drop in drops] == [
         ("pm25", ">=", 5000.0), ("any", "==", -9.99e36),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["mark", "constant fields"])
+def test_what_an_interrupted_process_saw_counts_for_the_decision(kind):
+    """Neither half is suspect by itself: too few marks, and fields that all have one value."""
+    values = values_of(3, 90)
+    if kind == "mark":
+        values[[2, 8, 20, 26], :2, :2] = 999
+        values[14:16, 0, 0] = 999
+    else:
+        values[:15] = 7
+    expected = {finding.settle for finding in check("pm25", values)[1]}
+    assert len(expected) == 1
+    first, second = Checker(Rules(), Findings(), UNITS), Checker(Rules(), findings := Findings(), UNITS)
+    first.check("pm25", values[:15], TIMES[:15], PATH, IDENTITY)
+    second.recall(json.loads(json.dumps(first.seen())))
+    second.check("pm25", values[15:], TIMES[15:], PATH, IDENTITY)
+    second.report()
+    assert {finding.settle for finding in findings.open()} == expected
+    assert not first.seen()[0]
+
+
+def test_marks_of_all_files_count_together():
+    """Nine in each of two files."""
+    values = values_of(300, 900)
+    findings = Findings()
+    checker = Checker(Rules(), findings, UNITS)
+    for path, half in ((Path("a.nc"), slice(0, 15)), (Path("b.nc"), slice(15, 30))):
+        part = values[half].copy()
+        part[:9, 0, 0] = 9999
+        checker.check("co", part, TIMES[half], path, IDENTITY)
+    checker.report()
+    [found] = findings.open()
+    assert (found.file, "9999 occurs 18 times" in found.found) == ("a.nc", True)
