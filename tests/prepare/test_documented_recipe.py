@@ -10,7 +10,8 @@ import yaml
 from topoflow.tools.prepare.recipe import GridSpec, Recipe, Rules, Source, read_recipe
 
 TEXT = (Path(__file__).parents[2] / "docs/data.md").read_text()
-ROWS = dict(re.findall(r"^\| `(\w+)`.*?\| (.*) \|$", TEXT, re.MULTILINE))
+RECIPE = TEXT[TEXT.index("## A recipe") : TEXT.index("## What it does")]
+ROWS = dict(re.findall(r"^\| `(\w+)`.*?\| (.*) \|$", RECIPE, re.MULTILINE))
 FINDINGS = TEXT[TEXT.index("## What findings mean") :]
 LINES = [
     line for row in re.findall(r"^\| .*? \| (.*) \|$", FINDINGS, re.MULTILINE) for line in re.findall(r"`([^`]+)`", row)
@@ -26,7 +27,7 @@ def keys_of(kind):
 
 
 def test_the_keys_of_a_recipe_are_documented():
-    heads = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", TEXT, re.MULTILINE))))
+    heads = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", RECIPE, re.MULTILINE))))
     assert heads == keys_of(Recipe)
 
 
