@@ -179,7 +179,7 @@ def test_inputs_before_and_after_the_start_train_resume_and_are_scored(program):
     assert done.returncode == 0, done.stderr
     assert "next 32 samples match the certificate" in done.stderr
     assert program.losses() == program.losses("whole")
-    assert "train: 109 start times" in done.stderr  # 144 hours, from 12 h before to 12 h after, but for the starts
+    assert "train: 120 start times" in done.stderr  # of 144 hours, those with 12 h before and after them
     assert program.state(step=6)["model"]["token_embeds.proj_weights"].shape[0] == 15 + 1 + 2 + 1
     assert (program.folder / "run" / "evaluation" / "scores.json").is_file()
     changed = program.train("data.hours={}", "data.test=[]", "train.max_steps=7")
