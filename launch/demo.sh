@@ -15,6 +15,6 @@ cd "$root"
 data=$("$python" -m topoflow.config_io --print data.path configs/demo.yaml "$@")
 if [ ! -e "$data" ]; then # each folder appears only once it is complete
   [ -e "$data-raw" ] || "$python" -m topoflow demo-data -- "$data-raw"
-  "$python" -m topoflow prepare -o "$data" -- "$data-raw"
+  "$python" -m topoflow prepare --output="$data" -- "$data-raw"
 fi
 exec "$python" train.py configs/demo.yaml "$@"

@@ -37,7 +37,7 @@ def test_help_is_printed_and_nothing_is_done(project, script, arguments):
 PYTHON = """#!/bin/sh
 case "$*" in
   *config_io*) echo "$DATA_PATH" ;;
-  *demo-data*) for path; do :; done; echo "$path" > "$NOTES" ;;
+  *" prepare "*) echo "${4#--output=}" > "$NOTES"; for raw; do :; done; [ "$raw" = "$DATA_PATH-raw" ] ;;
 esac
 """
 

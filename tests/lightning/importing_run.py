@@ -52,7 +52,8 @@ class ImportingRun:
 
     def convert(self, content, choice=None):
         state = TrainState(self.model, self.optimizer, self.scheduler, TrainProgress(), None)
-        data = SimpleNamespace(input_names=VARIABLES, target_names=TARGETS, mask=self.mask.numpy())
+        source = SimpleNamespace(mask=self.mask.numpy())
+        data = SimpleNamespace(input_names=VARIABLES, target_names=TARGETS, source=source)
         plan = SimpleNamespace(steps_per_epoch=self.steps_per_epoch)
         return convert(content, state, self.config, data, plan, choice)
 

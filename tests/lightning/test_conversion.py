@@ -449,7 +449,7 @@ def test_a_mask_is_compared_and_dropout_and_batch_size_too(in_flight):
     dropout, mask, batch = conversion.warnings
     assert batch == "train.global_batch_size: 8 in the file, 4 in the config"
     assert dropout == "model.drop_rate: 0.1 in the file, 0.0 in the config"
-    assert mask.startswith("data.mask (china_mask.npy in the run directory is the file's): ")
+    assert mask.startswith("mask of the data (china_mask.npy in the run directory is the file's): ")
     del content["state_dict"]["china_mask"], content["hyper_parameters"]
     conversion, _ = importing_run(run, allow_changed=["train.global_batch_size"]).take(content)
     assert conversion.mask is None
