@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", default="a", choices=list(SIZES), help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="processes (default: %(default)s)")
     parser.add_argument("--pairs", type=int, default=PAIRS, help="pairs of blocks of each (default: %(default)s)")
-    parser.add_argument("--loaders", type=int, default=2, help="loader threads (default: %(default)s)")
+    parser.add_argument("--loaders", type=int, default=1, help="loader threads (default: %(default)s)")
     add_run_options(parser)
     options = parser.parse_args(arguments)
     threads = chosen_threads(options)

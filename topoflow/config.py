@@ -109,7 +109,7 @@ class DataConfig:
     """Variables to forecast."""
     lead_times_hours: tuple[int, ...] = key((12, 24, 48, 96), alters=ORDER | RATES)
     """Forecast lead times in hours."""
-    threads: int = key(2, alters=NOTHING)
+    threads: int = key(1, alters=NOTHING)
     """Threads of each process that load batches in advance; 0 loads each batch when it is needed. No result depends on
     it."""
     normalization: Literal["train"] | dict[str, tuple[float, float]] = key("train", alters=CHANNELS)
