@@ -66,11 +66,19 @@ def days_text(days: list[DayRecord]) -> str:
 
 
 def read_days(path: Path, sha256: str) -> list[DayRecord]:
-    """The days of a year. DataError if the file cannot be read or has another SHA-256."""
+    """The days of a year; raises as `read_plain_days` does."""
+    return [DayRecord.from_dict(day) for day in read_plain_days(path, sha256)]
+
+
+def read_plain_days(path: Path, sha256: str) -> list[dict[str, Any]]:
+    """The days of a year as `DayRecord.to_dict` gave them, which is several times as fast to read.
+
+    DataError if the file cannot be read or has another SHA-256.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     if hashlib.sha256(data).hexdigest() != sha256:
         raise DataError(f"{path}: is damaged: it does not match its hash in the manifest")
-    return [DayRecord.from_dict(day) for day in json.loads(data)]
+    return json.loads(data)

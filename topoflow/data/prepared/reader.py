@@ -7,13 +7,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from topoflow.data.grid import Grid
 from topoflow.data.moments import Moments, is_whole_day
-from topoflow.data.prepared.days import DayRecord, hash_field, read_days
+from topoflow.data.prepared.days import hash_field, read_plain_days
 from topoflow.data.prepared.manifest import Manifest, check_sizes, is_prepared, read_manifest
 from topoflow.errors import DataError, MissingPath
 
@@ -25,13 +26,13 @@ _SERIAL_ELEMENTS = 2**15 - 1
 class PreparedIndex:
     """All of a prepared data set but its numbers: a value that another process can be sent.
 
-    static: {name: [H, W]}, the fields that do not change. days: the records of each year's days, in the order of time.
+    static: {name: [H, W]}, the fields that do not change. days: of each year, as `read_plain_days` returns them.
     """
 
     folder: Path
     manifest: Manifest
     static: dict[str, np.ndarray]
-    days: tuple[tuple[DayRecord, ...], ...]
+    days: tuple[list[dict[str, Any]], ...]
 
 
 def index_prepared(path: str) -> PreparedIndex:
@@ -51,7 +52,7 @@ def index_prepared(path: str) -> PreparedIndex:
         )
     manifest = read_manifest(folder)
     check_sizes(manifest, folder)
-    days = tuple(tuple(read_days(folder / year.days.name, year.days.sha256)) for year in manifest.years)
+    days = tuple(read_plain_days(folder / year.days.name, year.days.sha256) for year in manifest.years)
     return PreparedIndex(folder, manifest, read_static(folder, manifest), days)
 
 
@@ -98,7 +99,7 @@ class PreparedData:
         # now, because data that are appended to replace the array of their last year
         self._maps = [self._map(number) for number in range(len(manifest.years))]
         self._places: dict[tuple[str, ...], slice | list[int]] = {}
-        self._days = {day.day: day for year in index.days for day in year}
+        self._days = {day["day"]: day for year in index.days for day in year}
 
     def describe(self) -> str:
         """Its extent and form, for the log."""
@@ -154,7 +155,7 @@ class PreparedData:
         """Return the moments of `name` over `piece` (positions in `times`), if it is all that there is of a day."""
         if not is_whole_day(self.times, piece):
             return None
-        return self._days[_day_of(self.times, piece)].moments[name]
+        return Moments(*self._days[_day_of(self.times, piece)]["moments"][name])
 
     def hash_of_day(self, name: str, piece: np.ndarray) -> str:
         """Return a hex SHA-256 of what is stored of `name` at `piece`, positions in `times` within one day.
@@ -162,7 +163,7 @@ class PreparedData:
         It is known for whole days; the hours of part of a day are read.
         """
         if is_whole_day(self.times, piece):
-            return self._days[_day_of(self.times, piece)].sha256[name]
+            return self._days[_day_of(self.times, piece)]["sha256"][name]
         return hash_field(self._stored(self.dynamic.index(name), piece))
 
     def encoding(self, name: str) -> str:
