@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.support.pausing import ROOT, make_project
-from topoflow.tools.demo.world import make_demo_data
+from tests.support.prepared import prepare_world
 
 SCRIPT = """
 import os, signal
@@ -38,7 +38,7 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
 def one_step(tmp_path_factory):
     """The config file of a run of one step."""
     folder = tmp_path_factory.mktemp("one step")
-    make_demo_data(folder / "world", days=4, grid=(8, 12), seed=0, progress=False)
+    prepare_world(folder / "world", days=4)
     settings = {
         "data": {"path": str(folder / "world"), "train": [["2018-10-01", "2018-10-03"]], "lead_times_hours": [6]},
         "model": {"embed_dim": 16, "depth": 1, "num_heads": 2, "decoder_depth": 1},
