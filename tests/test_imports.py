@@ -251,7 +251,7 @@ def test_importing_changes_nothing():
 
 
 def test_the_readers_of_files_are_imported_when_files_are_read():
-    """They take as long as half of torch, and a run on packed data needs none of them."""
+    """They take as long as half of torch, and a run needs none of them."""
     code = "import sys, train; print(sorted({'xarray', 'pandas', 'zarr', 'netCDF4', 'numcodecs'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr

@@ -122,8 +122,8 @@ def read_manifest(folder: Path) -> Manifest:
     found = content.pop("format", None) if isinstance(content, dict) else None
     if found != FORMAT:
         raise DataError(
-            f"{path}: has the format {found!r}: expected {FORMAT!r} (data packed by an earlier version are to be "
-            "prepared again from their files)"
+            f"{path}: has the format {found!r}: expected {FORMAT!r} (another version wrote it: prepare the "
+            "data again from their files, or use that version)"
         )
     content.pop("manifest_sha256", None)
     try:
