@@ -95,6 +95,7 @@ def test_the_report_lists_what_was_restored(program):
 def test_tensorboard_curves_continue_without_overlap(program):
     assert program.train("train.max_steps=9").returncode == 0
     shutil.rmtree(program.folder / "run" / "checkpoints" / "step-00000009")  # so that steps 7-9 run twice
+    time.sleep(1)  # TensorBoard sorts the files of one second by their number as text: 10 before 9
     assert program.train("train.max_steps=12").returncode == 0
     reader = EventAccumulator(str(program.folder / "run" / "tensorboard"))
     reader.Reload()
