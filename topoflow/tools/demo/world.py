@@ -86,7 +86,7 @@ def make_demo_data(
             _write_years(partial, world, seed, progress)
             partial.rename(output)
         except BaseException:
-            shutil.rmtree(partial)
+            shutil.rmtree(partial, ignore_errors=True)
             raise
     except OSError as error:
         raise ConfigError(f"{output}: cannot be written: {error.strerror or error}") from None

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import xarray as xr
 
-from topoflow.data.variables import VARIABLES
-
 
 @dataclass(frozen=True)
 class Known:
@@ -199,8 +197,3 @@ def _is_standard_name(dataset: xr.Dataset, name: Hashable, ours: str, known: Kno
 def _is_archive_name(dataset: xr.Dataset, name: Hashable, ours: str, known: Known) -> bool:
     plain = _UNIT_IN_NAME.sub("", str(name).strip())
     return plain.lower() in known.names or plain in known.exact
-
-
-def is_known_static(name: str) -> bool:
-    """Return whether a variable does not change in time."""
-    return name in VARIABLES and VARIABLES[name].kind == "static"
