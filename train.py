@@ -102,8 +102,8 @@ def train(config: Config, context: Context, directory: RunDirectory) -> None:
     plan = build_plan(config, data, context)
     with context.together("config"):
         config = start.complete_config(config, data, plan)
-    normalization = start.saved_normalization(config) or build_normalization(data, context)
-    state = build_state(config, data, plan, context)
+    normalization = start.saved_normalization(config, context) or build_normalization(config, data, context)
+    state = build_state(config, data, normalization.base, plan, context)
     train_data = build_train_data(config, data, normalization, plan, context.device)
 
     start.restore(state, context)

@@ -30,7 +30,7 @@ LAYERS = [
     ["certificate", "baselines"],
     ["train_state", "metrics", "forecast_case"],
     ["checkpoint", "reduction", "loss", "rendezvous"],
-    ["ranks", "data", "model", "optim"],
+    ["ranks", "data", "physics", "model", "optim"],
     ["watch_server"],
     ["watch", "run_dir", "reproducibility"],
     ["data.variables", "config_io", "logs", "launch", "lease", "activity"],

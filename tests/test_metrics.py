@@ -5,9 +5,9 @@ import pytest
 import scipy.stats
 
 from topoflow.errors import TrainingDiverged
-from topoflow.metrics import ScoreSums, within_factor_2
+from topoflow.metrics import DAMPED, ScoreSums, within_factor_2
 
-BASELINES = ("persistence", "climatology", "damped_persistence")
+BASELINES = ("persistence", "climatology", *DAMPED)
 
 LEADS, TARGETS, UNITS = (12, 24, 48), ("pm25", "co"), {"pm25": "ug m-3", "co": "mg m-3"}
 STARTS, SHAPE = 5, (4, 6)
@@ -28,7 +28,8 @@ def world():
     baselines = {name: rng.lognormal(3.0, 0.8, shape) for name in BASELINES}
     absent = rng.random(shape) < 0.3
     baselines["persistence"][absent] = np.nan
-    baselines["damped_persistence"][absent] = np.nan
+    for name in DAMPED:
+        baselines[name][absent] = np.nan
     return fields | {"baselines": baselines}
 
 
@@ -46,7 +47,7 @@ def add_batches(sums, world, batches):
 
 
 def make_sums(world):
-    return ScoreSums(STARTS, TARGETS, LEADS, UNITS, observed_mean(world))
+    return ScoreSums(STARTS, TARGETS, LEADS, UNITS, observed_mean(world), DAMPED)
 
 
 def cut(size):
@@ -82,7 +83,7 @@ def test_scores_equal_the_published_formulas(world):
             "fac2": np.mean((ratio >= 0.5) & (ratio <= 2)),
             "persistence_rmse": np.sqrt(np.nanmean((baselines["persistence"] - o) ** 2)),
             "climatology_rmse": np.sqrt(np.mean((baselines["climatology"] - o) ** 2)),
-            "damped_persistence_rmse": np.sqrt(np.nanmean((baselines["damped_persistence"] - o) ** 2)),
+            **{f"{name}_rmse": np.sqrt(np.nanmean((baselines[name] - o) ** 2)) for name in DAMPED},
             "n_where_present": present.sum(),
             "rmse_where_present": np.sqrt(np.mean((f - o)[present] ** 2)),
             "climatology_rmse_where_present": np.sqrt(np.mean((baselines["climatology"] - o)[present] ** 2)),
@@ -153,13 +154,22 @@ def test_no_observation_gives_none_and_never_nan(world):
     world["valid"][:, 1] = False
     world["observed"][:, 1] = np.nan
     mean = np.array([[np.mean(pairs(world, 0, k)[1]) for k in range(len(LEADS))], [0.0] * len(LEADS)])
-    records = add_batches(ScoreSums(STARTS, TARGETS, LEADS, UNITS, mean), world, cut(4)).finish()
+    records = add_batches(ScoreSums(STARTS, TARGETS, LEADS, UNITS, mean, DAMPED), world, cut(4)).finish()
     for record in records[len(LEADS) :]:
         assert record["n"] == record["n_where_present"] == record["n_climatology_filled"] == 0
         assert {key for key, value in record.items() if value is None} == set(record) - {
             "target", "lead_hours", "unit", "n", "n_where_present", "n_climatology_filled",
         }  # fmt: skip
     assert all(value is not None for record in records[: len(LEADS)] for value in record.values())
+
+
+def test_a_baseline_that_was_not_fitted_is_none(world):
+    whole = add_batches(make_sums(world), world, cut(4)).finish()
+    for name in DAMPED[1:]:
+        del world["baselines"][name]
+    sums = ScoreSums(STARTS, TARGETS, LEADS, UNITS, observed_mean(world), DAMPED[:1])
+    for record, before in zip(add_batches(sums, world, cut(4)).finish(), whole, strict=True):
+        assert record == before | {f"{name}_rmse": None for name in DAMPED[1:]}
 
 
 def test_missing_climatology_gives_none(world):

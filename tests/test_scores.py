@@ -14,6 +14,7 @@ def record(target="pm25", lead=12, unit="ug m-3", **scores):
         "persistence_rmse": 30.0,
         "climatology_rmse": 25.0,
         "damped_persistence_rmse": 18.5,
+        "seasonal_damped_persistence_rmse": None,
     }
     return {"target": target, "lead_hours": lead, "unit": unit, "n": 7, **numbers, **scores}
 
@@ -34,6 +35,16 @@ def test_table_marks_the_wins_on_the_same_samples():
     assert lines[5] == "24 h - - - - 18.50"
     assert lines[-1] == "The model beats persistence in 2 of 4, climatology in 2 of 4, damped persistence in 2 of 4."
     assert max(map(len, format_scores(records).splitlines())) <= 110
+
+
+def test_table_has_the_seasonal_baseline_where_there_is_one():
+    records = [record(seasonal_damped_persistence_rmse=19.5), record(lead=24, seasonal_damped_persistence_rmse=18.0)]
+    lines = [" ".join(line.split()) for line in format_scores(records).splitlines()]
+    assert lines[1].endswith("damped persistence seasonal")
+    assert lines[2].endswith("18.50 19.50+")
+    assert lines[3].endswith("18.50 18.00")
+    assert lines[-2].endswith("damped persistence in 0 of 2, seasonal in 1 of 2.")
+    assert lines[-1].endswith("mean over targets and leads: 1.027")  # 19 / 18.5
 
 
 def test_undefined_scores_are_null_and_an_empty_field(tmp_path):

@@ -4,29 +4,35 @@ Training and the import of other programs' checkpoints build through the same fu
 """
 
 import dataclasses
+import logging
 import platform
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from topoflow.certificate import Certifier
 from topoflow.checkpoint.file import FORMAT
-from topoflow.checkpoint.state import capture_state
+from topoflow.checkpoint.state import capture_state, deliver
 from topoflow.config import Config
 from topoflow.config_io import config_to_dict
 from topoflow.data.assembly import SPLITS, ForecastData, open_forecast_data
-from topoflow.data.normalization import Normalization
-from topoflow.data.prepared.reader import PreparedIndex, index_prepared
+from topoflow.data.normalization import Base, Normalization
+from topoflow.data.prepared.reader import PreparedData, PreparedIndex, index_prepared
 from topoflow.data.sampling import BatchPlan
 from topoflow.errors import ConfigError, Refusal
 from topoflow.model.topoflow import TopoFlow, build_model
 from topoflow.optim import build_optimizer, build_scheduler
+from topoflow.physics.climatology import covers_the_year
+from topoflow.physics.persistence import DampedPersistence, fit_damped_persistence
 from topoflow.ranks import Context
 from topoflow.reduction import require_whole_subtrees
 from topoflow.reproducibility import describe_software, hash_sources
 from topoflow.text import format_table
 from topoflow.train_state import TrainData, TrainProgress, TrainState, total_steps
+
+log = logging.getLogger(__name__)
 
 
 def program_facts(config: Config) -> dict[str, str]:
@@ -128,8 +134,8 @@ def resolve(config: Config, data: ForecastData, plan: BatchPlan) -> Config:
     return dataclasses.replace(config, model=model, optim=optim)
 
 
-def build_normalization(data: ForecastData, context: Context) -> Normalization:
-    """Compute the constants over the training split on rank 0 and send them to all ranks.
+def build_normalization(config: Config, data: ForecastData, context: Context) -> Normalization:
+    """Compute the constants over the training split on rank 0, send them to all ranks, and fit the base of model.base.
 
     Raises:
         ConfigError, DataError: on every rank, see `ForecastData.build_normalization`.
@@ -138,12 +144,78 @@ def build_normalization(data: ForecastData, context: Context) -> Normalization:
     with context.together("normalization"):
         if context.is_main:
             constants = data.build_normalization(context.watch.tick).to_dict()
-    return Normalization.from_dict(context.broadcast_object(constants))
+    normalization = Normalization.from_dict(context.broadcast_object(constants))
+    if config.model.base == "none":
+        return normalization
+    fitted = fit_persistence(
+        context,
+        data.source,
+        data.target_names,
+        config.data.lead_times_hours,
+        data.times("train"),
+        data.splits["train"].starts,
+        context.watch.tick,
+    )
+    base = fitted[0]
+    if config.model.base == "seasonal":
+        base = fitted[-1]
+        if not base.climatology.is_seasonal:
+            log.warning(
+                "model.base: the training split does not cover the seasons of a year, so the base is damped "
+                "persistence about the climatology by hour of day"
+            )
+    arrays = {name: array.astype(np.float32) for name, array in base.arrays().items()}
+    return dataclasses.replace(normalization, base=DampedPersistence.from_arrays(arrays))
 
 
-def build_network(config: Config, data: ForecastData) -> TopoFlow:
-    """Build the network for these data on CPU, with its initial weights."""
-    return build_model(
+def fit_persistence(
+    context: Context,
+    source: PreparedData,
+    targets: Sequence[str],
+    lead_times_hours: Sequence[int],
+    training_times: np.ndarray,
+    training_starts: np.ndarray,
+    on_progress: Callable[[], None],
+) -> list[DampedPersistence]:
+    """Fit damped persistence about the hourly climatology and, if the training split covers the year, the seasonal one.
+
+    Each rank fits some of the targets; the result does not depend on the number of ranks.
+    """
+    with context.together("fitting climatology and persistence"):
+        fitted = fit_damped_persistence(
+            source,
+            targets,
+            lead_times_hours,
+            training_times,
+            training_starts,
+            source.mask,
+            seasonal=covers_the_year(source.times[training_times]),
+            only=targets[context.rank :: context.world_size],
+            on_progress=on_progress,
+        )
+    for damped in fitted:
+        for name, array in damped.arrays().items():
+            if name != "lead_times_hours":
+                context.all_reduce_sum(torch.from_numpy(array))
+    return fitted
+
+
+def restore_normalization(saved: dict[str, Any], context: Context) -> Normalization:
+    """Return what the `data` of a checkpoint hold, on every rank; only on rank 0 do its tensors have contents."""
+    normalization = Normalization.from_dict(saved["normalization"])
+    if "base" not in saved:
+        return normalization
+    arrays = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in saved["base"].items()}
+    device = context.device
+    pairs = [(saved["base"][name], array.to(device)) for name, array in arrays.items()]
+    deliver(context, pairs)
+    base = {name: pair[1].cpu().numpy() for name, pair in zip(arrays, pairs, strict=True)}
+    return dataclasses.replace(normalization, base=DampedPersistence.from_arrays(base))
+
+
+def build_network(config: Config, data: ForecastData, base: Base | None) -> TopoFlow:
+    """Build the network for these data and this base on CPU, with its initial weights."""
+    model = build_model(
         config.model,
         data.input_names,
         data.target_names,
@@ -153,12 +225,15 @@ def build_network(config: Config, data: ForecastData) -> TopoFlow:
         activation_checkpointing=config.train.activation_checkpointing,
         flex_attention=config.train.flex_attention,
     )
+    if config.model.tokens == "with_data" and base is not None:
+        model.keep_patches(base.known & data.source.mask)
+    return model
 
 
-def build_state(config: Config, data: ForecastData, plan: BatchPlan, context: Context) -> TrainState:
+def build_state(config: Config, data: ForecastData, base: Base | None, plan: BatchPlan, context: Context) -> TrainState:
     """Build network, optimizer and scheduler as they are before the first step of a new run."""
     with context.together("model"):
-        model = build_network(config, data)
+        model = build_network(config, data, base)
     model.to(context.device)
     for buffer in model.buffers():  # derived from the grid with arithmetic that may differ between machines
         context.broadcast_tensor(buffer)
@@ -189,6 +264,8 @@ def capture_with(
 ) -> Callable[[], dict[str, Any]]:
     """Return a function that captures the content of a checkpoint; its tensors are those of the live state."""
     state, normalization = certifier.state, certifier.data.train.normalization
+    arrays = normalization.base.arrays() if normalization.base else {}
+    base = {name: torch.from_numpy(array) for name, array in arrays.items()}
     constant = {
         "format": FORMAT,
         "random": {"seed": config.run.seed, "keyed_by": "(seed, purpose, step, micro-batch index in the global batch)"},
@@ -198,6 +275,7 @@ def capture_with(
             "grid": data.grid.to_dict(),
             "normalization": normalization.to_dict(),
             "normalization_fingerprint": normalization.fingerprint,
+            **({"base": base} if base else {}),
         },
         "config": config_to_dict(config),
         "software": {**describe_software(context.device), "world_size": context.world_size},

@@ -114,6 +114,8 @@ class DataConfig:
     it."""
     normalization: Literal["train"] | dict[str, tuple[float, float]] = key("train", alters=CHANNELS)
     """`train`: mean and standard deviation over the training split; or {variable: [mean, standard deviation]}."""
+    anomalies: bool = key(False, alters=CHANNELS)
+    """Give the network the targets among its inputs as differences from their climatology; needs a model.base."""
     availability: bool = key(False, alters=CHANNELS)
     """Add the input `available`: the fraction of the dynamic input variables that have a value in the cell."""
 
@@ -164,6 +166,13 @@ class ModelConfig:
     published program did), else all."""
     drop_path: float = key(0.1, alters=MATHEMATICS)
     """Stochastic depth: rate of the last block; it rises linearly from 0 at the first."""
+    base: Literal["none", "damped", "seasonal"] = key("none", alters=CHANNELS | NETWORK)
+    """Forecast in closed form to which the network adds: damped persistence about the climatology of each cell by hour
+    of day (damped), or by hour of day and season, where the training split covers the year (seasonal)."""
+    tokens: Literal["all", "with_data"] = key("all", alters=NETWORK)
+    """Patches that are computed. with_data: those with a cell where a target was observed in training (needs a base);
+    elsewhere the forecast is the base's, and attention sees no such patch. Gridded stations train several times faster.
+    """
     wind: Literal["none", "rank", "legacy_regional"] = key("rank", alters=NETWORK | NAMES)
     """rank: tokens get an embedding of their rank along the mean wind; none: no wind. legacy_regional: tokens sorted
     within regions, for imported weights of the published program's predecessor (128 x 256 cells, patch_size 2)."""
@@ -185,6 +194,9 @@ class ModelConfig:
         _require(self, "embed_dim", self.embed_dim % heads == 0, f"a multiple of model.num_heads = {heads}")
         _require(self, "embed_dim", self.embed_dim % 4 == 0, "a multiple of 4 (2-D sin-cos positions)")
         _require(self, "mlp_ratio", self.mlp_ratio > 0, "a number > 0")
+        _require(self, "tokens", self.tokens == "all" or self.base != "none", "all with model.base=none")
+        plain = not (self.relative_position or self.wind == "legacy_regional")
+        _require(self, "tokens", self.tokens == "all" or plain, "all with relative_position or wind=legacy_regional")
         for key in ("drop_rate", "attn_drop_rate", "drop_path"):
             _require(self, key, 0 <= getattr(self, key) < 1, "a number from 0 to below 1")
         _require(self, "elevation_alpha_init", self.elevation_alpha_init >= 0, "a number >= 0")
@@ -350,7 +362,8 @@ class Config:
 
     def __post_init__(self):
         has_wind = {"u", "v"} <= set(self.data.variables)
-        wind = self.model.wind
+        wind, anomalies = self.model.wind, self.data.anomalies
+        _require(self.data, "anomalies", not anomalies or self.model.base != "none", "false with model.base=none")
         _require(self.data, "variables", wind == "none" or has_wind, f"u and v among them for model.wind={wind}")
         validates = not self.checkpoint.validate_on_resume or len(self.data.validation) > 0
         _require(self.checkpoint, "validate_on_resume", validates, "a data.validation split to validate on")

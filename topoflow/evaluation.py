@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from topoflow.baselines import BLOCK_HOURS, Baselines, contiguous_blocks, fit_baselines, hour_of_day
+from topoflow.baselines import Baselines
+from topoflow.build import fit_persistence
 from topoflow.config import TrainConfig
 from topoflow.data.assembly import ForecastData
 from topoflow.data.batch import Batch, Layout, make_batch
@@ -21,7 +22,8 @@ from topoflow.data.sampling import build_eval_loader
 from topoflow.data.variables import known_or_plain
 from topoflow.errors import ConfigError, RunDirectoryError, StopRequested
 from topoflow.forecast_case import ForecastCase
-from topoflow.metrics import Record, ScoreSums, format_scores, write_scores
+from topoflow.metrics import DAMPED, Record, ScoreSums, format_scores, write_scores
+from topoflow.physics.climatology import BLOCK_HOURS, contiguous_blocks
 from topoflow.ranks import Context
 
 log = logging.getLogger(__name__)
@@ -89,13 +91,14 @@ class PhysicalSamples(torch.utils.data.Dataset):
     """A ForecastDataset whose samples also contain the targets in the units of the data, NaN where missing.
 
     `present` holds them at the start and `observed` at the lead, float32 [T, H, W] each, so that scores compare with
-    the measured values and not with values normalized and denormalized again.
+    the measured values and not with values normalized and denormalized again. With a base, `mean` holds its forecast.
     """
 
     def __init__(self, dataset: ForecastDataset):
         self.dataset = dataset
         shape = (len(dataset.target_names), *dataset.data.grid.shape)
-        self.layout: Layout = {**dataset.layout, "present": (torch.float32, shape), "observed": (torch.float32, shape)}
+        names = ("present", "observed", *(("mean",) if dataset.base else ()))
+        self.layout: Layout = {**dataset.layout, **dict.fromkeys(names, (torch.float32, shape))}
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -105,7 +108,7 @@ class PhysicalSamples(torch.utils.data.Dataset):
 
     def fill(self, indices: Sequence[int], batch: Batch) -> None:
         """Write the samples `indices` into `batch`."""
-        self.dataset.fill(indices, {name: batch[name] for name in self.dataset.layout})
+        self.dataset.fill(indices, {name: batch[name] for name in (*self.dataset.layout, "mean") if name in batch})
         for row, i in enumerate(indices):
             start, target, _ = self.dataset.positions(i)
             for name, position in (("present", start), ("observed", target)):
@@ -156,22 +159,11 @@ class Evaluator:
             raise StopRequested(f"stopped by {name} during the evaluation; the next start repeats it")
 
     def fit_baselines(self, training_times: np.ndarray, training_starts: np.ndarray) -> Baselines:
-        """Fit the baselines, each rank some of the targets; see `topoflow.baselines.fit_baselines`."""
-        context, dataset = self.context, self.dataset
-        with context.together("fitting the baselines"):
-            baselines = fit_baselines(
-                dataset.data,
-                dataset.target_names,
-                dataset.lead_times_hours,
-                training_times,
-                training_starts,
-                dataset.data.mask,
-                only=dataset.target_names[context.rank :: context.world_size],
-                on_progress=self.report_progress_or_stop,
-            )
-        for array in (baselines.climatology, baselines.filled, baselines.slope):
-            context.all_reduce_sum(torch.from_numpy(array))
-        return baselines
+        """Fit the baselines on the training split."""
+        dataset, report = self.dataset, self.report_progress_or_stop
+        names, leads = dataset.target_names, dataset.lead_times_hours
+        fitted = fit_persistence(self.context, dataset.data, names, leads, training_times, training_starts, report)
+        return Baselines(fitted[0], fitted[1] if len(fitted) > 1 else None)
 
     def sum_observations(self) -> np.ndarray:
         """Return sum and number of observations, in the units of the data: float64 [2, starts, leads, targets].
@@ -207,8 +199,8 @@ class Evaluator:
         units = {variable.name: variable.display_unit for variable in variables}
         total, count = observed.sum(axis=1)  # [leads, targets]
         mean = scale[:, :, 0] * (total / np.maximum(count, 1)).T
-        sums = ScoreSums(len(dataset.starts), dataset.target_names, dataset.lead_times_hours, units, mean)
-        hours = hour_of_day(dataset.data.times)
+        damped = DAMPED if baselines.seasonal is not None else DAMPED[:1]
+        sums = ScoreSums(len(dataset.starts), dataset.target_names, dataset.lead_times_hours, units, mean, damped)
         loader = build_eval_loader(
             PhysicalSamples(dataset), self.batch_size, context.rank, context.world_size, self.threads
         )
@@ -218,14 +210,10 @@ class Evaluator:
             for batch, forecast in self.forecasts(batch for _, batch in progress):
                 self.report_progress_or_stop()
                 samples = batch["index"].numpy()
-                starts, lead_hours = start_and_lead(dataset, samples)
-                lead = samples % len(dataset.lead_times_hours)
-                baseline_forecasts, filled = baselines.forecast(
-                    batch["present"].double().numpy(), hours[starts], lead, lead_hours
-                )
+                baseline_forecasts, filled = forecast_baselines(baselines, dataset, batch)
                 sums.add(
                     samples,
-                    scale * self.to_physical(forecast),
+                    scale * self.to_physical(forecast, batch),
                     scale * batch["observed"].double().numpy(),
                     batch["valid"].numpy(),
                     {name: scale * values for name, values in baseline_forecasts.items()},
@@ -256,14 +244,13 @@ class Evaluator:
         self.model.train(was_training)
         return HostCopy(normalized)
 
-    def to_physical(self, forecast: HostCopy) -> np.ndarray:
-        """Return forecasts [B, T, H, W] in the units of the data, float64; waits for the copy.
+    def to_physical(self, forecast: HostCopy, batch: Batch) -> np.ndarray:
+        """Return forecasts [B, T, H, W] of a batch in the units of the data, float64; waits for the copy.
 
         Negative concentrations are kept as the network gives them.
         """
-        values = forecast.wait().double().numpy()
-        names, denormalize = self.dataset.target_names, self.dataset.normalization.denormalize
-        return np.stack([denormalize(name, values[:, t]) for t, name in enumerate(names)], axis=1)
+        mean = batch["mean"].double().numpy() if "mean" in batch else None
+        return self.dataset.denormalize(forecast.wait().double().numpy(), mean)
 
     def select_case(self, baselines: Baselines, observed: np.ndarray) -> ForecastCase | None:
         """Return the forecast with the highest observed mean, None if the target was never observed.
@@ -279,10 +266,11 @@ class Evaluator:
             return None
         row = int(np.where(count >= count.max() / 2, total / np.maximum(count, 1), -np.inf).argmax())
         sample = PhysicalSamples(dataset)[row * len(leads) + k]
-        forecast = self.to_physical(self.forward(torch.utils.data.default_collate([sample])))[0, t]
+        batch = torch.utils.data.default_collate([sample])
+        forecast = self.to_physical(self.forward(batch), batch)[0, t]
         truth = np.where(sample["valid"][t].numpy(), sample["observed"][t].double().numpy(), np.nan)
         # leave out cells that the network could not learn: the target was never observed there in training
-        known = data.mask & (baselines.filled[t] == 0).any(axis=0)
+        known = data.mask & (baselines.hourly.climatology.filled[t] == 0).any(axis=0)
         variable, start = known_or_plain(names[t], data.units[names[t]]), int(dataset.starts[row])
         return ForecastCase(
             lat2d=data.grid.lat2d,
@@ -298,7 +286,15 @@ class Evaluator:
         )
 
 
-def start_and_lead(dataset: ForecastDataset, index: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the start's position in the source's times and the lead time in hours of sample(s) `index`."""
-    leads = np.asarray(dataset.lead_times_hours)
-    return dataset.starts[index // len(leads)], leads[index % len(leads)]
+def forecast_baselines(
+    baselines: Baselines, dataset: ForecastDataset, batch: Batch
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Return `Baselines.forecast` of each sample of a batch, stacked along a new first dimension."""
+    times, forecasts, filled = dataset.data.times, [], []
+    for present, index in zip(batch["present"].double().numpy(), batch["index"].tolist(), strict=True):
+        start, target, _ = dataset.positions(index)
+        lead = index % len(dataset.lead_times_hours)
+        forecast, is_filled = baselines.forecast(present, times[start], times[target], lead)
+        forecasts.append(forecast)
+        filled.append(is_filled)
+    return {name: np.stack([forecast[name] for forecast in forecasts]) for name in forecasts[0]}, np.stack(filled)

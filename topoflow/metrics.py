@@ -19,6 +19,9 @@ from topoflow.errors import TrainingDiverged
 from topoflow.files import write_atomically
 from topoflow.text import format_table
 
+DAMPED = ("damped_persistence", "seasonal_damped_persistence")
+"""Baselines that start from the present value and from a climatology; all but the first may be absent."""
+
 COLUMNS = (
     "scored",  # number of times the sample was added: 1
     "not_finite",  # NaN or infinite forecasts where an observation counts
@@ -41,7 +44,7 @@ COLUMNS = (
     "persistence_squared_error",
     "present_climatology_n",
     "present_climatology_squared_error",
-    "damped_persistence_squared_error",
+    *(f"{name}_squared_error" for name in DAMPED),
 )
 
 ROUNDING = 1e-13
@@ -62,11 +65,17 @@ class ScoreSums:
         lead_times_hours: Sequence[int],
         units: Mapping[str, str],
         observed_mean: np.ndarray,
+        damped: Sequence[str] = DAMPED[:1],
     ):
-        """Start at zero; `observed_mean` [targets, leads]: mean of all observations that count, in `units`."""
+        """Start at zero.
+
+        Args:
+            observed_mean: [targets, leads], mean of all observations that count, in `units`.
+            damped: those of DAMPED that there are.
+        """
         assert observed_mean.shape == (len(targets), len(lead_times_hours)), observed_mean.shape
         self.targets, self.lead_times_hours, self.units = tuple(targets), tuple(lead_times_hours), dict(units)
-        self.observed_mean = observed_mean.astype(np.float64)
+        self.observed_mean, self.damped = observed_mean.astype(np.float64), tuple(damped)
         self.rows = np.zeros((num_starts * len(self.lead_times_hours), len(self.targets), len(COLUMNS)))
 
     def add(
@@ -84,7 +93,7 @@ class ScoreSums:
             samples: sample indices, int64 [B].
             forecast, observed: [B, T, H, W] float64, in the units of `observed_mean`.
             valid: [B, T, H, W] bool, which observations count.
-            baselines: {persistence, climatology, damped_persistence}: [B, T, H, W] float64 each, NaN where missing.
+            baselines: {persistence, climatology and those of `damped`}: [B, T, H, W] float64 each, NaN where missing.
             filled: [B, T, H, W] bool, where the climatology is not the cell's own.
         """
         shift = self.observed_mean[:, samples % len(self.lead_times_hours)].T[:, :, None, None]
@@ -122,11 +131,11 @@ class ScoreSums:
             "persistence_squared_error": squared_error_of("persistence", present),
             "present_climatology_n": has_both,
             "present_climatology_squared_error": squared_error_of("climatology", has_both),
-            "damped_persistence_squared_error": squared_error_of("damped_persistence", has_both),
         }
-        for column, name in enumerate(COLUMNS[1:], start=1):
+        values |= {f"{name}_squared_error": squared_error_of(name, has_both) for name in self.damped}
+        for name, of_cells in values.items():
             # each sum runs over one contiguous row of cells, so that batches do not change the order of additions
-            self.rows[samples, :, column] += values[name].reshape(*forecast.shape[:2], -1).sum(axis=-1)
+            self.rows[samples, :, COLUMNS.index(name)] += of_cells.reshape(*forecast.shape[:2], -1).sum(axis=-1)
         self.rows[samples, :, 0] += 1
 
     def finish(self) -> list[dict[str, object]]:
@@ -147,7 +156,8 @@ class ScoreSums:
                         f"evaluation: {int(sums['not_finite'])} forecasts of {target} at {lead} h are not finite"
                     )
                 head = {"target": target, "lead_hours": lead, "unit": self.units[target]}
-                records.append(head | scores_of(sums, float(self.observed_mean[t, k])))
+                scores = scores_of(sums, float(self.observed_mean[t, k]))
+                records.append(head | scores | {f"{name}_rmse": None for name in DAMPED if name not in self.damped})
         return records
 
 
@@ -179,7 +189,7 @@ def scores_of(sums: Mapping[str, float], observed_mean: float) -> dict[str, obje
         "fac2": _ratio(sums["within_factor_2"], n),
         "persistence_rmse": _root(_ratio(sums["persistence_squared_error"], present)),
         "climatology_rmse": _root(_ratio(sums["climatology_squared_error"], sums["climatology_n"])),
-        "damped_persistence_rmse": _root(_ratio(sums["damped_persistence_squared_error"], both)),
+        **{f"{name}_rmse": _root(_ratio(sums[f"{name}_squared_error"], both)) for name in DAMPED},
         "n_where_present": int(present),
         "rmse_where_present": _root(_ratio(sums["present_squared_error"], present)),
         "climatology_rmse_where_present": _root(_ratio(sums["present_climatology_squared_error"], both)),
@@ -227,31 +237,51 @@ COMPARED = (
     ("persistence", "persistence_rmse", "rmse_where_present"),
     ("climatology", "climatology_rmse", "rmse"),
     ("damped persistence", "damped_persistence_rmse", "rmse_where_present"),
+    ("seasonal", "seasonal_damped_persistence_rmse", "rmse_where_present"),
 )
 
 
 def format_scores(records: Sequence[Record]) -> str:
-    """Return a table of the RMSE of model and baselines per target and lead, and the number of wins of the model."""
+    """Return a table of the RMSE of model and baselines per target and lead, and the number of wins of the model.
+
+    Baselines without any score are left out.
+    """
+    compared = [item for item in COMPARED if any(record[item[1]] is not None for record in records)]
     rows = []
     for record in records:
         decimals = 3 if record["rmse"] is not None and record["rmse"] < 1 else 2
         first = record["lead_hours"] == records[0]["lead_hours"]
         name, unit = (known_or_plain(record["target"]).long_name, record["unit"]) if first else ("", "")
         cells = [_number(record[key], decimals) for key in ("rmse", "rmse_where_present")]
-        for _, baseline, model in COMPARED:
+        for _, baseline, model in compared:
             cells.append(_number(record[baseline], decimals) + ("+" if beats(record, baseline, model) else " "))
         rows.append((name, unit, f"{record['lead_hours']} h", *cells))
     wins = [
         f"{label} in {sum(beats(record, baseline, model) for record in records)} of {len(records)}"
-        for label, baseline, model in COMPARED
+        for label, baseline, model in compared
     ]
     lines = [
         "RMSE of the model and of each baseline; + marks a baseline that the model beats on the same samples",
-        *format_table(("target", "unit", "lead", "model", "model*", *(f"{label} " for label, *_ in COMPARED)), rows),
-        "* model, on the samples of persistence and damped persistence: where the present value exists",
+        *format_table(("target", "unit", "lead", "model", "model*", *(f"{label} " for label, *_ in compared)), rows),
+        "* model, on the samples of the baselines but climatology: where the present value exists",
+        "seasonal: damped persistence about a climatology with a cycle of the year" if len(compared) > 3 else "",
         f"The model beats {', '.join(wins)}.",
     ]
-    return "\n".join(lines)
+    ratio = mean_ratio(records)
+    if ratio is not None:
+        lines.append(f"RMSE of the model over that of damped persistence, mean over targets and leads: {ratio:.3f}")
+    return "\n".join(line for line in lines if line)
+
+
+def mean_ratio(records: Sequence[Record], baseline: str = "damped_persistence_rmse") -> float | None:
+    """Return the mean over targets and leads of the model's RMSE over a baseline's, on the same samples.
+
+    None if one of them is not defined, or zero.
+    """
+    pairs = [(record["rmse_where_present"], record[baseline]) for record in records]
+    if any(model is None or not other for model, other in pairs):
+        return None
+    return math.fsum(model / other for model, other in pairs) / len(pairs)
 
 
 def beats(record: Record, baseline: str, model: str) -> bool:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from topoflow.build import resolve
+from topoflow.build import resolve, restore_normalization
 from topoflow.certificate import Certifier, Proof
 from topoflow.checkpoint.directory import CheckpointDirectory, find_checkpoint
 from topoflow.checkpoint.file import read_checkpoint, verify_checkpoint
@@ -43,8 +43,8 @@ class NewRun:
         """
         return resolve(config, data, plan)
 
-    def saved_normalization(self, config: Config) -> Normalization | None:
-        """Return the constants that the weights were trained with; None if they must be computed."""
+    def saved_normalization(self, config: Config, context: Context) -> Normalization | None:
+        """Return the constants and the base that the weights were trained with; None if they must be computed."""
         return None
 
     def restore(self, state: TrainState, context: Context) -> None:
@@ -96,7 +96,7 @@ class FineTune(NewRun):
             )  # fmt: skip
         return resolve(config, data, plan)
 
-    def saved_normalization(self, config: Config) -> None:
+    def saved_normalization(self, config: Config, context: Context) -> None:
         """Say which constants the run uses: those of its own config and data."""
         if config.data.normalization == "train":
             log.info(
@@ -192,11 +192,11 @@ class Resume(NewRun):
                 "expected sizes that fit, or a checkpoint from the end of an epoch"
             )
 
-    def saved_normalization(self, config: Config) -> Normalization | None:
+    def saved_normalization(self, config: Config, context: Context) -> Normalization | None:
         """Return the checkpoint's constants, even for other data; None if channels or data.normalization changed."""
         if combined_effect(changed_keys(self.saved["config"], config)) & CHANNELS:
             return None
-        return Normalization.from_dict(self.saved["data"]["normalization"])
+        return restore_normalization(self.saved["data"], context)
 
     def restore(self, state: TrainState, context: Context) -> None:
         """Restore weights, moments, rates, scheduler and progress on every rank."""

@@ -229,3 +229,48 @@ def test_wrong_geometry_is_refused():
     for centres in ([0.0] * 23, [0.0] * 23 + [float("nan")]):
         with pytest.raises(ValueError, match=r"patch_y_km: shape .*, expected 24 finite numbers"):
             build_model(config, INPUTS, TARGETS, (8, 12), [0.0] * 24, centres, 0)
+
+
+@pytest.mark.parametrize("options", [{}, {"wind": "rank", "terrain": "endpoint"}])
+def test_patches_without_data_are_not_computed_and_not_attended_to(batch, monkeypatch, options):
+    model = randomize(build(**{"wind": "none", "terrain": "none", **options})).eval()
+    x, leads, elevation_m, wind_ms = batch
+    everywhere = model(*batch)
+    cells = torch.zeros(8, 12, dtype=torch.bool)
+    cells[0, 0] = cells[3, 4:6] = cells[7, 11] = True
+    model.keep_patches(cells.numpy())
+    kept = torch.zeros(8, 12, dtype=torch.bool)
+    kept[0:2, 0:2] = kept[2:4, 4:6] = kept[6:8, 10:12] = True
+    output = model(*batch)
+    assert output[:, :, ~kept].eq(0).all()
+    assert output[:, :, kept].ne(0).all()
+    other = torch.where(kept, x, 100 * torch.randn_like(x))
+    assert torch.equal(model(other, leads, elevation_m, wind_ms), output)
+    assert not torch.allclose(everywhere[:, :, kept], output[:, :, kept])
+    if model.config.terrain == "none":  # the whole network, with keys of other patches hidden by an independent mask
+        plain, tokens = F.scaled_dot_product_attention, kept[::2, ::2].flatten()
+        monkeypatch.setattr(
+            F,
+            "scaled_dot_product_attention",
+            lambda q, k, v, **more: plain(q, k, v, attn_mask=tokens[None, None, None]),
+        )
+        whole = randomize(build(**{"wind": "none", "terrain": "none", **options})).eval()
+        assert torch.allclose(whole(*batch)[:, :, kept], output[:, :, kept], atol=1e-5)
+
+
+def test_keeping_all_patches_changes_nothing(batch):
+    model = randomize(build()).eval()
+    before = model(*batch)
+    model.keep_patches(torch.ones(8, 12, dtype=torch.bool).numpy())
+    assert torch.equal(model(*batch), before)
+    assert "kept" not in model.state_dict()
+
+
+def test_keeping_no_patch_is_refused():
+    with pytest.raises(ValueError, match="expected at least one"):
+        build().keep_patches(torch.zeros(8, 12, dtype=torch.bool).numpy())
+
+
+def test_a_network_with_a_base_starts_at_zero(batch):
+    assert build(base="damped")(*batch).eq(0).all()
+    assert build()(*batch).ne(0).all()

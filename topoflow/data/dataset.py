@@ -6,11 +6,13 @@ import numpy as np
 import torch
 
 from topoflow.config import DataConfig
+from topoflow.data.anomalies import PresentAnomalies
 from topoflow.data.batch import Batch, Layout, make_batch
 from topoflow.data.channels import input_channels, input_names
 from topoflow.data.inputs import InputReader, runs, zero_nan
 from topoflow.data.normalization import Normalization
 from topoflow.data.prepared.reader import PreparedData
+from topoflow.errors import ConfigError
 
 
 class ForecastDataset(torch.utils.data.Dataset):
@@ -18,7 +20,7 @@ class ForecastDataset(torch.utils.data.Dataset):
 
     Arguments: the data; the normalization of all inputs and targets; starts, int64 [n], positions in data.times, each
     with a complete window about it; the data section; with_wind, to add the wind of the whole field in m/s. layout: of
-    one sample, see `__getitem__`.
+    one sample, see `__getitem__`. Raises ConfigError for other lead times than those of the base.
     """
 
     def __init__(
@@ -36,8 +38,18 @@ class ForecastDataset(torch.utils.data.Dataset):
         self.lead_times_hours = tuple(config.lead_times_hours)
         self.input_names = input_names(config)
         self.target_names = tuple(config.targets)
-        self._inputs = InputReader(data, normalization, input_channels(config), with_wind)
+        self.base = normalization.base
+        self._anomalies = None if self.base is None else PresentAnomalies(data, self.target_names, self.base)
+        as_anomalies = self.target_names if config.anomalies else ()
+        self._inputs = InputReader(data, normalization, input_channels(config), with_wind, as_anomalies)
         self._target_mean, self._target_std = normalization.constants(self.target_names)
+        if self.base is not None:
+            fitted = [int(hours) for hours in self.base.lead_times_hours]
+            if fitted != list(self.lead_times_hours):
+                raise ConfigError(
+                    f"data.lead_times_hours: {list(self.lead_times_hours)}: expected {fitted}, those of the base"
+                )
+            self._target_std = self.base.deviation.astype(np.float32)[:, None, None]
         # in the order in which they lie, so that the data may give a view of them
         self._lead_names = tuple(name for name in data.dynamic if name in self.target_names)
         fields = {row: self._lead_names.index(name) for row, name in enumerate(self.target_names)}
@@ -66,21 +78,40 @@ class ForecastDataset(torch.utils.data.Dataset):
     def fill(self, indices: Sequence[int], batch: Batch) -> None:
         """Write the samples `indices` into `batch`, whose tensors are as `layout` says with a new first dimension.
 
-        Inputs of one start are made once for all its leads in the batch.
+        Inputs of one start are made once for all its leads in the batch. If the batch has a `mean` [B, T, H, W] too, it
+        gets the forecast of the base, from which y is the difference.
         """
         arrays = {name: values.numpy() for name, values in batch.items()}
         x, y, valid, leads = (arrays[name] for name in ("x", "y", "valid", "lead_time_hours"))
         wind = arrays["wind_ms"] if self.with_wind else np.empty((len(indices), 0), np.float32)
         arrays["index"][:] = indices
-        made: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        made: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray | None]] = {}
         for row, i in enumerate(indices):
             start, target, leads[row] = self.positions(i)
             if start in made:
-                x[row], wind[row] = made[start]
+                x[row], wind[row], anomaly = made[start]
             else:
-                self._inputs.fill(start, x[row], wind[row])
-                made[start] = x[row], wind[row]
-            self._fill_targets(target, y[row], valid[row])
+                anomaly = None if self._anomalies is None else self._anomalies.at(start)
+                self._inputs.fill(start, x[row], wind[row], anomaly)
+                made[start] = x[row], wind[row], anomaly
+            mean = self._target_mean if anomaly is None else self._base_forecast(i, target, anomaly)
+            if "mean" in arrays:
+                arrays["mean"][row] = mean
+            self._fill_targets(target, mean, y[row], valid[row])
+
+    def _base_forecast(self, i: int, target: int, anomaly: np.ndarray) -> np.ndarray:
+        assert self.base is not None
+        return self.base.forecast(anomaly, self.data.times[target], int(i) % len(self.lead_times_hours))
+
+    def denormalize(self, values: np.ndarray, mean: np.ndarray | None) -> np.ndarray:
+        """Return what normalized `values` [B, T, H, W] are in the units of the data.
+
+        mean: that of the batch, as `fill` writes it; needed with a base only.
+        """
+        if self.base is not None:
+            return values * self.base.deviation[:, None, None] + mean
+        names, denormalize = self.target_names, self.normalization.denormalize
+        return np.stack([denormalize(name, values[:, t]) for t, name in enumerate(names)], axis=1)
 
     def positions(self, i: int) -> tuple[int, int, int]:
         """Return the positions of start and target of sample i in the data's times, and its lead in hours."""
@@ -106,13 +137,13 @@ class ForecastDataset(torch.utils.data.Dataset):
         }
         return {**layout, "wind_ms": (torch.float32, self._inputs.wind_shape)} if self.with_wind else layout
 
-    def _fill_targets(self, position: int, y: np.ndarray, valid: np.ndarray) -> None:
-        """y and valid [T, H, W] of the targets at `position` in the data's times."""
+    def _fill_targets(self, position: int, mean: np.ndarray, y: np.ndarray, valid: np.ndarray) -> None:
+        """y and valid [T, H, W] of the targets at `position` in the data's times, as differences from `mean`."""
         fields = self.data.at(self._lead_names, position)
         for rows, of_fields in self._target_runs:
             values, counts = y[rows], valid[rows]
             np.equal(fields[of_fields], fields[of_fields], out=counts)  # a NaN is not
-            np.subtract(fields[of_fields], self._target_mean[rows], out=values)
+            np.subtract(fields[of_fields], mean[rows], out=values)
             np.divide(values, self._target_std[rows], out=values)
             zero_nan(values)
             if self._mask_bits is not None:

@@ -25,13 +25,21 @@ class InputReader:
         normalization: of the variables of all channels.
         channels: in the order of the network.
         with_wind: whether to read the wind of the whole field in m/s.
+        as_anomalies: targets whose channels are anomalies over their deviation, by the base of the normalization.
 
     Attributes:
         shape: of the inputs of one start, (V, H, W).
         wind_shape: (2 or 0, H, W).
     """
 
-    def __init__(self, data: PreparedData, normalization: Normalization, channels: Sequence[Channel], with_wind: bool):
+    def __init__(
+        self,
+        data: PreparedData,
+        normalization: Normalization,
+        channels: Sequence[Channel],
+        with_wind: bool,
+        as_anomalies: Sequence[str] = (),
+    ):
         self._data, self._normalization = data, normalization
         self.shape = (len(channels), *data.grid.shape)
         self.wind_shape = (2 if with_wind else 0, *data.grid.shape)
@@ -42,6 +50,14 @@ class InputReader:
         self._available = names.index("available") if "available" in names else None
         self._clock = [(row, name) for row, name in enumerate(names) if name.startswith(("hour_", "day_"))]
         self._static = [row for row, name in enumerate(names) if name in data.static_fields]
+        self._base = normalization.base if as_anomalies else None
+        # by hour: rows of a sample, the variables in them, and their places among the targets
+        self._anomalies: dict[int, tuple[list[int], tuple[str, ...], list[int]]] = {}
+        for row, channel in enumerate(channels):
+            if channel.variable in as_anomalies:
+                rows, held, places = self._anomalies.get(channel.hours, ([], (), []))
+                place = list(as_anomalies).index(channel.variable)
+                self._anomalies[channel.hours] = [*rows, row], (*held, channel.variable), [*places, place]
         self._template = np.zeros(self.shape, np.float32)
         for row in self._static:
             self._template[row] = np.nan_to_num(normalization.normalize(names[row], data.static(names[row])))
@@ -57,12 +73,13 @@ class InputReader:
             if wind:
                 self._wind = [read.index(name) for name in wind]
 
-    def fill(self, start: int, x: np.ndarray, wind: np.ndarray) -> None:
+    def fill(self, start: int, x: np.ndarray, wind: np.ndarray, anomaly: np.ndarray | None = None) -> None:
         """Write the inputs of a forecast from position `start` of the data's times.
 
         Args:
             x: float32 [V, H, W], normalized; 0 (the mean) where missing.
             wind: float32 [2 or 0, H, W], m/s; a missing value is the mean of those present (0 without any).
+            anomaly: [T, H, W], that of the targets at the start (see `PresentAnomalies`), if channels are anomalies.
         """
         for row in self._static:
             x[row] = self._template[row]
@@ -76,6 +93,8 @@ class InputReader:
                 if self._available is not None:
                     absent = absent + np.isnan(values).sum(axis=0, dtype=np.float32)
                 zero_nan(values)
+            if steps * self._data.step_hours in self._anomalies:
+                self._fill_anomalies(start, steps, x, anomaly)
             if steps == 0:
                 for component, field in zip(wind, self._wind, strict=False):
                     _fill_wind(fields[field], component)
@@ -83,6 +102,16 @@ class InputReader:
             x[self._available] = 1 - absent / np.float32(self._n_dynamic)
         for row, name in self._clock:
             x[row] = _clock_value(name, self._data.times[start])
+
+    def _fill_anomalies(self, start: int, steps: int, x: np.ndarray, present: np.ndarray | None) -> None:
+        assert self._base is not None
+        assert present is not None
+        rows, names, places = self._anomalies[steps * self._data.step_hours]
+        anomaly = present[places]
+        if steps != 0:
+            usual = self._base.usual(self._data.times[start + steps])[places]
+            anomaly = np.nan_to_num(self._data.at(names, start + steps) - usual)
+        x[rows] = anomaly / self._base.deviation[places, None, None]
 
 
 def runs(fields: dict[int, int], cells: int) -> Runs:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -16,12 +17,48 @@ _BLOCK_BYTES = 32 * 2**20
 """Approximate size of one read when much is read in sequence."""
 
 
+class Base(Protocol):
+    """A forecast in closed form, from which the network learns the difference; see `topoflow.physics`.
+
+    deviation: of the anomalies of each target, [T], in the units of the data. known: bool [H, W], cells where a target
+    was observed in training, whatever the mask. lead_times_hours: [leads], those that it forecasts.
+    """
+
+    @property
+    def lead_times_hours(self) -> np.ndarray: ...
+
+    @property
+    def deviation(self) -> np.ndarray: ...
+
+    @property
+    def known(self) -> np.ndarray: ...
+
+    def usual(self, time: np.datetime64, places: np.ndarray | None = None) -> np.ndarray:
+        """Return the values [T, H, W] about which there are anomalies at a time.
+
+        places: positions in the T * H * W values; only those are returned.
+        """
+        ...
+
+    def forecast(self, anomaly: np.ndarray, target: np.datetime64, lead: int) -> np.ndarray:
+        """Return the forecast [T, H, W] for the time `target`, the lead with index `lead`; anomaly: at the start."""
+        ...
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return all that was fitted, by name."""
+        ...
+
+
 @dataclass(frozen=True)
 class Normalization:
-    """normalized = (physical - mean) / std, by variable name, in the units of the data."""
+    """normalized = (physical - mean) / std, by variable name, in the units of the data.
+
+    base: if there is one, targets are normalized by it instead: (physical - forecast of the base) / its deviation.
+    """
 
     mean: dict[str, float]
     std: dict[str, float]
+    base: Base | None = None
 
     def normalize(self, name: str, values):
         """Physical `values` of variable `name` (array or tensor of any shape) -> normalized, in the same precision."""
@@ -39,12 +76,15 @@ class Normalization:
 
     @property
     def fingerprint(self) -> str:
-        """Hex SHA-256 of all constants, to the bit."""
+        """Hex SHA-256 of all constants and of the base, to the bit."""
         exact = {name: (self.mean[name].hex(), self.std[name].hex()) for name in self.mean}
-        return hashlib.sha256(json.dumps(exact, sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(exact, sort_keys=True).encode())
+        for name, array in sorted(self.base.arrays().items() if self.base else ()):
+            digest.update(name.encode() + array.tobytes())
+        return digest.hexdigest()
 
     def to_dict(self) -> dict[str, list[float]]:
-        """{variable: [mean, standard deviation]}: plain values, in the form of data.normalization."""
+        """{variable: [mean, standard deviation]}: plain values, in the form of data.normalization; not the base."""
         return {name: [self.mean[name], self.std[name]] for name in self.mean}
 
     @classmethod

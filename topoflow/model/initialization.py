@@ -73,13 +73,16 @@ def _initial_value(
 
 
 @torch.no_grad()
-def initialize_weights(model: nn.Module, grid_size: tuple[int, int], seed: int) -> None:
+def initialize_weights(model: nn.Module, grid_size: tuple[int, int], seed: int, zero_output: bool = False) -> None:
     """Set all parameters of a TopoFlow on CPU except elevation_alpha, whose initial value is configured.
 
-    `grid_size` is (rows, columns) of patches.
+    `grid_size` is (rows, columns) of patches. zero_output: the last layer starts at 0, so that the network adds nothing
+    to its base.
     """
     embed_dim = model.get_parameter("pos_embed").shape[-1]
     for name, parameter in model.named_parameters():
         if not name.endswith(".elevation_alpha"):
             value = _initial_value(name, parameter, embed_dim, grid_size, _generator(seed, name))
             parameter.copy_(value.reshape(parameter.shape))
+    if zero_output:
+        list(model.get_submodule("head").parameters())[-2].zero_()  # weight, before the bias

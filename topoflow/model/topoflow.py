@@ -67,12 +67,25 @@ class TopoFlow(nn.Module):
         self.pos_drop = nn.Dropout(config.drop_rate)
         self.blocks = nn.ModuleList(self._build_block(index) for index in range(config.depth))
         self.norm = nn.LayerNorm(D)
+        self.kept: Tensor | None = None
         hidden = [layer for _ in range(config.decoder_depth) for layer in (nn.Linear(D, D), nn.GELU())]
         self.head = nn.Sequential(*hidden, nn.Linear(D, len(self.target_names) * p * p))
 
     @property
     def num_patches(self) -> int:
         return self.grid_size[0] * self.grid_size[1]
+
+    def keep_patches(self, cells: np.ndarray) -> None:
+        """Compute only the patches with one of `cells` (bool [H, W], any) from now on; the output of others is 0.
+
+        Raises:
+            ValueError: there is no such cell.
+        """
+        has_cell = split_patches(torch.from_numpy(cells)[None, None], self.config.patch_size).any(dim=(0, 2, 3))
+        if not has_cell.any():
+            raise ValueError("cells: expected at least one")
+        del self.kept
+        self.register_buffer("kept", has_cell.nonzero()[:, 0], persistent=False)
 
     def _patch_centres(self, name: str, centres_km: Sequence[float] | np.ndarray) -> Tensor:
         centres = torch.as_tensor(centres_km, dtype=torch.float64)
@@ -113,17 +126,19 @@ class TopoFlow(nn.Module):
         x = self._embed(x, lead_time_hours, wind_ms)  # [B, N, D]
         for index, block in enumerate(self.blocks):
             damped = index == 0 and self.config.terrain == "endpoint"
-            context = (patch_heights(elevation_m, self.config.patch_size),) if damped else ()
+            context = (self._keep(patch_heights(elevation_m, self.config.patch_size), 0),) if damped else ()
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, *context, use_reentrant=False)
             else:
                 x = block(x, *context)
         x = self.head(self.norm(x))  # [B, N, p*p*T]
+        if self.kept is not None:
+            x = x.new_zeros(x.shape[0], self.num_patches, x.shape[2]).index_copy(1, self.kept, x)
         return unpatchify(x, self.grid_size, self.config.patch_size)
 
     def _embed(self, x: Tensor, lead_time_hours: Tensor, wind_ms: Tensor | None) -> Tensor:
-        """Return the tokens [B, N, D] of the fields [B, V, H, W], in raster order."""
-        patches = split_patches(x, self.config.patch_size)  # [B, N, V, p*p]
+        """Return the tokens [B, N, D] of the fields [B, V, H, W], in raster order; only those kept."""
+        patches = self._keep(split_patches(x, self.config.patch_size), 1)  # [B, N, V, p*p]
         patches = F.pad(patches, (0, 1), value=1.0)  # the 1 that carries biases and variable embedding
         if isinstance(self.token_embeds, NormedPatchEmbedding):
             tokens = self.var_agg(self.var_query, self.token_embeds.tokens(patches, self.var_embed), None)
@@ -133,10 +148,14 @@ class TopoFlow(nn.Module):
             assert wind_ms is not None  # by _check_shapes
             tokens = scan_regionally(tokens, wind_ms)  # all later code treats them as tokens in raster order
         lead_time = self.lead_time_embed(lead_time_hours.unsqueeze(-1)).unsqueeze(1)  # [B, 1, D]
-        tokens = tokens + self.pos_embed + lead_time
+        tokens = tokens + self._keep(self.pos_embed, 1) + lead_time
         if self.config.wind == "rank":
-            tokens = tokens + self.wind_rank(wind_ms)
+            tokens = tokens + self._keep(self.wind_rank(wind_ms), 1)
         return self.pos_drop(tokens)
+
+    def _keep(self, tokens: Tensor, axis: int) -> Tensor:
+        """Return the kept ones of all patches, which lie along `axis`."""
+        return tokens if self.kept is None else tokens.index_select(axis, self.kept)
 
     def _check_shapes(self, x: Tensor, lead_time_hours: Tensor, elevation_m: Tensor, wind_ms: Tensor | None) -> None:
         if self.config.wind != "none" and wind_ms is None:
@@ -180,5 +199,5 @@ def build_model(
             activation_checkpointing,
             flex_attention,
         )
-    initialize_weights(model, model.grid_size, seed)
+    initialize_weights(model, model.grid_size, seed, zero_output=config.base != "none")
     return model

@@ -4,14 +4,13 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from topoflow.build import build_network, open_data
+from topoflow.build import build_network, open_data, restore_normalization
 from topoflow.checkpoint.directory import find_checkpoint
 from topoflow.checkpoint.state import deliver, plan_weights, read_everywhere
 from topoflow.config import CHANNELS, NETWORK, Config
 from topoflow.config_io import changed_keys, override_config, without_replaced
 from topoflow.data.contents import Contents
 from topoflow.data.grid import Grid
-from topoflow.data.normalization import Normalization
 from topoflow.errors import ConfigError
 from topoflow.evaluation import evaluate_model
 from topoflow.files import require_writable
@@ -66,16 +65,16 @@ def score_checkpoint(
                 f"data.path: {config.data.path} is elsewhere: {data.grid.describe()}: expected the place of {path}, "
                 f"whose weights know it: {Grid.from_dict(trained_at).describe()}"
             )
-        model = build_network(config, data)
     contents = saved["data"].get("contents")
     difference = Contents.from_dict(contents).difference(data.contents, all_days=False) if contents else None
     if difference is not None:
         log.warning("data.path: %s differs from the data used in training: %s", config.data.path, difference)
-    model.to(context.device)
+    normalization = restore_normalization(saved["data"], context)
+    with context.together("model"):
+        model = build_network(config, data, normalization.base).to(context.device)
     with context.together("restoring the weights"):
         restore = plan_weights(model, saved["model"])
     deliver(context, restore.pairs)
-    normalization = Normalization.from_dict(saved["data"]["normalization"])
     log.info("scoring %s on the %s split", path, split)
     return evaluate_model(context, model, data, normalization, split, config.train, output)
 

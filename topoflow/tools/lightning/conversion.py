@@ -22,7 +22,7 @@ from topoflow.config import Config, OptimConfig
 from topoflow.config_io import config_to_dict
 from topoflow.data.assembly import ForecastData, open_forecast_data
 from topoflow.data.sampling import BatchPlan
-from topoflow.errors import ResumeRefused, RunDirectoryError
+from topoflow.errors import ConfigError, ResumeRefused, RunDirectoryError
 from topoflow.files import require_writable
 from topoflow.ranks import Context
 from topoflow.run_dir import RunDirectory
@@ -73,6 +73,10 @@ def import_run(source: Path, config: Config, context: Context, choice: str | Non
     _require_empty(directory)
     existing = next(folder for folder in (directory.path, *directory.path.absolute().parents) if os.path.exists(folder))
     require_writable(existing)  # before the work; a refusal leaves no folder
+    if config.model.base != "none":
+        raise ConfigError(
+            f"model.base: {config.model.base}: expected none: imported weights forecast the values themselves"
+        )
     content = read_lightning(source)
     data = open_forecast_data(config.data, config.model.wind != "none", config.model.terrain != "none")
     plan = build_plan(config, data, context)
@@ -82,7 +86,7 @@ def import_run(source: Path, config: Config, context: Context, choice: str | Non
             optim = dataclasses.replace(config.optim, schedule_length=schedule["T_max"])
             config = dataclasses.replace(config, optim=optim)
         config = resolve(config, data, plan)
-        state = build_state(config, data, plan, context)
+        state = build_state(config, data, None, plan, context)
         conversion = convert(content, state, config, data, plan, choice)
         parts = (state.model, state.optimizer, state.scheduler)
         restored = restore_state(conversion.state, *parts, config.checkpoint.allow_new, conversion.rates_from_config)

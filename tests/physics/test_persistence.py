@@ -1,43 +1,25 @@
 """Compare baselines with loops that follow their definitions, and with the published table for China 2019."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 import xarray as xr
 
-from topoflow import baselines as module
-from topoflow.baselines import Baselines, contiguous_blocks, fit_baselines, hour_of_day
+from tests.support.fields import ArraySource, make_source
+from topoflow.baselines import Baselines
 from topoflow.data.splits import split_starts, split_times
 from topoflow.data.variables import POLLUTANTS
 from topoflow.metrics import ScoreSums
+from topoflow.physics import climatology as climatology_module
+from topoflow.physics import persistence as module
+from topoflow.physics.climatology import Climatology, contiguous_blocks, hour_of_day
+from topoflow.physics.persistence import DampedPersistence, fit_damped_persistence
 
 LEADS = (12, 24, 30)
 
 
-@dataclass
-class ArraySource:
-    """Fields in memory, float32 [T, H, W] by name."""
-
-    times: np.ndarray
-    fields: dict[str, np.ndarray]
-    step_hours: int = 1
-
-    def read(self, name, indices):
-        return self.fields[name][indices]
-
-
-def make_source(hours=24 * 12, shape=(2, 3), seed=0, step_hours=1):
-    rng = np.random.default_rng(seed)
-    times = np.datetime64("2019-03-01T05", "h") + step_hours * np.arange(hours)
-    fields = {}
-    for name in ("pm25", "o3"):
-        noise = np.cumsum(rng.standard_normal((hours, *shape)), axis=0)
-        daily = 20 * np.sin(2 * np.pi * np.arange(hours) / 24)[:, None, None]
-        values = (1000 + daily + noise).astype(np.float32)
-        values[rng.random(values.shape) < 0.15] = np.nan
-        fields[name] = values
-    return ArraySource(times, fields, step_hours)
+def fit_hourly(source, targets, leads, times, starts, mask, only=None):
+    """Return damped persistence about the hourly climatology."""
+    return fit_damped_persistence(source, targets, leads, times, starts, mask, seasonal=False, only=only)[0]
 
 
 def everything(source, leads=LEADS):
@@ -74,19 +56,20 @@ def check(fit, source, training_times, training_starts):
     for t, name in enumerate(source.fields):
         climatology, slope = by_definition(source, name, LEADS, training_times, training_starts)
         for (cell, hour), mean in climatology.items():
-            assert fit.climatology[t, hour][cell] == pytest.approx(mean, rel=1e-12)
+            assert fit.climatology.hourly[t, hour][cell] == pytest.approx(mean, rel=1e-12)
         for k, lead in enumerate(LEADS):
             for cell in np.ndindex(2, 3):
                 assert fit.slope[t, k][cell] == pytest.approx(slope[lead, cell], rel=1e-8)
-    assert not fit.filled.any()
+    assert not fit.climatology.filled.any()
 
 
 @pytest.mark.parametrize("block", [17, 100, 1000])
 def test_fit_equals_the_definition_for_any_blocks(block, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK_HOURS", block)
+    for part in (module, climatology_module):
+        monkeypatch.setattr(part, "BLOCK_HOURS", block)
     source = make_source()
     check(
-        fit_baselines(source, ("pm25", "o3"), LEADS, *everything(source), np.ones((2, 3), bool)),
+        fit_hourly(source, ("pm25", "o3"), LEADS, *everything(source), np.ones((2, 3), bool)),
         source,
         *everything(source),
     )
@@ -94,18 +77,19 @@ def test_fit_equals_the_definition_for_any_blocks(block, monkeypatch):
 
 def test_leads_of_three_hourly_data_are_hours_too():
     source = make_source(step_hours=3)
-    fitted = fit_baselines(source, ("pm25", "o3"), LEADS, *everything(source), np.ones((2, 3), bool))
+    fitted = fit_hourly(source, ("pm25", "o3"), LEADS, *everything(source), np.ones((2, 3), bool))
     for t, name in enumerate(source.fields):
         climatology, slope = by_definition(source, name, LEADS, *everything(source))
         assert {hour for _, hour in climatology} == set(range(2, 24, 3))
         for (cell, hour), mean in climatology.items():
-            assert fitted.climatology[t, hour][cell] == pytest.approx(mean, rel=1e-12)
+            assert fitted.climatology.hourly[t, hour][cell] == pytest.approx(mean, rel=1e-12)
         for (lead, cell), value in slope.items():
             assert fitted.slope[t, LEADS.index(lead)][cell] == pytest.approx(value, rel=1e-8)
 
 
-def test_fit_reads_each_training_hour_once_and_no_other(monkeypatch):
-    monkeypatch.setattr(module, "BLOCK_HOURS", 50)
+def test_fit_reads_training_hours_alone(monkeypatch):
+    for part in (module, climatology_module):
+        monkeypatch.setattr(part, "BLOCK_HOURS", 50)
     source = make_source()
     days = [("2019-03-02", "2019-03-05"), ("2019-03-06", "2019-03-06"), ("2019-03-08", "2019-03-12")]
     training_times = split_times(source.times, days)
@@ -116,22 +100,22 @@ def test_fit_reads_each_training_hour_once_and_no_other(monkeypatch):
     outside = np.setdiff1d(np.arange(len(source.times)), training_times)
     for values in source.fields.values():
         values[outside] = 1e9  # would show
-    fit = fit_baselines(source, ("pm25", "o3"), LEADS, training_times, training_starts, np.ones((2, 3), bool))
+    fit = fit_hourly(source, ("pm25", "o3"), LEADS, training_times, training_starts, np.ones((2, 3), bool))
     for name in ("pm25", "o3"):
-        assert np.concatenate([indices for read_name, indices in reads if read_name == name]).tolist() == list(
-            training_times
-        )
+        read = np.concatenate([indices for read_name, indices in reads if read_name == name])
+        assert set(read) == set(training_times)
     check(fit, source, training_times, training_starts)
 
 
 def test_fits_of_different_targets_add_up():
     source, mask = make_source(), np.array([[True, True, False], [True, False, True]])
-    whole = fit_baselines(source, ("pm25", "o3"), LEADS, *everything(source), mask)
-    parts = [fit_baselines(source, ("pm25", "o3"), LEADS, *everything(source), mask, [n]) for n in ("pm25", "o3")]
-    for name in ("climatology", "filled", "slope"):
-        assert np.array_equal(sum(getattr(part, name) for part in parts), getattr(whole, name))
-        assert np.all(getattr(whole, name)[..., ~mask] == 0)
-    assert np.all(whole.climatology[..., mask] > 0)
+    whole = fit_hourly(source, ("pm25", "o3"), LEADS, *everything(source), mask)
+    parts = [fit_hourly(source, ("pm25", "o3"), LEADS, *everything(source), mask, [n]) for n in ("pm25", "o3")]
+    for name, array in whole.arrays().items():
+        if name != "lead_times_hours":
+            assert np.array_equal(sum(part.arrays()[name] for part in parts), array)
+            assert name == "squares" or np.all(array[..., ~mask] == 0)
+    assert np.all(whole.climatology.hourly[..., mask] > 0)
 
 
 def test_climatology_where_the_cell_has_no_value_at_an_hour():
@@ -140,8 +124,8 @@ def test_climatology_where_the_cell_has_no_value_at_an_hour():
     values[:, 0, 0] = np.nan  # never seen
     values[hours == 7, 0, 1] = np.nan  # never at 7
     values[hours == 9] = np.nan  # no cell at 9
-    fit = fit_baselines(source, ("pm25",), LEADS, *everything(source), np.ones((2, 3), bool))
-    climatology, filled = fit.climatology[0], fit.filled[0]
+    fit = fit_hourly(source, ("pm25",), LEADS, *everything(source), np.ones((2, 3), bool))
+    climatology, filled = fit.climatology.hourly[0], fit.climatology.filled[0]
     masked = np.ma.masked_invalid(values.astype(np.float64))
     at_3, of_cells = masked[hours == 3].mean(axis=0), masked.mean(axis=0)
     assert climatology[3, 0, 0] == pytest.approx(at_3.mean(), rel=1e-12)
@@ -157,9 +141,9 @@ def test_climatology_where_the_cell_has_no_value_at_an_hour():
 def test_target_without_any_training_value_has_no_climatology():
     source = make_source()
     source.fields["o3"][:] = np.nan
-    fit = fit_baselines(source, ("pm25", "o3"), LEADS, *everything(source), np.ones((2, 3), bool))
-    assert np.isnan(fit.climatology[1]).all()
-    assert np.isfinite(fit.climatology[0]).all()
+    fit = fit_hourly(source, ("pm25", "o3"), LEADS, *everything(source), np.ones((2, 3), bool))
+    assert np.isnan(fit.climatology.hourly[1]).all()
+    assert np.isfinite(fit.climatology.hourly[0]).all()
     assert np.all(fit.slope[1] == 0)
 
 
@@ -169,28 +153,39 @@ def test_cell_without_anomalies_has_slope_zero_and_not_noise():
     values[:, 0, 0] = 0.1  # constant
     values[:, 0, 1] = 1000 / 3 * np.sqrt(1 + hour_of_day(source.times))  # the same each day, but for rounding
     values[24:, 0, 2] = np.nan  # each hour once
-    fit = fit_baselines(source, ("pm25",), LEADS, *everything(source), np.ones((2, 3), bool))
+    fit = fit_hourly(source, ("pm25",), LEADS, *everything(source), np.ones((2, 3), bool))
     assert np.all(fit.slope[0, :, 0] == 0)
     assert np.all(fit.slope[0, :, 1] != 0)
 
 
 def test_forecasts_equal_the_definition():
     rng = np.random.default_rng(5)
-    fit = Baselines(rng.random((2, 24, 2, 3)), np.zeros((2, 24, 2, 3)), rng.random((2, 3, 2, 3)))
-    fit.filled[1, 1, 0, 2] = 1
-    present = rng.random((2, 2, 2, 3))
-    present[0, 1, 1, 1] = np.nan
-    # samples: from 13 h with lead 12 h (index 0), from 20 h with lead 30 h (index 2)
-    forecasts, filled = fit.forecast(present, np.array([13, 20]), np.array([0, 2]), np.array([12, 30]))
-    assert np.array_equal(forecasts["persistence"], present, equal_nan=True)
-    for b, (hour, at_target, k) in enumerate([(13, 1, 0), (20, 2, 2)]):
-        for t in range(2):
-            climatology = fit.climatology[t, at_target]
-            damped = climatology + fit.slope[t, k] * (present[b, t] - fit.climatology[t, hour])
-            assert np.array_equal(forecasts["climatology"][b, t], climatology)
-            assert np.array_equal(forecasts["damped_persistence"][b, t], damped, equal_nan=True)
-    assert np.isnan(forecasts["damped_persistence"][0, 1, 1, 1])
-    assert np.argwhere(filled).tolist() == [[0, 1, 0, 2]]
+    hourly, filled = rng.random((2, 24, 2, 3)), np.zeros((2, 24, 2, 3))
+    filled[1, 1, 0, 2] = 1
+    climatology = Climatology(hourly, np.zeros((2, 0, 2, 3)), filled)
+    damped = DampedPersistence(climatology, rng.random((2, 3, 2, 3)), np.ones((2, 2)), np.array([12, 24, 30]))
+    present = rng.random((2, 2, 3))
+    present[1, 1, 1] = np.nan
+    day = np.datetime64("2019-05-01T00", "h")
+    for hour, at_target, lead, k in [(13, 1, 12, 0), (20, 2, 30, 2)]:
+        start = day + np.timedelta64(hour, "h")
+        forecasts, is_filled = Baselines(damped, None).forecast(present, start, start + np.timedelta64(lead, "h"), k)
+        assert np.array_equal(forecasts["persistence"], present, equal_nan=True)
+        assert np.array_equal(forecasts["climatology"], hourly[:, at_target])
+        expected = hourly[:, at_target] + damped.slope[:, k] * (present - hourly[:, hour])
+        assert np.array_equal(forecasts["damped_persistence"], expected, equal_nan=True)
+        assert np.isnan(forecasts["damped_persistence"][1, 1, 1])
+        assert np.argwhere(is_filled).tolist() == ([[1, 0, 2]] if at_target == 1 else [])
+        assert "seasonal_damped_persistence" not in forecasts
+
+
+def test_deviation_is_the_root_mean_square_anomaly_at_the_starts():
+    source = make_source()
+    times, starts = everything(source)
+    fit = fit_hourly(source, ("pm25", "o3"), LEADS, times, starts, np.ones((2, 3), bool))
+    for t, name in enumerate(("pm25", "o3")):
+        usual = np.stack([fit.usual(source.times[start])[t] for start in starts])
+        assert fit.deviation[t] == pytest.approx(np.sqrt(np.nanmean((source.fields[name][starts] - usual) ** 2)))
 
 
 def test_contiguous_blocks():
@@ -247,7 +242,7 @@ def test_baselines_of_china_2019_equal_the_published_ones(shared_dir):
     shape = source.fields["pm25"].shape[1:]
     assert shape == (1, 323)
     times, starts = split_times(source.times, train), split_starts(source.times, train, (0, 96)).starts
-    fit = fit_baselines(source, POLLUTANTS, leads, times, starts, np.ones(shape, bool))
+    fit = fit_damped_persistence(source, POLLUTANTS, leads, times, starts, np.ones(shape, bool), seasonal=True)
     test_starts = split_starts(source.times, test, (0, 96)).starts
     assert len(test_starts) == 888
     records = scored_baselines(source, fit, test_starts, leads)
@@ -259,22 +254,24 @@ def test_baselines_of_china_2019_equal_the_published_ones(shared_dir):
             where = (name, record["target"], record["lead_hours"])
             tolerance = (0.55 if where in PRINTED_ONE_HIGHER else 0.5) * last_digit
             assert record[name] == pytest.approx(float(number), abs=tolerance, rel=0), where
+    names = ("seasonal_damped_persistence_rmse", "damped_persistence_rmse")
+    ratios = [record[names[0]] / record[names[1]] for record in records]
+    assert np.mean(ratios) == pytest.approx(0.938, abs=0.002)  # over the 24 cells
 
 
-def scored_baselines(source, fit, starts, leads):
+def scored_baselines(source, fitted, starts, leads):
     """Return records in which the model is the climatology."""
-    sums = ScoreSums(len(starts), POLLUTANTS, leads, dict.fromkeys(POLLUTANTS, ""), np.full((6, 4), 30.0))
-    hours = hour_of_day(source.times)
-    for first in range(0, 4 * len(starts), 96):
-        samples = np.arange(first, min(first + 96, 4 * len(starts)))
-        start, lead = starts[samples // 4], samples % 4
-        lead_hours = np.array(leads)[lead]
-        present, observed = (
-            np.stack([source.read(name, at) for name in POLLUTANTS], axis=1).astype(np.float64)
-            for at in (start, start + lead_hours)
-        )
-        forecasts, filled = fit.forecast(present, hours[start], lead, lead_hours)
-        sums.add(samples, forecasts["climatology"], observed, np.isfinite(observed), forecasts, filled)
+    unit, mean = dict.fromkeys(POLLUTANTS, ""), np.full((6, 4), 30.0)
+    damped = ("damped_persistence", "seasonal_damped_persistence")
+    sums, baselines = ScoreSums(len(starts), POLLUTANTS, leads, unit, mean, damped), Baselines(*fitted)
+    values = np.stack([source.fields[name] for name in POLLUTANTS], axis=1).astype(np.float64)
+    for row, start in enumerate(starts):
+        for k, lead in enumerate(leads):
+            observed, moments = values[start + lead], source.times[[start, start + lead]]
+            forecasts, filled = baselines.forecast(values[start], *moments, k)
+            batch = {name: forecast[None] for name, forecast in forecasts.items()}
+            sample, valid = np.array([4 * row + k]), np.isfinite(observed)
+            sums.add(sample, batch["climatology"], observed[None], valid[None], batch, filled[None])
     records = sums.finish()
     assert all(record["rmse"] == pytest.approx(record["climatology_rmse"], rel=1e-12) for record in records)
     return records

@@ -1,0 +1,136 @@
+"""Runs whose network adds to a forecast in closed form."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.prepared import prepare_world
+from topoflow import build, cli
+
+BASE = ("model.base=damped", "data.anomalies=true", "model.tokens=with_data")
+TEST_SPLIT = "data.test=[[2018-10-09, 2018-10-10]]"
+
+
+def leaves(state):
+    """Yield each tensor or plain value of nested dicts."""
+    for key, value in sorted(state.items()):
+        yield from ([(key, value)] if not isinstance(value, dict) else ((key, *leaf) for leaf in leaves(value)))
+
+
+def same(one, other):
+    pairs = zip(leaves(one), leaves(other), strict=True)
+    return all(
+        a[:-1] == b[:-1] and (torch.equal(a[-1], b[-1]) if isinstance(a[-1], torch.Tensor) else a[-1] == b[-1])
+        for a, b in pairs
+    )
+
+
+def test_before_its_first_update_a_network_is_its_base(program):
+    done = program.train(*BASE, TEST_SPLIT, "optim.learning_rate=1e-30", "train.max_steps=1")
+    assert done.returncode == 0, done.stderr
+    records = json.loads((program.folder / "run" / "evaluation" / "scores.json").read_text())
+    assert len(records) == 12
+    for record in records:
+        assert record["rmse_where_present"] == pytest.approx(record["damped_persistence_rmse"], rel=1e-5)
+        assert record["seasonal_damped_persistence_rmse"] is None  # six days are no year
+    assert "mean over targets and leads: 1.000" in done.stderr
+
+
+def test_the_base_does_not_depend_on_the_number_of_processes(program):
+    for processes in (1, 3):
+        overrides = (*BASE, "train.max_steps=1", "train.global_batch_size=12", "train.micro_batch_size=2")
+        done = program.train(*overrides, run=f"run{processes}", processes=processes)
+        assert done.returncode == 0, done.stderr
+    one, three = (program.state(f"run{processes}", 1)["data"]["base"] for processes in (1, 3))
+    assert set(one) == {"hourly", "annual", "filled", "slope", "squares", "lead_times_hours"}
+    assert one["slope"].abs().min() > 0
+    assert same(one, three)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_resumed_run_takes_the_base_of_its_checkpoint(program, monkeypatch, processes):
+    assert program.train(*BASE, run="whole", processes=processes).returncode == 0
+    assert program.train(*BASE, "train.max_steps=12", "optim.schedule_length=20", processes=processes).returncode == 0
+
+    def fit(*_, **__):
+        raise AssertionError("fitted again")
+
+    monkeypatch.setattr(build, "fit_damped_persistence", fit)
+    resumed = program.train(*BASE, processes=processes)
+    assert resumed.returncode == 0, resumed.stderr
+    assert program.losses() == program.losses("whole")
+    for part in ("model", "optimizer", "scheduler"):
+        assert same(program.state()[part], program.state("whole")[part]), part
+    assert same(program.state()["data"]["base"], program.state("whole")["data"]["base"])
+
+
+def test_a_resume_with_another_base_is_refused(program):
+    assert program.train(*BASE, "train.max_steps=6").returncode == 0
+    refused = program.train("data.anomalies=true", "model.base=seasonal")
+    assert refused.returncode == 3
+    assert "model.base: 'damped' -> 'seasonal'; model.tokens: 'with_data' -> 'all'" in refused.stderr
+
+
+def test_a_base_of_other_bits_is_not_proved(program, monkeypatch):
+    assert program.train(*BASE, "train.max_steps=6").returncode == 0
+    whole = build.restore_normalization
+
+    def altered(saved, context):
+        normalization = whole(saved, context)
+        normalization.base.slope[0, 0, 0, 0] += np.float32(1e-6)
+        return normalization
+
+    monkeypatch.setattr("topoflow.resume.restore_normalization", altered)
+    refused = program.train(*BASE)
+    assert refused.returncode == 3
+    assert "the resume is not proved: normalization fingerprint" in refused.stderr
+
+
+def test_patches_without_data_have_the_forecast_of_the_base(tmp_path, make_program):
+    mask = np.zeros((8, 12), bool)
+    mask[2:5, 3:9] = True
+    program = make_program(tmp_path)
+    data = prepare_world(tmp_path / "masked", days=10, mask=mask)
+    done = program.train(*BASE, TEST_SPLIT, f"data.path={data}")
+    assert done.returncode == 0, done.stderr
+    output = tmp_path / "scores"
+    assert cli.main(["evaluate", str(tmp_path / "run"), "--output", str(output)]) == 0
+    assert (output / "scores.json").read_bytes() == (tmp_path / "run" / "evaluation" / "scores.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.anomalies=true"], "data.anomalies: True is not usable: expected false with model.base=none"),
+        (["model.tokens=with_data"], "model.tokens: 'with_data' is not usable: expected all with model.base=none"),
+        (["model.base=ridges"], "model.base: 'ridges' is not usable: expected none | damped | seasonal"),
+    ],
+)
+def test_settings_that_need_a_base_are_refused(program, overrides, message):
+    refused = program.train(*overrides)
+    assert refused.returncode == 2
+    assert message in refused.stderr
+
+
+def test_a_training_split_of_a_season_has_no_seasonal_base(program):
+    done = program.train("model.base=seasonal", "train.max_steps=1")
+    assert done.returncode == 0
+    assert "model.base: the training split does not cover the seasons of a year" in done.stderr
+    assert program.state(step=1)["data"]["base"]["annual"].shape[1] == 0
+
+
+def test_other_lead_times_are_refused_by_evaluate(program, capsys):
+    assert program.train(*BASE, TEST_SPLIT, "train.max_steps=1").returncode == 0
+    assert cli.main(["evaluate", str(program.folder / "run"), "data.lead_times_hours=[12, 18]"]) == 2
+    assert "data.lead_times_hours: [12, 18]: expected [6, 12], those of the base" in capsys.readouterr().err
+
+
+def test_fine_tuning_fits_the_base_of_its_own_data(program):
+    assert program.train(*BASE, "train.max_steps=6").returncode == 0
+    elsewhere = ("data.train=[[2018-10-03, 2018-10-06]]", f"checkpoint.init_from={program.folder / 'run'}")
+    done = program.train(*BASE, *elsewhere, "train.max_steps=1", run="tuned")
+    assert done.returncode == 0, done.stderr
+    before, after = program.state(step=6)["data"]["base"], program.state("tuned", 1)["data"]["base"]
+    assert not torch.equal(before["hourly"], after["hourly"])

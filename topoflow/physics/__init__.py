@@ -1,0 +1,1 @@
+"""What is known of the air without a network: its climatology and persistence."""
