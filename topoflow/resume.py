@@ -9,7 +9,7 @@ from typing import Any
 
 from topoflow.build import resolve, restore_normalization
 from topoflow.certificate import Certifier, Proof
-from topoflow.checkpoint.directory import CheckpointDirectory, find_checkpoint
+from topoflow.checkpoint.directory import CheckpointDirectory, find_checkpoint, find_directory
 from topoflow.checkpoint.file import read_checkpoint, verify_checkpoint
 from topoflow.checkpoint.state import RestoreReport, deliver, plan_state, plan_weights, share_outline
 from topoflow.config import CHANNELS, DATA_ALTERS, NAMES, RATES, CheckpointConfig, Config
@@ -331,7 +331,7 @@ def _read_named(path: Path, checkpoints: CheckpointDirectory) -> tuple[Path, dic
     """Read the checkpoint that checkpoint.resume names: a folder, or the newest of a run directory."""
     if os.path.isfile(path):  # also False if permission is denied
         path = find_checkpoint(path, run_dir=checkpoints.path.parent)
-    folder = CheckpointDirectory(path / "checkpoints" if os.path.isdir(path / "checkpoints") else path)
+    folder = find_directory(path)
     found = folder.folder(folder.steps()[-1]) if folder.steps() else find_checkpoint(path)
     if checkpoints.steps() and found.parent.resolve() != checkpoints.path.resolve():
         raise RunDirectoryError(

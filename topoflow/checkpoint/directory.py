@@ -181,6 +181,15 @@ class CheckpointDirectory:
             raise
         except ResumeRefused as damage:
             log.warning("best checkpoint cannot be used: %s; using the last one instead", damage)
+        return self.choose_last()
+
+    def choose_last(self) -> Path:
+        """Return the last checkpoint: the one that `last` names or, where that is missing, the newest.
+
+        Raises:
+            MissingPath: there is none.
+            ResumeRefused: `last` is damaged.
+        """
         last = self.pointer("last") or (self.folder(self.steps()[-1]) if self.steps() else None)
         if last is None:
             raise MissingPath(f"{self.path}: holds no checkpoint: expected a checkpoint or a run directory")
@@ -313,20 +322,31 @@ class CheckpointDirectory:
             raise RunDirectoryError(f"{self.path}: a checkpoint cannot be {how}: {error.strerror or error}") from None
 
 
-def find_checkpoint(path: Path, run_dir: Path | str = "RUN") -> Path:
+def find_directory(path: Path) -> CheckpointDirectory:
+    """Return the checkpoint directory that a path means: that of a run directory, else the path itself.
+
+    Raises:
+        MissingPath: no such path.
+    """
+    # os.path returns False where permission is missing; Path.exists raises
+    if not os.path.exists(path):
+        raise MissingPath(f"{path}: not found: expected a checkpoint or a run directory")
+    return CheckpointDirectory(path / "checkpoints" if os.path.lexists(path / "checkpoints") else path)
+
+
+def find_checkpoint(path: Path, run_dir: Path | str = "RUN", prefer_best: bool = True) -> Path:
     """Return the checkpoint folder that a path means: itself, or the one to use of a run directory.
 
     Args:
         run_dir: for the advice on how to import another program's file.
+        prefer_best: of a run directory, the best checkpoint if there is one, else the last.
 
     Raises:
         MissingPath: no such path, or it holds no checkpoint.
         ResumeRefused: a file of another program; see also `CheckpointDirectory.choose_best_or_last`.
     """
     path = Path(path)
-    # os.path returns False where permission is missing; Path.exists raises
-    if not os.path.exists(path):
-        raise MissingPath(f"{path}: not found: expected a checkpoint or a run directory")
+    directory = find_directory(path)
     if path.name == "state.pt" and os.path.isfile(path):
         return path.parent
     if os.path.isfile(path):
@@ -337,8 +357,7 @@ def find_checkpoint(path: Path, run_dir: Path | str = "RUN") -> Path:
         )
     if os.path.isfile(path / "manifest.json") or os.path.isfile(path / "state.pt"):
         return path
-    directory = CheckpointDirectory(path / "checkpoints" if os.path.lexists(path / "checkpoints") else path)
-    return directory.choose_best_or_last()
+    return directory.choose_best_or_last() if prefer_best else directory.choose_last()
 
 
 def _pointer_text(name: str) -> str:

@@ -1,6 +1,6 @@
 """The state of a run by name: taken from a model, an optimizer and a scheduler, and put back on every rank."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,11 @@ def capture_state(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler:
     }
 
 
+def groups_by_parameter(groups: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Return {parameter: its group}, by name, of the groups in a captured state."""
+    return {name: group["name"] for group in groups for name in group["params"]}
+
+
 def copy_pairs(pairs: Sequence[Pair]) -> None:
     """Copy each source into its destination."""
     with torch.no_grad():
@@ -160,7 +165,7 @@ def plan_state(
 
     fresh = {name: _zero_moments(parameters[name]) for name in (*moments, *new)} if moments else {}
     restore.pairs += [(moments[name][key], fresh[name][key]) for name in moments for key in MOMENTS]
-    saved_home = {name: group["name"] for group in groups.values() for name in group["params"]}
+    saved_home = groups_by_parameter(groups.values())
     report = restore.report
     report.moments, report.moments_expected = len(moments), len(home) - len(new)
     report.moved = [f"{name}: {saved_home[name]} -> {home[name]}" for name in moments if saved_home[name] != home[name]]

@@ -42,6 +42,11 @@ class Contents:
         """What `to_dict` gave."""
         return cls(dict(content["fixed"]), tuple(content["days"]), dict(content["hashes"]))
 
+    def describe(self) -> str:
+        """Its days and variables, for a report."""
+        days = [day.partition(" ")[0] for day in self.days]
+        return f"{len(days)} days from {days[0]} to {days[-1]} of {', '.join(self.hashes)}"
+
     def difference(self, other: "Contents", all_days: bool = True) -> str | None:
         """Return, in words, where `other` first differs; None if nothing differs.
 

@@ -6,6 +6,7 @@ import math
 import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,11 +14,13 @@ from typing import Any
 
 import torch
 
-from topoflow.checkpoint.directory import POINTERS, CheckpointDirectory, find_checkpoint
+from topoflow.checkpoint.directory import POINTERS, CheckpointDirectory, find_checkpoint, find_directory
 from topoflow.checkpoint.file import MANIFEST, STATE, read_checkpoint, read_manifest
 from topoflow.checkpoint.fingerprint import MOMENTS, captured_tensors
+from topoflow.checkpoint.state import groups_by_parameter
+from topoflow.data.contents import Contents
 from topoflow.data.grid import Grid
-from topoflow.errors import MissingPath, ResumeRefused
+from topoflow.errors import ResumeRefused
 from topoflow.text import format_table, shorten
 
 WIDTH, LABEL_WIDTH = 120, 21
@@ -42,7 +45,8 @@ class Findings:
 
     def as_json(self) -> str:
         """Return the report as JSON, with null for a number that is not finite."""
-        return json.dumps(_replace_not_finite(self.report), indent=1, allow_nan=False, default=str)
+        plain = json.loads(json.dumps(self.report, default=str), parse_constant=lambda not_finite: None)
+        return json.dumps(plain, indent=1)
 
 
 def inspect(path: Path) -> Findings:
@@ -52,8 +56,8 @@ def inspect(path: Path) -> Findings:
         MissingPath: the path does not exist, or holds no checkpoint.
         ResumeRefused: the path is another kind of file, or a folder that cannot be read.
     """
-    directory = _checkpoints_of(path)
-    return _describe_checkpoint(find_checkpoint(path)) if directory is None else _describe_run(directory)
+    directory = find_directory(path)
+    return _describe_run(directory) if directory.traces() else _describe_checkpoint(find_checkpoint(path))
 
 
 def compare(path_a: Path, path_b: Path) -> Findings:
@@ -65,7 +69,7 @@ def compare(path_a: Path, path_b: Path) -> Findings:
         MissingPath: a path does not exist, or holds no checkpoint.
         ResumeRefused: the two cannot be compared.
     """
-    a, b = _find_one(path_a), _find_one(path_b)
+    a, b = (find_checkpoint(path, prefer_best=False) for path in (path_a, path_b))
     try:
         report = {"a": str(a), "b": str(b), **_compare_states(read_checkpoint(a), read_checkpoint(b))}
     except (ResumeRefused, *UNEXPECTED_CONTENTS) as error:
@@ -73,30 +77,7 @@ def compare(path_a: Path, path_b: Path) -> Findings:
             if findings.damage is not None:
                 return findings
         raise ResumeRefused(f"{a} and {b} cannot be compared: {type(error).__name__}: {error}") from None
-    report["verdict"] = _verdict(report)
     return Findings(report, _show_comparison(report))
-
-
-def _checkpoints_of(path: Path) -> CheckpointDirectory | None:
-    """Return the checkpoint directory if `path` is one or is a run directory, else None."""
-    # os.path returns False where Path raises: on a folder without read permission
-    if os.path.isdir(path / "checkpoints"):
-        return CheckpointDirectory(path / "checkpoints")
-    directory = CheckpointDirectory(path)
-    return directory if os.path.exists(path) and directory.traces() else None
-
-
-def _find_one(path: Path) -> Path:
-    directory = _checkpoints_of(path)
-    if directory is None:
-        return find_checkpoint(path)
-    steps = directory.steps()
-    return directory.pointer("last") or (directory.folder(steps[-1]) if steps else find_checkpoint(path))
-
-
-def groups_by_parameter(state: Mapping[str, Any]) -> dict[str, str]:
-    """Return the parameter group of each parameter of a captured state, by name."""
-    return {name: group["name"] for group in state["optimizer"]["groups"] for name in group["params"]}
 
 
 def _describe_checkpoint(folder: Path, tables: bool = True) -> Findings:
@@ -105,12 +86,10 @@ def _describe_checkpoint(folder: Path, tables: bool = True) -> Findings:
     Raises:
         MissingPath: the folder does not exist.
     """
-    stats = {name: _stat(folder / name) for name in (STATE, MANIFEST)}
-    report: dict[str, Any] = {"path": str(folder), "written": "unknown"}
-    report["files"] = {name: stat and stat.st_size for name, stat in stats.items()}
-    state = stats[STATE]
-    if state is not None:
-        report["written"] = datetime.fromtimestamp(state.st_mtime, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    stats = {path.name: path.stat() if os.path.isfile(path) else None for path in (folder / STATE, folder / MANIFEST)}
+    sizes, state = {name: stat and stat.st_size for name, stat in stats.items()}, stats[STATE]
+    written = state and datetime.fromtimestamp(state.st_mtime, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    report: dict[str, Any] = {"path": str(folder), "written": written or "unknown", "files": sizes}
     try:
         found = {**report, "whole": True, **_describe_state(read_checkpoint(folder))}
         return Findings(found, _show_checkpoint(found) + (_show_tensors(found) if tables else []))
@@ -119,47 +98,38 @@ def _describe_checkpoint(folder: Path, tables: bool = True) -> Findings:
     except UNEXPECTED_CONTENTS as error:
         damage = f"checkpoint {folder}: {STATE} has unexpected contents: {type(error).__name__}: {error}"
     report |= {"whole": False, "damage": damage, "manifest": _describe_manifest(folder)}
-    lines = [f"checkpoint {folder}", *_fact("damaged", damage)]
-    for name, size in report["files"].items():
-        lines += _fact(name, "missing or not a file" if size is None else f"{size:,} bytes")
-    lines += _fact("written", report["written"])
-    return Findings(report, lines + _fact("manifest", _text(report["manifest"] or "damaged or missing")), damage)
+    facts = {"damaged": damage}
+    facts |= {name: "missing or not a file" if size is None else f"{size:,} bytes" for name, size in sizes.items()}
+    facts |= {"written": report["written"], "manifest": _text(report["manifest"] or "damaged or missing")}
+    return Findings(report, [f"checkpoint {folder}", *_show_facts(facts)], damage)
 
 
 def _describe_state(state: dict[str, Any]) -> dict[str, Any]:
-    group_of, moments = groups_by_parameter(state), state["optimizer"]["state"]
+    groups, moments, data = state["optimizer"]["groups"], state["optimizer"]["state"], dict(state["data"])
+    if "contents" in data:  # without the hashes of each day
+        data["contents"] = Contents.from_dict(data["contents"]).describe()
+    if "grid" in data:  # without the position of each cell
+        data["grid"] = Grid.from_dict(data["grid"]).describe()
     tensors = {name: {"name": name, **_describe_tensor(tensor)} for name, tensor in state["model"].items()}
-    groups = [
+    group_of = groups_by_parameter(groups)
+    shown_groups = [
         {key: value for key, value in group.items() if key != "params"}
         | {"tensors": len(group["params"]), "elements": sum(tensors[name]["elements"] for name in group["params"])}
-        for group in state["optimizer"]["groups"]
+        for group in groups
     ]
     return {
         "format": ".".join(map(str, state["format"])),
         **{key: state[key] for key in ("progress", "software", "random", "scheduler", "config")},
-        "data": _describe_data(state["data"]),
+        "data": data,
         "config_sha256": hashlib.sha256(json.dumps(state["config"], sort_keys=True).encode()).hexdigest(),
         "certificate": state.get("certificate"),
-        "groups": groups,
+        "groups": shown_groups,
         "parameters": [
             {**tensors[name], "group": group, **_describe_moments(moments.get(name))}
             for name, group in group_of.items()
         ],
         "buffers": [tensor for name, tensor in tensors.items() if name not in group_of],
     }
-
-
-def _describe_data(data: dict[str, Any]) -> dict[str, Any]:
-    """The data in short: the hashes of each day and the position of each cell are left out."""
-    described = dict(data)
-    if "contents" in data:
-        days = [day.partition(" ")[0] for day in data["contents"]["days"]]
-        described["contents"] = (
-            f"{len(days)} days from {days[0]} to {days[-1]} of {', '.join(data['contents']['hashes'])}"
-        )
-    if "grid" in data:
-        described["grid"] = Grid.from_dict(data["grid"]).describe()
-    return described
 
 
 def _describe_tensor(tensor: torch.Tensor) -> dict[str, Any]:
@@ -176,15 +146,13 @@ def _describe_tensor(tensor: torch.Tensor) -> dict[str, Any]:
 
 def _describe_moments(moments: dict[str, torch.Tensor] | None) -> dict[str, Any]:
     """Return the number of updates and the Euclidean norms of the moments; None for a parameter never updated."""
-    if moments is None:
-        return {"step": None, "exp_avg_norm": None, "exp_avg_sq_norm": None}
-    norms = {f"{key}_norm": moments[key].double().norm().item() for key in MOMENTS[1:]}
-    return {"step": int(moments["step"]), **norms}
+    norms = {f"{key}_norm": moments and moments[key].double().norm().item() for key in MOMENTS[1:]}
+    return {"step": moments and int(moments["step"]), **norms}
 
 
 def _describe_manifest(folder: Path) -> dict[str, Any] | None:
     """Return what the manifest lists, None if the manifest is damaged too."""
-    try:
+    with suppress(ResumeRefused, OSError, *UNEXPECTED_CONTENTS):
         manifest = read_manifest(folder)
         shapes = [entry["shape"] for entry in manifest["tensors"].values()]
         return {
@@ -194,33 +162,23 @@ def _describe_manifest(folder: Path) -> dict[str, Any] | None:
             "tensors": len(shapes),
             "elements": sum(map(math.prod, shapes)),
         }
-    except (ResumeRefused, OSError, *UNEXPECTED_CONTENTS):
-        return None
 
 
 def _describe_run(directory: CheckpointDirectory) -> Findings:
-    """Read and verify all checkpoints of a run, and its pointers; those that a running job deletes are left out.
-
-    Raises:
-        MissingPath: there is no checkpoint, and no record of one.
-    """
-    if not directory.traces():
-        raise MissingPath(f"{directory.path}: holds no checkpoint: expected a checkpoint or a run directory")
+    """Read and verify all checkpoints of a run, and its pointers; those that a running job deletes are left out."""
     pointers, damage, found = {}, [], {}
     for name in POINTERS:
         try:
             target = directory.pointer(name)
-            pointers[name] = None if target is None else target.name
+            pointers[name] = target and target.name
         except ResumeRefused as refusal:
             pointers[name] = "damaged"
             damage.append(str(refusal))
     for folder in map(directory.folder, directory.steps()):
-        try:
+        with suppress(FileNotFoundError):
             findings = _describe_checkpoint(folder, tables=False)
-        except MissingPath:
-            continue
-        if findings.damage is None or os.path.exists(folder):
-            found[folder.name] = findings
+            if os.path.exists(folder):
+                found[folder.name] = findings
     damage += [findings.damage for findings in found.values() if findings.damage is not None]
     report = {
         "run": str(directory.path),
@@ -237,27 +195,42 @@ def _describe_run(directory: CheckpointDirectory) -> Findings:
 
 def _compare_states(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     in_a, in_b = captured_tensors(a), captured_tensors(b)
-    common = [name for name in in_a if name in in_b]
-    layouts = {name: (_layout(in_a[name]), _layout(in_b[name])) for name in common}
     settings_a, settings_b = _settings(a), _settings(b)
-    return {
+    report: dict[str, Any] = {
         "only_in_a": [name for name in in_a if name not in in_b],
         "only_in_b": [name for name in in_b if name not in in_a],
-        "other_layout": [f"{name}: {one} | {other}" for name, (one, other) in layouts.items() if one != other],
-        "differing": [
-            {"name": name, **_difference(in_a[name], in_b[name])}
-            for name, (one, other) in layouts.items()
-            if one == other and not _same_bits(in_a[name], in_b[name])
-        ],
+        "other_layout": [],
+        "differing": [],
         "settings": {name: list(_different_values(settings_a[name], settings_b[name])) for name in settings_a},
         "tensors": len(in_a.keys() | in_b.keys()),
     }
+    for name in [name for name in in_a if name in in_b]:
+        pair = in_a[name], in_b[name]
+        layouts = [f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for tensor in pair]
+        if layouts[0] != layouts[1]:
+            report["other_layout"].append(f"{name}: {' | '.join(layouts)}")
+        elif not torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in pair)):
+            report["differing"].append({"name": name, **_difference(torch.stack(pair).double())})
+    return {**report, "verdict": _verdict(report)}
+
+
+def _difference(both: torch.Tensor) -> dict[str, float]:
+    """Return the largest absolute difference of two tensors, [2, ...], also relative to the largest magnitude in them.
+
+    inf if not finite. Both are 0 where only bits differ (0 and -0).
+    """
+    same = (both[0] == both[1]) | both.isnan().all(dim=0)
+    absolute = torch.where(same, 0.0, both[0] - both[1]).abs().max().item()
+    if not math.isfinite(absolute):
+        return {"absolute": math.inf, "relative": math.inf}
+    largest = both.nan_to_num(0.0, 0.0, 0.0).abs().max().item()
+    return {"absolute": absolute, "relative": absolute / largest if absolute else 0.0}
 
 
 def _settings(state: dict[str, Any]) -> dict[str, Any]:
     """Return everything that is compared as plain values."""
     groups = {group["name"]: {**group, "params": None} for group in state["optimizer"]["groups"]}
-    groups["group of"] = groups_by_parameter(state)
+    groups["group of"] = groups_by_parameter(state["optimizer"]["groups"])
     return {"groups": groups, **{name: state[name] for name in COMPARED}}
 
 
@@ -271,47 +244,38 @@ def _different_values(a: Any, b: Any, path: str = "") -> Iterator[str]:
         yield f"{path}: {_text(a, 45)} | {_text(b, 45)}"
 
 
-def _layout(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)))
-
-
-def _difference(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
-    """Return the largest absolute difference, also relative to the largest magnitude in a or b; inf if not finite.
-
-    Both are 0 where only bits differ (0 and -0).
-    """
-    a, b = a.double().reshape(-1), b.double().reshape(-1)
-    differs = (a != b) & ~(a.isnan() & b.isnan())
-    absolute = (a - b)[differs].abs().max().item() if differs.any() else 0.0
-    if not math.isfinite(absolute):
-        return {"absolute": math.inf, "relative": math.inf}
-    both = torch.cat([a, b])
-    largest = both[both.isfinite()].abs().max().item() if absolute else 1.0
-    return {"absolute": absolute, "relative": absolute / largest}
+def _verdict(compared: dict[str, Any]) -> str:
+    count = sum(len(compared[key]) for key in ("only_in_a", "only_in_b", "other_layout", "differing"))
+    if count == 0:
+        others = [name for name, different in compared["settings"].items() if different]
+        differ = f"; {', '.join(others)} differ" if others else ""
+        return f"all {compared['tensors']} tensors are bit-identical{differ}"
+    verdict = f"{count} of {compared['tensors']} tensors differ"
+    if not compared["differing"]:
+        return verdict
+    worst = max(compared["differing"], key=lambda item: item["relative"])
+    return f"{verdict}, largest relative difference {_number(worst['relative'])} in {worst['name']}"
 
 
 def _show_checkpoint(report: dict[str, Any]) -> list[str]:
-    lines = [f"checkpoint {report['path']}"]
-    lines += _fact("whole", f"{STATE} ({report['files'][STATE]:,} bytes) and {MANIFEST} match their hashes")
-    lines += _fact("format", f"{report['format']}, written {report['written']}")
-    lines += _fact("progress", PROGRESS.format(**report["progress"]))
-    for name in ("software", "random", "scheduler"):
-        lines += _fact(name, _text(report[name]))
-    for name in ("data", "config", "certificate"):
-        section: dict[str, Any] = report[name] or {"missing": "training will not resume from this checkpoint"}
-        lines.append(f"{name} (sha256 {report['config_sha256'][:16]})" if name == "config" else name)
-        for key, value in section.items():
-            text = _text(value, most_entries=12 if name == "certificate" else None)
-            if name == "config":  # in full
-                text = ", ".join(f"{key}={json.dumps(item)}" for key, item in value.items())
-            lines += _fact(f"  {key}", text)
+    config = {
+        section: ", ".join(f"{key}={json.dumps(value)}" for key, value in keys.items())  # in full
+        for section, keys in report["config"].items()
+    }
+    certificate = report["certificate"] or {"missing": "training will not resume from this checkpoint"}
+    facts = {
+        "whole": f"{STATE} ({report['files'][STATE]:,} bytes) and {MANIFEST} match their hashes",
+        "format": f"{report['format']}, written {report['written']}",
+        "progress": PROGRESS.format(**report["progress"]),
+        **{name: _text(report[name]) for name in ("software", "random", "scheduler")},
+        "data": {key: _text(value) for key, value in report["data"].items()},
+        f"config (sha256 {report['config_sha256'][:16]})": config,
+        "certificate": {key: _text(value, most_entries=12) for key, value in certificate.items()},
+    }
     total = {key: sum(group[key] for group in report["groups"]) for key in ("tensors", "elements")}
     columns = ("tensors", "elements", "lr", "initial_lr", "weight_decay", "betas", "eps")
-    return [*lines, "", *_show_table("group", [*report["groups"], {"name": "all", **total}], columns, digits=6)]
+    table = _show_table("group", [*report["groups"], {"name": "all", **total}], columns, digits=6)
+    return [f"checkpoint {report['path']}", *_show_facts(facts), "", *table]
 
 
 def _show_tensors(report: dict[str, Any]) -> list[str]:
@@ -343,9 +307,9 @@ def _show_run(report: dict[str, Any]) -> list[str]:
 
 
 def _show_comparison(report: dict[str, Any]) -> list[str]:
+    names = {key.replace("_", " "): ", ".join(report[key]) for key in ("only_in_a", "only_in_b", "other_layout")}
     lines = [f"A  {report['a']}", f"B  {report['b']}"]
-    for key in ("only_in_a", "only_in_b", "other_layout"):
-        lines += _fact(key.replace("_", " "), ", ".join(report[key])) if report[key] else []
+    lines += _show_facts({label: text for label, text in names.items() if text})
     differing = sorted(report["differing"], key=lambda item: item["relative"], reverse=True)
     if differing:
         lines += ["", *_show_table("differing", differing[:MOST_DIFFERENCES], ("absolute", "relative"))]
@@ -356,29 +320,23 @@ def _show_comparison(report: dict[str, Any]) -> list[str]:
     return [*lines, "", report["verdict"]]
 
 
-def _verdict(compared: dict[str, Any]) -> str:
-    count = sum(len(compared[key]) for key in ("only_in_a", "only_in_b", "other_layout", "differing"))
-    if count == 0:
-        others = [name for name, different in compared["settings"].items() if different]
-        differ = f"; {', '.join(others)} differ" if others else ""
-        return f"all {compared['tensors']} tensors are bit-identical{differ}"
-    verdict = f"{count} of {compared['tensors']} tensors differ"
-    if not compared["differing"]:
-        return verdict
-    worst = max(compared["differing"], key=lambda item: item["relative"])
-    return f"{verdict}, largest relative difference {_number(worst['relative'])} in {worst['name']}"
+def _show_facts(facts: Mapping[str, Any], indent: str = "") -> list[str]:
+    """Return each label and its text, wrapped; a dict of facts is shown below its label."""
+    lines = []
+    for label, text in facts.items():
+        if isinstance(text, dict):
+            lines += [label, *_show_facts(text, "  ")]
+        else:
+            wrapped = textwrap.wrap(text, WIDTH - LABEL_WIDTH, break_on_hyphens=False) or [""]
+            labels = [indent + label, *[""] * (len(wrapped) - 1)]
+            lines += [f"{label:<{LABEL_WIDTH}}{line}".rstrip() for label, line in zip(labels, wrapped, strict=True)]
+    return lines
 
 
 def _show_table(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], digits: int = 3) -> list[str]:
     """Return a table of the values that `rows` have for `columns`; `digits`: significant ones of a float."""
     cells = [[row["name"], *(_number(row.get(key), digits) for key in columns)] for row in rows]
     return format_table((title, *(HEADINGS.get(column, column) for column in columns)), cells)
-
-
-def _fact(label: str, text: str) -> list[str]:
-    """Return a label and its text, wrapped and indented."""
-    wrapped = textwrap.wrap(text, WIDTH - LABEL_WIDTH, break_on_hyphens=False) or [""]
-    return [f"{'' if i else label:<{LABEL_WIDTH}}{line}".rstrip() for i, line in enumerate(wrapped)]
 
 
 def _text(value: Any, longest: int = 64, most_entries: int | None = None) -> str:
@@ -397,19 +355,3 @@ def _number(value: Any, digits: int = 3) -> str:
     if isinstance(value, float):
         return f"{value:.{digits}g}"
     return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _replace_not_finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _replace_not_finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_replace_not_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _stat(path: Path) -> os.stat_result | None:
-    """Return size and time of a file; None if it is missing, unreadable or a folder."""
-    try:
-        return path.stat() if path.is_file() else None
-    except OSError:
-        return None

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from topoflow.checkpoint.fingerprint import MOMENTS
+from topoflow.checkpoint.state import groups_by_parameter
 from topoflow.errors import ResumeRefused
 from topoflow.text import matches, shorten
-from topoflow.tools.inspect import groups_by_parameter
 from topoflow.tools.lightning.reading import is_kind, show, take
 from topoflow.tools.lightning.weights import Weights, read_weights
 
@@ -79,7 +79,7 @@ def read_contents(
         allow_new: names or globs of parameters whose moments may be all zero; they are left out, and so start fresh.
     """
     weights = read_weights(checkpoint, choice, ours["model"], inputs, targets)
-    groups, moments = _read_optimizer(checkpoint, weights, groups_by_parameter(ours))
+    groups, moments = _read_optimizer(checkpoint, weights, groups_by_parameter(ours["optimizer"]["groups"]))
     zero = _find_zero_moments(moments, take(checkpoint, int, "global_step"), allow_new)
     moments = {name: entry for name, entry in moments.items() if name not in zero}
     warnings = _check_step_counts(checkpoint, moments)
