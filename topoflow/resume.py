@@ -140,7 +140,8 @@ class Resume(NewRun):
         self.changed = self._check_changes(
             [*changed_keys(self.saved["config"], config), *self._data_changes(config, data)]
         )
-        self._check_position(plan)
+        samples = self.progress.samples_in_epoch
+        plan.require_position(samples, f"{samples} samples of the epoch")
         return config
 
     def _fill_from_checkpoint(self, config: Config) -> Config:
@@ -181,16 +182,6 @@ class Resume(NewRun):
         for change in changes:
             log.warning("changed since the checkpoint, as checkpoint.allow_changed or allow_new permits: %s", change)
         return listed
-
-    def _check_position(self, plan: BatchPlan) -> None:
-        """Refuse a position inside a batch or past the epoch, which other data or another batch size can cause."""
-        samples = self.progress.samples_in_epoch
-        if samples % plan.global_batch_size or samples >= plan.steps_per_epoch * plan.global_batch_size:
-            raise ResumeRefused(
-                f"{samples} samples of the epoch are done, which is not a position between two steps of an epoch of "
-                f"{plan.steps_per_epoch} batches of train.global_batch_size = {plan.global_batch_size}: "
-                "expected sizes that fit, or a checkpoint from the end of an epoch"
-            )
 
     def saved_normalization(self, config: Config, context: Context) -> Normalization | None:
         """Return the checkpoint's constants, even for other data; None if channels or data.normalization changed."""

@@ -11,7 +11,7 @@ import torch
 from topoflow.data.batch import BatchSource
 from topoflow.data.dataset import ForecastDataset
 from topoflow.data.loader import BatchLoader
-from topoflow.errors import ConfigError
+from topoflow.errors import ConfigError, ResumeRefused
 
 _ORDER = 1
 """Purpose of the draw in the seed sequence."""
@@ -82,6 +82,21 @@ class BatchPlan:
         """
         stream = np.random.Philox(np.random.SeedSequence(self.seed, spawn_key=(_ORDER, epoch)))
         return np.argsort(stream.random_raw(self.num_samples), kind="stable").astype(np.int64)
+
+    def require_position(self, samples: int, what: str) -> None:
+        """Check that a position in an epoch is between two steps: other data or batch sizes can put it inside one.
+
+        Args: samples, of the epoch, that are done; what, the same in words.
+
+        Raises:
+            ResumeRefused: it is inside a batch, or past the epoch.
+        """
+        if samples % self.global_batch_size or samples >= self.steps_per_epoch * self.global_batch_size:
+            raise ResumeRefused(
+                f"position: {what} are done, which is not between two steps of an epoch of {self.steps_per_epoch} "
+                f"batches of train.global_batch_size = {self.global_batch_size}: expected sizes that fit, or a "
+                "checkpoint from the end of an epoch"
+            )
 
     def micro_batches(self, epoch: int, first_step: int = 0) -> Iterator[list[int]]:
         """This rank's micro-batches of the epoch from step `first_step` on: lists of sample indices.
