@@ -54,7 +54,8 @@ class ImportingRun:
         state = TrainState(self.model, self.optimizer, self.scheduler, TrainProgress(), None)
         source = SimpleNamespace(mask=self.mask.numpy())
         data = SimpleNamespace(input_names=VARIABLES, target_names=TARGETS, source=source)
-        plan = SimpleNamespace(steps_per_epoch=self.steps_per_epoch)
+        size = self.config.train.global_batch_size
+        plan = BatchPlan(self.steps_per_epoch * size, 0, size, self.config.train.micro_batch_size, 0, 1)
         return convert(content, state, self.config, data, plan, choice)
 
     def take(self, content, choice=None):

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,30 +12,38 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from topoflow.build import build_plan, build_state, build_train_data, capture_with, resolve
+from topoflow import build
 from topoflow.certificate import Certifier
 from topoflow.checkpoint.directory import CheckpointDirectory
 from topoflow.checkpoint.fingerprint import seal
 from topoflow.checkpoint.saver import HostBuffer
-from topoflow.checkpoint.state import capture_state, restore_state
+from topoflow.checkpoint.state import capture_state, groups_by_parameter, restore_state
 from topoflow.config import Config, OptimConfig
 from topoflow.config_io import config_to_dict
-from topoflow.data.assembly import ForecastData, open_forecast_data
+from topoflow.data.assembly import ForecastData
 from topoflow.data.sampling import BatchPlan
 from topoflow.errors import ConfigError, ResumeRefused, RunDirectoryError
 from topoflow.files import require_writable
 from topoflow.ranks import Context
 from topoflow.run_dir import RunDirectory
 from topoflow.text import matches, shorten
-from topoflow.tools.lightning.contents import BATCH_KEYS, Contents, read_contents, read_schedule
-from topoflow.tools.lightning.reading import PARTS, is_kind, read_lightning, show
-from topoflow.tools.lightning.weights import MASK
+from topoflow.tools.lightning import training
+from topoflow.tools.lightning.reading import PARTS, as_mapping, is_kind, read_lightning, require, same, show
+from topoflow.tools.lightning.weights import MASK, Weights, read_weights
 from topoflow.train_state import TrainProgress, TrainState
 
 log = logging.getLogger(__name__)
 
-SAME_KEYS = ("data.variables", "model.patch_size", "model.num_heads", "model.drop_rate", "model.drop_path")
-"""Keys that our config and the programs' own have in common."""
+SAME_KEYS = {"data.variables": "data.variables", "data.target_variables": "data.targets",
+             "model.patch_size": "model.patch_size", "model.num_heads": "model.num_heads",
+             "model.drop_rate": "model.drop_rate", "model.drop_path": "model.drop_path"}  # fmt: skip
+"""{key of the programs' own config: the key of ours that means the same}."""
+
+MAY_DIFFER = ("model.drop_rate", "model.drop_path", "mask", "wind")
+"""Settings whose difference is only reported."""
+
+BATCH_KEYS = ("train.batch_size", "train.devices", "train.num_nodes")
+"""Keys of a program's own config whose product is the samples in one batch of all devices."""
 
 SCANNED_GRID = (128, 256, 2)
 """Rows, columns and patch size that the predecessor's wind scan is defined on."""
@@ -78,23 +86,23 @@ def import_run(source: Path, config: Config, context: Context, choice: str | Non
             f"model.base: {config.model.base}: expected none: imported weights forecast the values themselves"
         )
     content = read_lightning(source)
-    data = open_forecast_data(config.data, config.model.wind != "none", config.model.terrain != "none")
-    plan = build_plan(config, data, context)
+    data = build.open_data(config, context)
+    plan = build.build_plan(config, data, context)
     try:
-        schedule = read_schedule(content)
+        schedule = training.read_schedule(content)
         if schedule is not None and config.optim.schedule_length is None:
             optim = dataclasses.replace(config.optim, schedule_length=schedule["T_max"])
             config = dataclasses.replace(config, optim=optim)
-        config = resolve(config, data, plan)
-        state = build_state(config, data, None, plan, context)
+        config = build.resolve(config, data, plan)
+        state = build.build_state(config, data, None, plan, context)
         conversion = convert(content, state, config, data, plan, choice)
         parts = (state.model, state.optimizer, state.scheduler)
         restored = restore_state(conversion.state, *parts, config.checkpoint.allow_new, conversion.rates_from_config)
     except ResumeRefused as refusal:
         raise ResumeRefused(f"{source}: {refusal}") from None
     state.progress = TrainProgress(**conversion.state["progress"])
-    train_data = build_train_data(config, data, data.build_normalization(), plan, context.device)
-    capture = capture_with(Certifier(state, train_data, config.train), config, data, context)
+    train_data = build.build_train_data(config, data, build.build_normalization(data, context), plan, context.device)
+    capture = build.capture_with(Certifier(state, train_data, config.train), config, data, context)
     saved = HostBuffer(pinned=False).copy(capture())
     seal(saved)
     folder = _commit(saved, directory, config, conversion)
@@ -152,168 +160,155 @@ def convert(
         ResumeRefused: it is of no known program, its parts contradict each other, or it contradicts the config.
     """
     initial = capture_state(state.model, state.optimizer, state.scheduler)
-    inputs, targets, allow_new = list(data.input_names), list(data.target_names), config.checkpoint.allow_new
-    contents = read_contents(checkpoint, initial, inputs, targets, choice, allow_new)
-    weights, position, interval = contents.weights, contents.position, config.optim.schedule_interval
-    groups = {group["name"]: group for group in initial["optimizer"]["groups"]}
-    stated = (*_optimizer_settings(contents, groups, config.optim), *_settings(contents, config, data))
-    differing = [setting for setting in stated if not same(setting.theirs, setting.ours)]
-    allowed = config.checkpoint.allow_changed
-    refused = [str(setting) for setting in differing if not (setting.may_differ or matches(setting.key, allowed))]
-    if refused:
-        raise ResumeRefused(
-            f"contradicts the config: {'; '.join(refused)}: "
-            "expected the same, or checkpoint.allow_changed to list the keys that may differ"
-        )
-    samples = _samples_in_epoch(contents, config.train.global_batch_size, plan.steps_per_epoch)
-    _require_consistent_schedule(contents, interval)
+    size, interval = config.train.global_batch_size, config.optim.schedule_interval
+    home = groups_by_parameter(initial["optimizer"]["groups"])
+    weights = read_weights(checkpoint, choice, initial["model"], list(data.input_names), list(data.target_names))
+    groups, moments = training.read_optimizer(checkpoint, weights, home)
+    warnings = training.check_moments(checkpoint, moments, config.checkpoint.allow_new)
+    schedule, stated = training.read_schedule(checkpoint), _read_stated(checkpoint)
+    batch_samples, accumulation = _count(stated, *BATCH_KEYS), _count(stated, "train.accumulate_grad_batches")
+    position = training.read_position(checkpoint, accumulation)
+    theirs = {home[name]: group for group in groups for name in group["params"]}
+    ours = [group for group in initial["optimizer"]["groups"] if group["name"] in theirs]
+    differing = _compare(
+        [
+            *_optimizer_settings([(theirs[group["name"]], group) for group in ours], schedule, config.optim),
+            *_network_settings(weights, stated, config, data),
+            *_batch_settings(stated, position, size),
+        ],
+        config.checkpoint.allow_changed,
+    )
+    # counted in steps of the config's size where the file does not state the size of its batches
+    count, what, each = position.batches, "batches", batch_samples
+    if each is None:
+        count, what, each = position.steps, "steps", size
+    samples = count * each
+    plan.require_position(samples, f"{count} {what} of {each} samples of epoch {position.epoch}")
     # in epochs, rates change where our order of samples begins anew, whatever the length of Lightning's epochs
-    steps = position.epoch * plan.steps_per_epoch + samples // config.train.global_batch_size
-    rates = {name: group["lr"] for names, group in contents.groups.items() for name in names}
-    updates = max((int(entry["step"]) for entry in contents.moments.values()), default=0)
+    steps = position.epoch * plan.steps_per_epoch + samples // size if interval == "epoch" else position.step
+    training.require_consistent_schedule(schedule, groups, position, interval)
     taken = {
         "model": weights.model(),
-        "optimizer": {
-            "groups": [{**group, "lr": rates[name]} for name, group in groups.items() if name in rates],
-            "state": contents.moments,
+        "optimizer": {"groups": [{**group, "lr": theirs[group["name"]]["lr"]} for group in ours], "state": moments},
+        "scheduler": {"steps": steps},
+        "progress": {
+            "step": position.step,
+            "updates": max((int(entry["step"]) for entry in moments.values()), default=0),
+            "epoch": position.epoch,
+            "samples_in_epoch": samples,
         },
-        "scheduler": {"steps": steps if interval == "epoch" else position.step},
-        "progress": {"step": position.step, "updates": updates, "epoch": position.epoch, "samples_in_epoch": samples},
     }
-    theirs = f", of Lightning {position.epoch_batches} batches on each device" if position.epoch_batches else ""
+    batches = f", of Lightning {position.epoch_batches} batches on each device" if position.epoch_batches else ""
     lines = [
-        *_describe_file(checkpoint, contents),
+        *_describe_file(checkpoint, weights, groups, moments),
         f"head: kept {len(weights.kept)} of {weights.outputs} outputs, those of {', '.join(data.target_names)}",
         f"step {position.step}, {position.epoch} epochs complete, {samples} samples of the next one done, schedule at "
-        f"step {taken['scheduler']['steps']}",
-        f"our epoch has {plan.steps_per_epoch} steps{theirs}; train.max_epochs counts ours from step 0",
+        f"step {steps}",
+        f"our epoch has {plan.steps_per_epoch} steps{batches}; train.max_epochs counts ours from step 0",
         "not in the file: the order of its samples (the rest of the epoch follows ours) and the normalization of its "
         "data (the config's is used)",
     ]
-    warnings = [*map(str, differing), *contents.warnings]
     if choice == "averaged":
         warnings.append("the weights are averaged ones; the moments are those of the trained weights")
-    rates_from_config = any(setting.key.startswith("optim.") for setting in differing)
-    return Conversion(taken, rates_from_config, weights.mask, dict(weights.names), lines, warnings)
+    rates_from_config = any(key.startswith("optim.") for key in differing.values())
+    return Conversion(taken, rates_from_config, weights.mask, weights.names, lines, [*differing, *warnings])
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A setting that the file states, and the config's value of it.
-
-    note: follows the key in messages. may_differ: a difference is only reported.
-    """
-
-    key: str
-    theirs: Any
-    ours: Any
-    note: str = ""
-    may_differ: bool = False
-
-    def __str__(self) -> str:
-        label = f"{self.key} {self.note}".rstrip()
-        return f"{label}: {show(self.theirs)} in the file, {show(self.ours)} in the config"
+def _read_stated(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return {"section.key": value} of the program's own config, as far as the file has it."""
+    saved = as_mapping(checkpoint.get("hyper_parameters"))
+    sections = as_mapping(saved.get("config", saved))
+    return {f"{name}.{key}": value for name, keys in sections.items() for key, value in as_mapping(keys).items()}
 
 
-def _optimizer_settings(contents: Contents, groups: Mapping[str, Any], optim: OptimConfig) -> Iterator[Setting]:
-    """Yield what optimizer and scheduler of the file state; groups: ours, {name: settings}."""
-    for names, group in contents.groups.items():
-        for name in names:
-            rate, note = group.get("initial_lr", group["lr"]), f"x optim.group_multipliers.{name}"
-            yield Setting("optim.learning_rate", rate, groups[name]["initial_lr"], note)
-        for key in ("weight_decay", "betas", "eps"):
-            yield Setting(f"optim.{key}", group[key], getattr(optim, key))
-    schedule = contents.schedule
-    yield Setting("optim.schedule", "constant" if schedule is None else "cosine", optim.schedule)
+def _count(stated: Mapping[str, Any], *keys: str) -> int | None:
+    """Return the product of stated values, None unless all are positive whole numbers."""
+    values: list[Any] = [stated.get(key) for key in keys]
+    return math.prod(values) if all(is_kind(value, int) and value > 0 for value in values) else None
+
+
+Setting = tuple[str, Any, Any]
+"""A key of our config, perhaps with a note; what the file states; the config's value."""
+
+
+def _compare(settings: Iterable[Setting], allowed: Sequence[str]) -> dict[str, str]:
+    """Return {message: key} of the settings that differ, each of which must be permitted."""
+    differing = {
+        f"{label}: {show(theirs)} in the file, {show(ours)} in the config": label.split()[0]
+        for label, theirs, ours in settings
+        if not same(theirs, ours)
+    }
+    refused = [message for message, key in differing.items() if not matches(key, (*MAY_DIFFER, *allowed))]
+    require(
+        not refused,
+        f"contradicts the config: {'; '.join(refused)}: "
+        "expected the same, or checkpoint.allow_changed to list the keys that may differ",
+    )
+    return differing
+
+
+def _optimizer_settings(
+    groups: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]],
+    schedule: Mapping[str, Any] | None,
+    optim: OptimConfig,
+) -> Iterator[Setting]:
+    """Yield what optimizer and schedule of the file state; groups: pairs of the file's and ours."""
+    for theirs, ours in groups:
+        label = f"optim.learning_rate x optim.group_multipliers.{ours['name']}"
+        yield label, theirs.get("initial_lr", theirs["lr"]), ours["initial_lr"]
+        yield from ((f"optim.{key}", theirs[key], ours[key]) for key in ("weight_decay", "betas", "eps"))
+    yield "optim.schedule", "constant" if schedule is None else "cosine", optim.schedule
     if schedule is not None:
-        yield Setting("optim.schedule_length", schedule["T_max"], optim.schedule_length, "(T_max)")
-        yield Setting("optim.eta_min", schedule["eta_min"], optim.eta_min)
+        yield "optim.schedule_length (T_max)", schedule["T_max"], optim.schedule_length
+        yield "optim.eta_min", schedule["eta_min"], optim.eta_min
 
 
-def _settings(contents: Contents, config: Config, data: ForecastData) -> Iterator[Setting]:
+def _network_settings(
+    weights: Weights, stated: Mapping[str, Any], config: Config, data: ForecastData
+) -> Iterator[Setting]:
     """Yield what the weights and the program's own config state."""
-    weights, stated, wind = contents.weights, contents.stated, config.model.wind
     ours = {f"{name}.{key}": value for name, keys in config_to_dict(config).items() for key, value in keys.items()}
-    for key in [key for key in SAME_KEYS if key in stated]:
-        yield Setting(key, stated[key], ours[key], may_differ=key.startswith("model.drop_"))
-    if "data.target_variables" in stated:
-        yield Setting("data.targets", stated["data.target_variables"], ours["data.targets"])
+    wind, mask, inputs = config.model.wind, data.source.mask, list(data.input_names)
+    yield from ((key, stated[theirs], ours[key]) for theirs, key in SAME_KEYS.items() if theirs in stated)
     if "train.gradient_clip_val" in stated:
         clip = stated["train.gradient_clip_val"]
-        yield Setting("optim.grad_clip_norm", None if same(clip, 0) else clip, config.optim.grad_clip_norm)
+        yield "optim.grad_clip_norm", None if same(clip, 0) else clip, config.optim.grad_clip_norm
     if weights.target_indices is not None:
-        inputs = list(data.input_names)
         chosen = [inputs.index(target) if target in inputs else None for target in data.target_names]
-        yield Setting("data.targets", weights.target_indices, chosen, "(as positions in data.variables)")
-    if weights.mask is not None and not np.array_equal(weights.mask.numpy(), data.source.mask):
-        cells = [f"{int(mask.sum())} of {list(mask.shape)} cells" for mask in (weights.mask, data.source.mask)]
-        note = f"({MASK}.npy in the run directory is the file's)"
-        yield Setting("mask of the data", f"{MASK} with {cells[0]}", cells[1], note, may_differ=True)
+        yield "data.targets (as positions in data.variables)", weights.target_indices, chosen
+    if weights.mask is not None and not np.array_equal(weights.mask.numpy(), mask):
+        cells = [f"{int(cells.sum())} of {list(cells.shape)} cells" for cells in (weights.mask, mask)]
+        yield f"mask of the data ({MASK}.npy in the run directory is the file's)", f"{MASK} with {cells[0]}", cells[1]
     if weights.program == "predecessor" and wind != "legacy_regional":
-        exists = (*data.source.mask.shape, config.model.patch_size) == SCANNED_GRID
-        note = "(the predecessor's)" if exists else "(the predecessor's does not exist on this grid)"
-        yield Setting("model.wind", "legacy_regional", wind, note, may_differ=not exists)
+        exists = (*mask.shape, config.model.patch_size) == SCANNED_GRID
+        label = "model.wind (the predecessor's)" if exists else "wind (the predecessor's does not exist on this grid)"
+        yield label, "legacy_regional", wind
     elif stated.get("model.parallel_patch_embed") is True:
-        yield Setting("model.wind", "tokens sorted by parallel_patch_embed, which no option does,", wind)
-    size = config.train.global_batch_size
-    if contents.batch_samples is None and contents.position.batches:
+        yield "model.wind", "tokens sorted by parallel_patch_embed, which no option does,", wind
+
+
+def _batch_settings(stated: Mapping[str, Any], position: training.Position, size: int) -> Iterator[Setting]:
+    """Yield the size of a step, or what is missing to count the samples of the epoch; size: the config's."""
+    step_samples = _count(stated, *BATCH_KEYS, "train.accumulate_grad_batches")
+    if step_samples is not None:
+        yield "train.global_batch_size", step_samples, size
+    elif position.batches and _count(stated, *BATCH_KEYS) is None:
         found = ", ".join(f"{key}: {show(stated[key]) if key in stated else 'missing'}" for key in BATCH_KEYS)
-        yield Setting("train.global_batch_size", "unknown", size, f"(which counts the samples of the epoch; {found})")
-    elif contents.batch_samples is not None and contents.accumulation is not None:
-        yield Setting("train.global_batch_size", contents.batch_samples * contents.accumulation, size)
+        yield f"train.global_batch_size (which counts the samples of the epoch; {found})", "unknown", size
 
 
-def same(one: Any, other: Any) -> bool:
-    """Return whether two values are equal, numbers to nine digits: products of rates are rounded in any order."""
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    if is_kind(one, float) and is_kind(other, float):
-        return math.isclose(one, other, rel_tol=1e-9)
-    return type(one) is type(other) and isinstance(one, str | bool | None) and one == other
-
-
-def _samples_in_epoch(contents: Contents, global_batch_size: int, steps_per_epoch: int) -> int:
-    """Return how many samples of the epoch are done; refuse a position that is not between two steps of ours.
-
-    They are counted in optimizer steps of the config's size where the file does not state the size of its batches.
-    """
-    counted, size, position = "batches", contents.batch_samples, contents.position
-    if size is None:
-        counted, size = "steps", global_batch_size
-    samples = getattr(position, counted) * size
-    if samples % global_batch_size or (samples and samples >= steps_per_epoch * global_batch_size):
-        raise ResumeRefused(
-            f"position: {getattr(position, counted)} {counted} of {size} samples of epoch {position.epoch} are done, "
-            f"which is not between two steps of an epoch of {steps_per_epoch} batches of train.global_batch_size = "
-            f"{global_batch_size}: expected sizes that fit, or a checkpoint from the end of an epoch"
-        )
-    return samples
-
-
-def _require_consistent_schedule(contents: Contents, interval: str) -> None:
-    """Refuse a schedule that contradicts the optimizer's rates or the position."""
-    groups, position = contents.groups.values(), contents.position
-    done = f"after {position.step} steps and {position.epoch} whole epochs, for optim.schedule_interval={interval}"
-    for key, expected, reason in (
-        ("base_lrs", [group.get("initial_lr") for group in groups], "the groups' initial_lr"),
-        ("_last_lr", [group["lr"] for group in groups], "the groups' lr"),
-        ("last_epoch", position.epoch if interval == "epoch" else position.step, done),
-    ):
-        found = expected if contents.schedule is None else contents.schedule[key]
-        if not same(found, expected):
-            raise ResumeRefused(f"lr_schedulers: {key} {show(found)}: expected {show(expected)}, {reason}")
-
-
-def _describe_file(checkpoint: Mapping[str, Any], contents: Contents) -> list[str]:
+def _describe_file(
+    checkpoint: Mapping[str, Any], weights: Weights, groups: Sequence[Mapping[str, Any]], moments: Mapping[str, Any]
+) -> list[str]:
     """Return what the file holds and what was left in it, in lines for the user."""
-    weights, groups = contents.weights, contents.groups.values()
     sizes = [f"{show(group.get('name'))} {len(group['params'])}" for group in groups]
+    total = sum(len(group["params"]) for group in groups)
     left = [show(name) for name in checkpoint if name not in (*PARTS, "pytorch-lightning_version", "hparams_name")]
     mask = [] if weights.mask is None else [f"china_mask: {weights.mask.sum()} of {weights.mask.numel()} cells used"]
     return [
         f"{weights.program} program, Lightning {show(checkpoint.get('pytorch-lightning_version'))}",
-        f"in the file: weights {len(weights.names)}, moments {len(contents.moments)}/"
-        f"{sum(len(group['params']) for group in groups)} in {len(groups)} group(s): {', '.join(sizes)}",
+        f"in the file: weights {len(weights.names)}, moments {len(moments)}/{total} in {len(groups)} group(s): "
+        f"{', '.join(sizes)}",
         *mask,
         f"not carried over: {', '.join([*left, 'best validation loss'])}",
     ]

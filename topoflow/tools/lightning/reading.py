@@ -1,6 +1,7 @@
 """Read a .ckpt file without running any code in it, and take values out of it by key and type."""
 
 import argparse
+import math
 import os
 import pathlib
 import pickle
@@ -45,8 +46,9 @@ _DAMAGE = (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, Type
 _DOS_FOLDER = 0x10
 """Attribute that marks a record as a folder; torch.load leaves the memory of such a record uninitialized."""
 
-_KINDS = {Mapping: "a dict", list: "a list", bool: "true or false", int: "a whole number, at least 0",
-          float: "a finite number", torch.float32: "finite float32 values", torch.int64: "int64 values"}  # fmt: skip
+_KINDS = {Mapping: "a dict", list: "a list", tuple: "a list of numbers or names", bool: "true or false",
+          int: "a whole number, at least 0", float: "a finite number", torch.float32: "finite float32 values",
+          torch.int64: "int64 values"}  # fmt: skip
 """What a value may have to be, by type; of a tensor, by dtype."""
 
 
@@ -75,51 +77,54 @@ def read_lightning(path: Path) -> dict[str, Any]:
         raise ResumeRefused(f"{path}: cannot be read: {reason}: it is damaged") from None
     found = list(map(show, content)) if isinstance(content, dict) else [type(content).__name__]
     missing = [part for part in PARTS if part not in found]
-    if missing:
-        raise ResumeRefused(
-            f"{path}: no {', '.join(missing)} in it, only {shorten(found, 12) or 'nothing'}: "
-            "expected a complete checkpoint of Lightning 2 (not one saved with weights only)"
-        )
+    require(
+        not missing,
+        f"{path}: no {', '.join(missing)} in it, only {shorten(found, 12) or 'nothing'}: "
+        "expected a complete checkpoint of Lightning 2 (not one saved with weights only)",
+    )
     return content
 
 
 def _refuse_sharded(path: Path) -> None:
     """Refuse a folder of shards, naming what makes one file of it."""
-    if os.path.isfile(path / ".metadata"):
-        command = f"python -m lightning.pytorch.utilities.consolidate_checkpoint {shlex.quote(str(path))}"
-        raise ResumeRefused(f"{path}: sharded by FSDP: run `{command}`, then import {path}.consolidated")
-    if any(next(path.glob(f"{folder}*mp_rank_*_model_states.pt"), None) for folder in ("", "*/")):
-        raise ResumeRefused(
-            f"{path}: sharded by DeepSpeed: Lightning's convert_zero_checkpoint_to_fp32_state_dict makes one file of "
-            "its weights, without the optimizer's moments; a resume needs these: expected a checkpoint of another "
-            "strategy, such as ddp"
-        )
+    command = f"python -m lightning.pytorch.utilities.consolidate_checkpoint {shlex.quote(str(path))}"
+    require(
+        not os.path.isfile(path / ".metadata"),
+        f"{path}: sharded by FSDP: run `{command}`, then import {path}.consolidated",
+    )
+    require(
+        not any(next(path.glob(f"{folder}*mp_rank_*_model_states.pt"), None) for folder in ("", "*/")),
+        f"{path}: sharded by DeepSpeed: Lightning's convert_zero_checkpoint_to_fp32_state_dict makes one file of its "
+        "weights, without the optimizer's moments; a resume needs these: expected a checkpoint of another strategy, "
+        "such as ddp",
+    )
 
 
 def _require_whole(path: Path) -> None:
     """Compare every record with the CRC that torch.save wrote; torch.load does not."""
-    if not os.path.isfile(path) or not zipfile.is_zipfile(path):
-        raise ResumeRefused(f"{path}: not a file that torch.save wrote: expected a Lightning checkpoint (.ckpt)")
+    is_archive = os.path.isfile(path) and zipfile.is_zipfile(path)
+    require(is_archive, f"{path}: not a file that torch.save wrote: expected a Lightning checkpoint (.ckpt)")
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():
-            if record.compress_type != zipfile.ZIP_STORED or record.external_attr & _DOS_FOLDER:
-                raise ResumeRefused(
-                    f"{path}: {record.filename!r} in it is not stored as torch.save does: it is damaged"
-                )
+            is_stored = record.compress_type == zipfile.ZIP_STORED and not record.external_attr & _DOS_FOLDER
+            require(is_stored, f"{path}: {record.filename!r} in it is not stored as torch.save does: it is damaged")
         damaged = archive.testzip()
-    if damaged is not None:
-        raise ResumeRefused(f"{path}: {damaged!r} in it does not match its checksum: it is damaged")
+    require(damaged is None, f"{path}: {damaged!r} in it does not match its checksum: it is damaged")
+
+
+def require(fits: bool, message: str) -> None:
+    """Raise ResumeRefused with a message unless something in the file fits."""
+    if not fits:
+        raise ResumeRefused(message)
 
 
 def take(content: Any, kind: type | torch.dtype, *keys: Any) -> Any:
     """Return the value at a path of keys, which must be of this kind, see _KINDS; else raise ResumeRefused."""
     value, path = content, " / ".join(map(show, keys))
     for key in keys:
-        if not isinstance(value, Mapping) or key not in value:
-            raise ResumeRefused(f"{path}: not in the file: expected {_KINDS[kind]}")
+        require(key in as_mapping(value), f"{path}: not in the file: expected {_KINDS[kind]}")
         value = value[key]
-    if not is_kind(value, kind):
-        raise ResumeRefused(f"{path}: {show(value)}: expected {_KINDS[kind]}")
+    require(is_kind(value, kind), f"{path}: {show(value)}: expected {_KINDS[kind]}")
     return value
 
 
@@ -128,11 +133,27 @@ def is_kind(value: Any, kind: type[T] | torch.dtype) -> TypeGuard[T]:
     if isinstance(kind, torch.dtype):
         is_plain = type(value) in (Tensor, nn.Parameter) and not value.is_nested and value.layout is torch.strided
         return is_plain and not value.is_meta and value.dtype is kind and bool(value.isfinite().all())
+    if kind is tuple:
+        return isinstance(value, list | tuple) and all(isinstance(v, str) or is_kind(v, float) for v in value)
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e300
     if kind is int:
         return type(value) is int and 0 <= value < 2**63
     return isinstance(value, kind)
+
+
+def as_mapping(value: Any) -> Mapping[Any, Any]:
+    """Return a dict as it is, and an empty one in place of anything else."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def same(one: Any, other: Any) -> bool:
+    """Return whether two values are equal, numbers to nine digits: products of rates are rounded in any order."""
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    if is_kind(one, float) and is_kind(other, float):
+        return math.isclose(one, other, rel_tol=1e-9)
+    return type(one) is type(other) and isinstance(one, str | bool | None) and one == other
 
 
 def show(value: Any) -> str:
