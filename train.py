@@ -27,13 +27,10 @@ from topoflow.build import (
 from topoflow.certificate import Certifier
 from topoflow.checkpoint.directory import CheckpointDirectory
 from topoflow.checkpoint.saver import CheckpointSaver
-from topoflow.checkpoint.state import deliver, plan_weights, read_everywhere
 from topoflow.config import Config
 from topoflow.config_io import config_help, load_config
-from topoflow.data.assembly import ForecastData
-from topoflow.data.normalization import Normalization
 from topoflow.errors import Refusal
-from topoflow.evaluation import evaluate_model
+from topoflow.evaluation import evaluate_best
 from topoflow.launch import choose_device, read_launch
 from topoflow.logs import setup_logging
 from topoflow.ranks import Context
@@ -43,7 +40,7 @@ from topoflow.reproducibility import set_deterministic, set_tf32
 from topoflow.resume import read_start
 from topoflow.run_dir import RunDirectory, StopFlag, report_refusal, run_to_exit
 from topoflow.terminal import run_program
-from topoflow.train_state import TrainState, verify_ranks
+from topoflow.train_state import verify_ranks
 from topoflow.trainer import RunOutput, Trainer
 
 log = logging.getLogger("topoflow.train")
@@ -125,31 +122,7 @@ def train(config: Config, context: Context, directory: RunDirectory) -> None:
         context.raise_if_stop_requested("the set-up, before the first step")
         start.begin(trainer, checkpoints, context)
         trainer.fit()
-    evaluate_best(config, context, state, data, normalization, directory)
-
-
-def evaluate_best(
-    config: Config,
-    context: Context,
-    state: TrainState,
-    data: ForecastData,
-    normalization: Normalization,
-    directory: RunDirectory,
-) -> None:
-    """Score the best checkpoint of the run (its last, without a validation split) on the test split."""
-    if "test" not in data.splits:
-        return
-    context.watch.enter("evaluation")
-    with context.together("run directory"):
-        if context.is_main:
-            directory.require_held()  # another job may have taken the run over
-    checkpoints = CheckpointDirectory(directory.checkpoints)
-    path, saved = read_everywhere(context, checkpoints.choose_best_or_last, parts=("model",))
-    with context.together("restoring the weights"):
-        restore = plan_weights(state.model, saved["model"])
-    deliver(context, restore.pairs)
-    log.info("scoring %s on the test split", path)
-    evaluate_model(context, state.model, data, normalization, "test", config.train, directory.evaluation)
+    evaluate_best(context, state.model, data, normalization, config.train, directory)
 
 
 if __name__ == "__main__":

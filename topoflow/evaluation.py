@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from topoflow.baselines import Baselines
 from topoflow.build import fit_persistence
+from topoflow.checkpoint.directory import CheckpointDirectory
+from topoflow.checkpoint.state import load_weights, read_everywhere
 from topoflow.config import TrainConfig
 from topoflow.data.assembly import ForecastData
 from topoflow.data.batch import Batch, Layout, make_batch
@@ -25,11 +27,39 @@ from topoflow.forecast_case import ForecastCase
 from topoflow.metrics import DAMPED, Record, ScoreSums, format_scores, write_scores
 from topoflow.physics.climatology import BLOCK_HOURS, contiguous_blocks
 from topoflow.ranks import Context
+from topoflow.run_dir import RunDirectory
 
 log = logging.getLogger(__name__)
 
 CASE_TARGET, CASE_LEAD_HOURS = "pm25", 24
 """Target and lead time of the plotted case; the first of the data set if it lacks these."""
+
+
+def evaluate_best(
+    context: Context,
+    model: nn.Module,
+    data: ForecastData,
+    normalization: Normalization,
+    config: TrainConfig,
+    directory: RunDirectory,
+) -> None:
+    """Score the best checkpoint of a run (its last, without a validation split) on the test split, if it has one.
+
+    Raises:
+        MissingPath, ResumeRefused: there is no usable checkpoint.
+        RunDirectoryError: another job has taken the run over; see also `evaluate_model`.
+    """
+    if "test" not in data.splits:
+        return
+    context.watch.enter("evaluation")
+    with context.together("run directory"):
+        if context.is_main:
+            directory.require_held()
+    checkpoints = CheckpointDirectory(directory.checkpoints)
+    path, saved = read_everywhere(context, checkpoints.choose_best_or_last, parts=("model",))
+    load_weights(context, model, saved["model"])
+    log.info("scoring %s on the test split", path)
+    evaluate_model(context, model, data, normalization, "test", config, directory.evaluation)
 
 
 def evaluate_model(

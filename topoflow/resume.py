@@ -11,7 +11,7 @@ from topoflow.build import resolve, restore_normalization
 from topoflow.certificate import Certifier, Proof
 from topoflow.checkpoint.directory import CheckpointDirectory, find_checkpoint, find_directory
 from topoflow.checkpoint.file import read_checkpoint, verify_checkpoint
-from topoflow.checkpoint.state import RestoreReport, deliver, plan_state, plan_weights, share_outline
+from topoflow.checkpoint.state import RestoreReport, deliver, load_weights, plan_state, share_outline
 from topoflow.config import CHANNELS, DATA_ALTERS, NAMES, RATES, CheckpointConfig, Config
 from topoflow.config_io import Change, changed_keys, combined_effect, config_to_dict
 from topoflow.data.assembly import SPLITS, ForecastData
@@ -110,12 +110,9 @@ class FineTune(NewRun):
     def restore(self, state: TrainState, context: Context) -> None:
         """Load the weights into the model on every rank."""
         context.watch.enter("fine-tune")
-        with context.together("restoring the checkpoint"):
-            restore = plan_weights(state.model, self.saved["model"], self.config.allow_new)
-        deliver(context, restore.pairs)
-        del self.saved["model"]
+        report = load_weights(context, state.model, self.saved.pop("model"), self.config.allow_new)
         log.info("fine-tune from %s (weights only, step 0)", self.path)
-        for line in restore.report.lines():
+        for line in report.lines():
             log.info("  %s", line)
 
 
@@ -225,19 +222,16 @@ class Resume(NewRun):
 
     def open_metrics(self, run_dir: RunDirectory, checkpoints: CheckpointDirectory, context: Context) -> MetricsWriter:
         """Archive later checkpoints, move later metrics aside, write resume.json and log the resume."""
+        step, validation_owed = self.progress.step, self.progress.validation_owed
         if context.is_main:
             # first, so that no later checkpoint can be taken by mistake
-            for folder in checkpoints.archive_after(self.progress.step):
-                log.warning(
-                    "archived checkpoint as %s, because this run resumes from step %d", folder.name, self.progress.step
-                )
-        path = run_dir.path if context.is_main else None
-        logged_every = self.saved["config"]["train"]["log_every_steps"]
-        progress = self.progress
-        writer = MetricsWriter(path, progress.step, run_dir.writing, progress.validation_owed, logged_every)
+            for folder in checkpoints.archive_after(step):
+                log.warning("archived checkpoint as %s, because this run resumes from step %d", folder.name, step)
+        path, logged_every = run_dir.path if context.is_main else None, self.saved["config"]["train"]["log_every_steps"]
+        writer = MetricsWriter(path, step, run_dir.writing, validation_owed, logged_every)
         if context.is_main:
             self._write_report(run_dir, writer.missing_steps)
-            writer.resume(self.progress.step, self.path)
+            writer.resume(step, self.path)
         return writer
 
     def _write_report(self, run_dir: RunDirectory, missing_steps: list[int]) -> None:
@@ -258,9 +252,8 @@ class Resume(NewRun):
         """Check `best`, save if another run's checkpoint was resumed, and validate if the config asks for it."""
         keep_or_forget_best(self.progress, checkpoints, self.config, context)
         if not checkpoints.is_parent_of(self.path):
-            trainer.output.saver.save(
-                self.progress.step, is_best=False
-            )  # then the other run's folder is no longer needed
+            # then the other run's folder is no longer needed
+            trainer.output.saver.save(self.progress.step, is_best=False)
         if self.config.validate_on_resume:
             trainer.validate_restored()
 

@@ -295,6 +295,20 @@ def deliver(context: Context, pairs: Sequence[Pair]) -> None:
             _broadcast_flat(context, [pair for pair in pairs if pair[1].dtype == dtype], dtype)
 
 
+def load_weights(
+    context: Context, model: nn.Module, saved: dict[str, torch.Tensor], allow_new: Sequence[str] = ()
+) -> RestoreReport:
+    """Load weights and buffers by name on every rank; only on rank 0 do the tensors in `saved` need contents.
+
+    Raises:
+        ResumeRefused: on every rank, see `plan_weights`.
+    """
+    with context.together("restoring the weights"):
+        restore = plan_weights(model, saved, allow_new)
+    deliver(context, restore.pairs)
+    return restore.report
+
+
 def _broadcast_flat(context: Context, pairs: list[Pair], dtype: torch.dtype) -> None:
     length = max(1, PIECE_BYTES // dtype.itemsize)
     taken: list[Pair] = []

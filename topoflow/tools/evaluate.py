@@ -6,7 +6,7 @@ from pathlib import Path
 
 from topoflow.build import build_network, open_data, restore_normalization
 from topoflow.checkpoint.directory import find_checkpoint
-from topoflow.checkpoint.state import deliver, plan_weights, read_everywhere
+from topoflow.checkpoint.state import load_weights, read_everywhere
 from topoflow.config import CHANNELS, NETWORK, Config
 from topoflow.config_io import changed_keys, override_config, without_replaced
 from topoflow.data.contents import Contents
@@ -72,9 +72,7 @@ def score_checkpoint(
     normalization = restore_normalization(saved["data"], context)
     with context.together("model"):
         model = build_network(config, data, normalization.base).to(context.device)
-    with context.together("restoring the weights"):
-        restore = plan_weights(model, saved["model"])
-    deliver(context, restore.pairs)
+    load_weights(context, model, saved["model"])
     log.info("scoring %s on the %s split", path, split)
     return evaluate_model(context, model, data, normalization, split, config.train, output)
 
