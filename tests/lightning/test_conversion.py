@@ -344,6 +344,14 @@ BROKEN = {
     "a mean of squares of zeros": (
         lambda c: state_of(c)["exp_avg_sq"].zero_(), "optimizer_states: exp_avg_sq of blocks.0.norm1.weight: all zero"
     ),
+    "a moment of the outputs that are kept": (
+        lambda c: [entry.update(exp_avg=entry["exp_avg"][:24]) for entry in states_of(c).values()
+                   if entry["exp_avg"].shape == (60, 16)],
+        r"head.2.weight: shape \(24, 16\): expected 60 outputs",
+    ),
+    "a bias of the outputs that are kept": (
+        lambda c: c["state_dict"].update({"model.head.2.bias": torch.zeros(24)}), "head.2.bias: .* expected 60 outputs"
+    ),
     "amsgrad's moments": (
         lambda c: state_of(c).update(max_exp_avg_sq=torch.ones(16)), "parameter 0 has max_exp_avg_sq: expected AdamW"
     ),

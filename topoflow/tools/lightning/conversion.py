@@ -282,8 +282,9 @@ def _network_settings(
         cells = [f"{int(cells.sum())} of {list(cells.shape)} cells" for cells in (weights.mask, mask)]
         yield f"mask of the data ({MASK}.npy in the run directory is the file's)", f"{MASK} with {cells[0]}", cells[1]
     if weights.program == "predecessor" and wind != "legacy_regional":
-        exists = (*mask.shape, config.model.patch_size) == SCANNED_GRID
-        label = "model.wind (the predecessor's)" if exists else "wind (the predecessor's does not exist on this grid)"
+        label = "model.wind (the predecessor's)"
+        if (*mask.shape, config.model.patch_size) != SCANNED_GRID:
+            label = "wind (model.wind; the predecessor's does not exist on this grid)"
         yield label, "legacy_regional", wind
     elif stated.get("model.parallel_patch_embed") is True:
         yield "model.wind", "tokens sorted by parallel_patch_embed, which no option does,", wind

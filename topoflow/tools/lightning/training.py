@@ -5,6 +5,7 @@ Every function raises ResumeRefused where the file does not hold what it expects
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import eq
 from typing import Any
 
 import torch
@@ -101,7 +102,6 @@ def _pop_parameters(
     Which of ours it is depends on its name, if it has one, its size, and its parameters' names or shapes.
     """
     label, keys, named = group.get("name"), group["params"], _names_in(group, weights.names)
-    shapes = [getattr(as_mapping(state.get(key)).get("exp_avg"), "shape", None) for key in keys]
     possible = [
         ours
         for ours, parameters in left.items()
@@ -111,12 +111,9 @@ def _pop_parameters(
     sizes = shorten(f"{ours} ({len(parameters)})" for ours, parameters in left.items())
     what = f"optimizer group {'without a name' if label is None else show(label)}: {len(keys)} parameters"
     require(bool(possible), f"{what}: expected one of {sizes or 'none'}, each once")
-    fitting = [
-        ours
-        for ours in possible
-        if all(shape in (None, weights.tensors[name].shape) for shape, name in zip(shapes, left[ours], strict=True))
-    ]
-    parameters = left.pop((fitting or possible)[0])  # if none fits, the restore refuses a moment of another shape
+    shapes = [getattr(as_mapping(state.get(key)).get("exp_avg"), "shape", None) for key in keys]
+    alike = {ours: sum(map(eq, shapes, [weights.tensors[name].shape for name in left[ours]])) for ours in possible}
+    parameters = left.pop(max(possible, key=alike.__getitem__))  # the restore refuses a moment of another shape
     return named or parameters
 
 
@@ -140,6 +137,7 @@ def _names_in(group: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
 
 
 def _read_entry(entry: Mapping[str, Any], name: str, global_step: int, weights: Weights) -> dict[str, Tensor]:
+    """Return the moments of one parameter in our shape, its step count as a float32 scalar."""
     step = entry["step"]
     step = step.item() if is_kind(step, torch.float32) and step.numel() == 1 else step
     fits = is_kind(step, float) and step == int(step) and 1 <= step <= global_step

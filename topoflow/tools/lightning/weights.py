@@ -58,8 +58,12 @@ class Weights:
     target_indices: list[int] | None
 
     def adapt(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a weight, or a moment of it, in the shape that our network has; a foreign shape stays as it is."""
-        if name.startswith(f"{self.last}.") and tensor.shape[:1] == (self.outputs,):
+        """Return a weight, or a moment of it, as our network has it: outputs that are kept, scalars in our shape."""
+        if name.startswith(f"{self.last}."):
+            shape = tuple(tensor.shape)
+            require(
+                shape[:1] == (self.outputs,), f"{name}: shape {shape}: expected {self.outputs} outputs, in moments too"
+            )
             return tensor[self.kept]
         scalar = {ALPHA: (1,), H_SCALE: ()}.get(name)
         return tensor if scalar is None or tensor.numel() != 1 else tensor.reshape(scalar)
