@@ -113,7 +113,7 @@ def _require_whole(path: Path) -> None:
 
 
 def require(fits: bool, message: str) -> None:
-    """Raise ResumeRefused with a message unless something in the file fits."""
+    """Raise ResumeRefused with this message unless the file fits."""
     if not fits:
         raise ResumeRefused(message)
 
