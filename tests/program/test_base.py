@@ -73,6 +73,16 @@ def test_a_resume_with_another_base_is_refused(program):
     assert "model.base: 'damped' -> 'seasonal'; model.tokens: 'with_data' -> 'all'" in refused.stderr
 
 
+def test_inspect_shows_and_compares_bases(program, capsys):
+    for name, base in (("run", "damped"), ("other", "seasonal")):
+        changes = (f"model.base={base}", "data.train=[[2018-10-02, 2018-10-06]]") if name == "other" else ()
+        assert program.train(*BASE, *changes, "train.max_steps=1", run=name).returncode == 0
+    assert cli.main(["inspect", str(program.folder / "run")]) == 0
+    assert "hourly float32[6, 24, 8, 12] " in capsys.readouterr().out
+    assert cli.main(["inspect", str(program.folder / "run"), str(program.folder / "other")]) == 0
+    assert "base.slope: float32[6, 2, 8, 12] " in capsys.readouterr().out
+
+
 def test_a_base_of_other_bits_is_not_proved(program, monkeypatch):
     assert program.train(*BASE, "train.max_steps=6").returncode == 0
     whole = build.restore_normalization

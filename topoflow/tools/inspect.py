@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from topoflow.checkpoint.directory import POINTERS, CheckpointDirectory, find_checkpoint, find_directory
-from topoflow.checkpoint.file import MANIFEST, STATE, read_checkpoint, read_manifest
+from topoflow.checkpoint.file import MANIFEST, STATE, map_tensors, read_checkpoint, read_manifest
 from topoflow.checkpoint.fingerprint import MOMENTS, captured_tensors
 from topoflow.checkpoint.state import groups_by_parameter
 from topoflow.data.contents import Contents
@@ -105,7 +105,8 @@ def _describe_checkpoint(folder: Path, tables: bool = True) -> Findings:
 
 
 def _describe_state(state: dict[str, Any]) -> dict[str, Any]:
-    groups, moments, data = state["optimizer"]["groups"], state["optimizer"]["state"], dict(state["data"])
+    groups, moments = state["optimizer"]["groups"], state["optimizer"]["state"]
+    data = map_tensors(state["data"], _summary)
     if "contents" in data:  # without the hashes of each day
         data["contents"] = Contents.from_dict(data["contents"]).describe()
     if "grid" in data:  # without the position of each cell
@@ -231,7 +232,13 @@ def _settings(state: dict[str, Any]) -> dict[str, Any]:
     """Return everything that is compared as plain values."""
     groups = {group["name"]: {**group, "params": None} for group in state["optimizer"]["groups"]}
     groups["group of"] = groups_by_parameter(state["optimizer"]["groups"])
-    return {"groups": groups, **{name: state[name] for name in COMPARED}}
+    return {"groups": groups, **{name: map_tensors(state[name], _summary) for name in COMPARED}}
+
+
+def _summary(tensor: torch.Tensor) -> str:
+    """Return `float32[2, 3] 1b4f0e98`: type, shape and the begin of the SHA-256 of the contents."""
+    kind = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+    return f"{kind} {hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:8]}"
 
 
 def _different_values(a: Any, b: Any, path: str = "") -> Iterator[str]:
@@ -329,7 +336,9 @@ def _show_facts(facts: Mapping[str, Any], indent: str = "") -> list[str]:
         else:
             wrapped = textwrap.wrap(text, WIDTH - LABEL_WIDTH, break_on_hyphens=False) or [""]
             labels = [indent + label, *[""] * (len(wrapped) - 1)]
-            lines += [f"{label:<{LABEL_WIDTH}}{line}".rstrip() for label, line in zip(labels, wrapped, strict=True)]
+            lines += [
+                f"{label:<{LABEL_WIDTH - 1}} {line}".rstrip() for label, line in zip(labels, wrapped, strict=True)
+            ]
     return lines
 
 
