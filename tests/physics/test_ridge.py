@@ -299,13 +299,16 @@ def test_processes_that_fit_different_targets_add_up():
 def test_a_forecast_uses_nothing_after_its_start():
     source, start = make_source((2, 3)), 1000
     ridge, features, _ = fit(source)
-    forecast = ridge.forecast(features, LEADS, np.array([start - 30, start]))
+    starts = np.array([start - 30, start, start + 40])
+    forecast = ridge.forecast(features, LEADS, starts)
     for name in TARGETS:
         source.fields[name][start + 1 :] = 1e6
-        source.fields[name][start + 3 :] = np.nan
-    assert ridge.forecast(features, LEADS, np.array([start - 30, start])).tobytes() == forecast.tobytes()
+        source.fields[name][start + 3 :: 2] = np.nan
+    changed = ridge.forecast(features, LEADS, starts)
+    assert changed[:2].tobytes() == forecast[:2].tobytes()
+    assert np.all(changed[2] != forecast[2])
     source.fields["o3"][start] += 1
-    changed = ridge.forecast(features, LEADS, np.array([start - 30, start]))
+    changed = ridge.forecast(features, LEADS, starts)
     assert changed[0].tobytes() == forecast[0].tobytes()
     assert np.all(changed[1] != forecast[1])
 
