@@ -130,6 +130,7 @@ class Definition:
             if other != t:
                 found += [self.now(other, cell, time), self.mean(other, cell, time, 24)]
                 found.append(over(nearest[8:39], lambda _, *where, other=other: self.now(other, *where)))
+                found.append(over(nearest[8:39], lambda _, *where, other=other: self.mean(other, *where, 24)))
         for q in range(len(TARGETS)):
             found.append(sum(self.now(q, c, time) for c in self.cells[q]) / len(self.cells[q]))
         return found

@@ -9,7 +9,7 @@ The features of a cell, in order:
     now of the cells north, east, south and west of it in two rings of distance: CELL_FEATURES so far;
   - its mean of the last 720 h, its anomaly now and 24 h mean times sine and cosine of the hour of day, and its anomaly
     now where that is positive;
-  - of each other target its anomaly now and 24 h mean and the anomaly now of the 9th to 39th nearest cells, and of each
+  - of each other target the anomaly now and the 24 h mean, of the cell and of its 9th to 39th nearest cells; of each
     target the anomaly now of all cells.
 A missing value now is replaced by the mean of the last 12 h; a mean of no values is 0.
 """
@@ -136,7 +136,7 @@ class RidgeFeatures:
     ):
         self.source, self.targets, self.persistence, self.known = source, tuple(targets), persistence, known > 0
         self.cells = self.known.any(axis=0)
-        self.count = CELL_FEATURES + 6 + 3 * (len(self.targets) - 1) + len(self.targets)
+        self.count = CELL_FEATURES + 6 + 4 * (len(self.targets) - 1) + len(self.targets)
         self._columns = [np.flatnonzero(own[self.cells]) for own in self.known]  # of the target's cells among `cells`
         self._neighbours: list[list[np.ndarray]] = []
         for t, own in enumerate(self.known):
@@ -214,6 +214,7 @@ class RidgeFeatures:
                 yield past.now[other][own]
                 yield past.means[24][other][own]
                 yield _mean_over(past.now[other], next_cells)
+                yield _mean_over(past.means[24][other], next_cells)
         for mean in past.everywhere:
             yield np.broadcast_to(mean, (len(own), len(mean)))
 
