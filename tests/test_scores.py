@@ -15,6 +15,7 @@ def record(target="pm25", lead=12, unit="ug m-3", **scores):
         "climatology_rmse": 25.0,
         "damped_persistence_rmse": 18.5,
         "seasonal_damped_persistence_rmse": None,
+        "ridge_rmse": None,
     }
     return {"target": target, "lead_hours": lead, "unit": unit, "n": 7, **numbers, **scores}
 
@@ -45,6 +46,13 @@ def test_table_has_the_seasonal_baseline_where_there_is_one():
     assert lines[3].endswith("18.50 18.00")
     assert lines[-2].endswith("damped persistence in 0 of 2, seasonal in 1 of 2.")
     assert lines[-1].endswith("mean over targets and leads: 1.027")  # 19 / 18.5
+
+
+def test_table_says_where_the_network_adds_nothing_to_the_ridge():
+    said = "it adds less than 1 % to it"
+    assert said in format_scores([record(ridge_rmse=19.1), record(lead=24, ridge_rmse=19.1)])
+    assert said not in format_scores([record(ridge_rmse=19.3), record(lead=24, ridge_rmse=19.3)])
+    assert said not in format_scores([record(), record(lead=24)])
 
 
 def test_undefined_scores_are_null_and_an_empty_field(tmp_path):

@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from topoflow.baselines import Baselines
+from topoflow.baselines import Baselines, RidgeForecasts
 from topoflow.build import fit_persistence
 from topoflow.checkpoint.directory import CheckpointDirectory
 from topoflow.checkpoint.state import load_weights, read_everywhere
@@ -24,8 +24,10 @@ from topoflow.data.sampling import build_eval_loader
 from topoflow.data.variables import known_or_plain
 from topoflow.errors import ConfigError, RunDirectoryError, StopRequested
 from topoflow.forecast_case import ForecastCase
-from topoflow.metrics import DAMPED, Record, ScoreSums, format_scores, write_scores
+from topoflow.metrics import Record, ScoreSums, format_scores, write_scores
 from topoflow.physics.climatology import BLOCK_HOURS, contiguous_blocks
+from topoflow.physics.persistence import DampedPersistence
+from topoflow.physics.ridge import Ridge, RidgeFeatures, fit_ridge
 from topoflow.ranks import Context
 from topoflow.run_dir import RunDirectory
 
@@ -33,6 +35,8 @@ log = logging.getLogger(__name__)
 
 CASE_TARGET, CASE_LEAD_HOURS = "pm25", 24
 """Target and lead time of the plotted case; the first of the data set if it lacks these."""
+RIDGE_SAMPLES = 50_000_000
+"""Largest number of cells times training starts for which the ridge baseline is fitted: it takes some minutes."""
 
 
 def evaluate_best(
@@ -97,7 +101,8 @@ def evaluate_model(
         threads=data.config.threads,
     )
     log.info("evaluation of the %s split: %d samples from %d start times", split, len(dataset), len(dataset.starts))
-    baselines = evaluator.fit_baselines(data.times("train"), data.starts("train").starts)
+    validation = data.starts("validation").starts if data.config.validation else None
+    baselines = evaluator.fit_baselines(data.times("train"), data.starts("train").starts, validation)
     observed = evaluator.sum_observations()
     records = evaluator.score(baselines, observed)
     if context.is_main:
@@ -188,12 +193,42 @@ class Evaluator:
         if name is not None:
             raise StopRequested(f"stopped by {name} during the evaluation; the next start repeats it")
 
-    def fit_baselines(self, training_times: np.ndarray, training_starts: np.ndarray) -> Baselines:
-        """Fit the baselines on the training split."""
+    def fit_baselines(
+        self, training_times: np.ndarray, training_starts: np.ndarray, validation_starts: np.ndarray | None = None
+    ) -> Baselines:
+        """Fit the baselines on the training split; on the validation split, if there is one, the ridge's strengths."""
         dataset, report = self.dataset, self.report_progress_or_stop
         names, leads = dataset.target_names, dataset.lead_times_hours
         fitted = fit_persistence(self.context, dataset.data, names, leads, training_times, training_starts, report)
-        return Baselines(fitted[0], fitted[1] if len(fitted) > 1 else None)
+        baselines = Baselines(fitted[0], fitted[1] if len(fitted) > 1 else None)
+        known = dataset.data.mask & (fitted[0].climatology.filled == 0).any(axis=(0, 1))
+        if known.sum() * len(training_starts) > RIDGE_SAMPLES:
+            log.info("ridge baseline: left out, as it would take hours for so many cells and start times")
+            return baselines
+        ridge = self._fit_ridge(fitted[-1], training_starts, validation_starts)
+        features = RidgeFeatures(dataset.data, names, fitted[-1], ridge.known)
+        return replace(baselines, ridge=RidgeForecasts(ridge, features, leads, dataset.starts))
+
+    def _fit_ridge(
+        self, persistence: DampedPersistence, training_starts: np.ndarray, validation_starts: np.ndarray | None
+    ) -> Ridge:
+        """Fit the ridge, each rank some of the targets."""
+        context, dataset = self.context, self.dataset
+        with context.together("fitting the ridge"):
+            ridge = fit_ridge(
+                dataset.data,
+                dataset.target_names,
+                dataset.lead_times_hours,
+                training_starts,
+                validation_starts,
+                dataset.data.mask,
+                persistence,
+                only=dataset.target_names[context.rank :: context.world_size],
+                on_progress=self.report_progress_or_stop,
+            )
+        for array in ridge.arrays().values():
+            context.all_reduce_sum(torch.from_numpy(array))
+        return ridge
 
     def sum_observations(self) -> np.ndarray:
         """Return sum and number of observations, in the units of the data: float64 [2, starts, leads, targets].
@@ -229,8 +264,8 @@ class Evaluator:
         units = {variable.name: variable.display_unit for variable in variables}
         total, count = observed.sum(axis=1)  # [leads, targets]
         mean = scale[:, :, 0] * (total / np.maximum(count, 1)).T
-        damped = DAMPED if baselines.seasonal is not None else DAMPED[:1]
-        sums = ScoreSums(len(dataset.starts), dataset.target_names, dataset.lead_times_hours, units, mean, damped)
+        leads = dataset.lead_times_hours
+        sums = ScoreSums(len(dataset.starts), dataset.target_names, leads, units, mean, baselines.damped)
         loader = build_eval_loader(
             PhysicalSamples(dataset), self.batch_size, context.rank, context.world_size, self.threads
         )
@@ -324,7 +359,7 @@ def forecast_baselines(
     for present, index in zip(batch["present"].double().numpy(), batch["index"].tolist(), strict=True):
         start, target, _ = dataset.positions(index)
         lead = index % len(dataset.lead_times_hours)
-        forecast, is_filled = baselines.forecast(present, times[start], times[target], lead)
+        forecast, is_filled = baselines.forecast(present, times, start, target, lead)
         forecasts.append(forecast)
         filled.append(is_filled)
     return {name: np.stack([forecast[name] for forecast in forecasts]) for name in forecasts[0]}, np.stack(filled)

@@ -19,7 +19,7 @@ from topoflow.errors import TrainingDiverged
 from topoflow.files import write_atomically
 from topoflow.text import format_table
 
-DAMPED = ("damped_persistence", "seasonal_damped_persistence")
+DAMPED = ("damped_persistence", "seasonal_damped_persistence", "ridge")
 """Baselines that start from the present value and from a climatology; all but the first may be absent."""
 
 COLUMNS = (
@@ -238,7 +238,14 @@ COMPARED = (
     ("climatology", "climatology_rmse", "rmse"),
     ("damped persistence", "damped_persistence_rmse", "rmse_where_present"),
     ("seasonal", "seasonal_damped_persistence_rmse", "rmse_where_present"),
+    ("ridge", "ridge_rmse", "rmse_where_present"),
 )
+NOTES = {
+    "seasonal": "seasonal: damped persistence about a climatology with a cycle of the year",
+    "ridge": "ridge: linear regression on present and past anomalies of the cell and of those around it",
+}
+WORTHWHILE = 0.01
+"""Share by which a network's RMSE should be below the ridge regression's."""
 
 
 def format_scores(records: Sequence[Record]) -> str:
@@ -264,13 +271,16 @@ def format_scores(records: Sequence[Record]) -> str:
         "RMSE of the model and of each baseline; + marks a baseline that the model beats on the same samples",
         *format_table(("target", "unit", "lead", "model", "model*", *(f"{label} " for label, *_ in compared)), rows),
         "* model, on the samples of the baselines but climatology: where the present value exists",
-        "seasonal: damped persistence about a climatology with a cycle of the year" if len(compared) > 3 else "",
+        *(NOTES[label] for label, *_ in compared if label in NOTES),
         f"The model beats {', '.join(wins)}.",
     ]
     ratio = mean_ratio(records)
     if ratio is not None:
         lines.append(f"RMSE of the model over that of damped persistence, mean over targets and leads: {ratio:.3f}")
-    return "\n".join(line for line in lines if line)
+    over_ridge = mean_ratio(records, "ridge_rmse")
+    if over_ridge is not None and over_ridge > 1 - WORTHWHILE:
+        lines.append(f"The model's RMSE is {over_ridge:.3f} of the ridge regression's: it adds less than 1 % to it.")
+    return "\n".join(lines)
 
 
 def mean_ratio(records: Sequence[Record], baseline: str = "damped_persistence_rmse") -> float | None:

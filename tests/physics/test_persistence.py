@@ -168,8 +168,8 @@ def test_forecasts_equal_the_definition():
     present[1, 1, 1] = np.nan
     day = np.datetime64("2019-05-01T00", "h")
     for hour, at_target, lead, k in [(13, 1, 12, 0), (20, 2, 30, 2)]:
-        start = day + np.timedelta64(hour, "h")
-        forecasts, is_filled = Baselines(damped, None).forecast(present, start, start + np.timedelta64(lead, "h"), k)
+        times = day + np.timedelta64(hour, "h") + np.arange(lead + 1)
+        forecasts, is_filled = Baselines(damped, None).forecast(present, times, 0, lead, k)
         assert np.array_equal(forecasts["persistence"], present, equal_nan=True)
         assert np.array_equal(forecasts["climatology"], hourly[:, at_target])
         expected = hourly[:, at_target] + damped.slope[:, k] * (present - hourly[:, hour])
@@ -267,8 +267,8 @@ def scored_baselines(source, fitted, starts, leads):
     values = np.stack([source.fields[name] for name in POLLUTANTS], axis=1).astype(np.float64)
     for row, start in enumerate(starts):
         for k, lead in enumerate(leads):
-            observed, moments = values[start + lead], source.times[[start, start + lead]]
-            forecasts, filled = baselines.forecast(values[start], *moments, k)
+            observed = values[start + lead]
+            forecasts, filled = baselines.forecast(values[start], source.times, start, start + lead, k)
             batch = {name: forecast[None] for name, forecast in forecasts.items()}
             sample, valid = np.array([4 * row + k]), np.isfinite(observed)
             sums.add(sample, batch["climatology"], observed[None], valid[None], batch, filled[None])

@@ -323,7 +323,10 @@ def test_neighbours_on_a_dense_grid():
     source = ArraySource(np.array(["2019-03-01T00"], "datetime64[h]"), fields, Grid(lat2d, lon2d))
     sizes = {"hourly": 24, "annual": 0, "filled": 24, "slope": 2}
     arrays = {name: np.zeros((2, size, 13, 13)) for name, size in sizes.items()}
-    persistence = DampedPersistence.from_arrays({**arrays, "squares": np.ones((2, 2))})
+    arrays |= {"squares": np.ones((2, 2)), "lead_times_hours": np.array(LEADS)}
+    persistence = DampedPersistence.from_arrays(
+        {**arrays, "squares": np.ones((2, 2)), "lead_times_hours": np.array(LEADS)}
+    )
     features, start = RidgeFeatures(source, TARGETS, persistence, np.ones((2, 13, 13))), np.array([0])
     past = features.summarize(features.read_anomalies(start), start)
     found = np.stack([feature[:, 0] for feature in features.of_target(0, past, slice(169))])

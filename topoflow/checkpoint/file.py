@@ -54,7 +54,7 @@ def named_tensors(tree: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor
             yield from named_tensors(value, f"{path}/{key}" if path else str(key))
 
 
-def map_tensors(tree: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def map_tensors(tree: Any, function: Callable[[torch.Tensor], Any]) -> Any:
     """Return nested dicts of tensors and plain values with `function` applied to each tensor."""
     if isinstance(tree, torch.Tensor):
         return function(tree)
