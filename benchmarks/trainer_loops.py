@@ -83,7 +83,7 @@ class Parts:
         data = open_forecast_data(config.data, with_wind=True, with_terrain=True)
         self.dataset: ForecastDataset = data.dataset("train", data.build_normalization())
         self.elevation_m = torch.from_numpy(data.source.heights_m())
-        self.network = build_network(config, data, None).train()
+        self.network = build_network(config, data.grid).train()
         self.optimizer = build_optimizer(self.network, config.optim)
         steps_per_epoch = len(self.dataset) // config.train.global_batch_size
         self.scheduler = build_scheduler(self.optimizer, config.optim, steps_per_epoch, job.steps)

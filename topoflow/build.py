@@ -18,6 +18,8 @@ from topoflow.checkpoint.state import capture_state, deliver
 from topoflow.config import Config
 from topoflow.config_io import config_to_dict
 from topoflow.data.assembly import SPLITS, ForecastData, open_forecast_data
+from topoflow.data.channels import input_names
+from topoflow.data.grid import Grid
 from topoflow.data.normalization import Base, Normalization
 from topoflow.data.prepared.reader import PreparedData, PreparedIndex, index_prepared
 from topoflow.data.sampling import BatchPlan
@@ -213,27 +215,35 @@ def restore_normalization(saved: dict[str, Any], context: Context) -> Normalizat
     return dataclasses.replace(normalization, base=DampedPersistence.from_arrays(base))
 
 
-def build_network(config: Config, data: ForecastData, base: Base | None) -> TopoFlow:
-    """Build the network for these data and this base on CPU, with its initial weights."""
+def build_network(config: Config, grid: Grid, observed: np.ndarray | None = None) -> TopoFlow:
+    """Build the network for data on this grid on CPU, with its initial weights.
+
+    observed: bool [H, W], the cells about whose patches model.tokens=with_data is.
+    """
     model = build_model(
         config.model,
-        data.input_names,
-        data.target_names,
-        data.grid.shape,
-        *data.grid.patch_centres_km(config.model.patch_size),
+        input_names(config.data),
+        config.data.targets,
+        grid.shape,
+        *grid.patch_centres_km(config.model.patch_size),
         seed=config.run.seed,
         activation_checkpointing=config.train.activation_checkpointing,
         flex_attention=config.train.flex_attention,
     )
-    if config.model.tokens == "with_data" and base is not None:
-        model.keep_patches(base.known & data.source.mask)
+    if config.model.tokens == "with_data" and observed is not None:
+        model.keep_patches(observed)
     return model
+
+
+def observed_cells(data: ForecastData, base: Base | None) -> np.ndarray | None:
+    """Return the cells of the mask where a target was observed in training, bool [H, W]; None without a base."""
+    return None if base is None else base.known & data.source.mask
 
 
 def build_state(config: Config, data: ForecastData, base: Base | None, plan: BatchPlan, context: Context) -> TrainState:
     """Build network, optimizer and scheduler as they are before the first step of a new run."""
     with context.together("model"):
-        model = build_network(config, data, base)
+        model = build_network(config, data.grid, observed_cells(data, base))
     model.to(context.device)
     for buffer in model.buffers():  # derived from the grid with arithmetic that may differ between machines
         context.broadcast_tensor(buffer)

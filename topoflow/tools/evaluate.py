@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from topoflow.build import build_network, open_data, restore_normalization
+from topoflow.build import build_network, observed_cells, open_data, restore_normalization
 from topoflow.checkpoint.directory import find_checkpoint
 from topoflow.checkpoint.state import load_weights, read_everywhere
 from topoflow.config import CHANNELS, NETWORK, Config
@@ -71,7 +71,7 @@ def score_checkpoint(
         log.warning("data.path: %s differs from the data used in training: %s", config.data.path, difference)
     normalization = restore_normalization(saved["data"], context)
     with context.together("model"):
-        model = build_network(config, data, normalization.base).to(context.device)
+        model = build_network(config, data.grid, observed_cells(data, normalization.base)).to(context.device)
     load_weights(context, model, saved["model"])
     log.info("scoring %s on the %s split", path, split)
     return evaluate_model(context, model, data, normalization, split, config.train, output)
