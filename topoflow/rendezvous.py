@@ -133,7 +133,7 @@ def _meet(
 
     Returns the server of the watch on rank 0, and the store of the group.
     """
-    backend = _choose_backend(config, device)
+    backend = choose_backend(config, device)
     # DDP and the optimizers import it sooner or later. Imported for the first time while a group exists, it keeps that
     # group, and with it gloo's threads, to the end of the interpreter, which then may abort (torch 2.13).
     importlib.import_module("torch._dynamo")
@@ -197,7 +197,7 @@ def _find_server(launch: Launch, limit: timedelta, wait: _SetupWait) -> tuple[so
     return listener, int(port), token
 
 
-def _choose_backend(config: DistributedConfig, device: torch.device) -> str:
+def choose_backend(config: DistributedConfig, device: torch.device) -> str:
     """Return the backends of the process group: host tensors and objects go over gloo in any case."""
     on_device = {"auto": "nccl" if device.type == "cuda" else "gloo"}.get(config.backend, config.backend)
     if device.type == "cpu" and on_device == "nccl":
