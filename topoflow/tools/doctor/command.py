@@ -1,75 +1,94 @@
 """The command: meet the other processes, measure, judge on rank 0, print, and end all with the same status."""
 
-import dataclasses
 import os
 import re
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from topoflow.config import Config, DataConfig, ModelConfig, TrainConfig
 from topoflow.config_io import load_config
 from topoflow.errors import ConfigError, RanksDisagree, Refusal
 from topoflow.launch import Launch, choose_device, read_launch
 from topoflow.logs import close_logging, setup_logging
 from topoflow.ranks import Context
-from topoflow.rendezvous import distributed_context
+from topoflow.rendezvous import choose_backend, distributed_context
 from topoflow.reproducibility import set_deterministic
-from topoflow.tools.doctor import judge
-from topoflow.tools.doctor.network import describe_address, drop_missing_interfaces, measure_pairs, time_all_reduce
-from topoflow.tools.doctor.probe import Process, ask, greet, is_stuck, measure
-from topoflow.tools.doctor.report import Report
-from topoflow.tools.doctor.trial import build_trial_model, run_passes
+from topoflow.terminal import print_error
+from topoflow.tools.doctor import network, probe, storage, trial
+from topoflow.tools.doctor.probe import SMALL, Process, Question, attempt, is_stuck
+from topoflow.tools.doctor.report import FAIL, WARNING, Compare, Found, Report
 
-MEET_SECONDS, SILENT_SECONDS = 60.0, 120.0
-"""How long processes wait for each other to start (Python may be on a slow file system), and for one that hangs."""
+MEET_SECONDS = 60.0
+"""How long processes wait for each other: to start (Python may be on a slow file system), and for one that hangs."""
 BUILD_SECONDS, PASS_SECONDS = 20.0, 20.0
-SMALL = Config(
-    data=DataConfig(path="none", train=(2000,), threads=2),
-    train=TrainConfig(max_steps=1),
-    model=ModelConfig(embed_dim=64, depth=2, num_heads=4),
-)
-"""What is examined without a config."""
+HEAD = ("config", "run_directory", "data", "launcher", "launcher_reason", "processes")
+"""The first keys of the JSON object."""
+
+
+class Check(NamedTuple):
+    """What measures for a check (None: see `_examine`), and how rank 0 judges it (see `Report.judge`)."""
+
+    measure: Question | None
+    compare: Compare | None = None
+    on_node: bool = False
+    """Only the process with local rank 0 measures."""
+    seconds: float = 10.0
+    """Limit of the measurement."""
+
+
+CHECKS = {
+    "ranks": Check(probe.check_ranks),
+    "devices": Check(probe.check_device),
+    "CPUs": Check(probe.check_processors),
+    "software": Check(probe.check_software),
+    "addresses": Check(None, on_node=True),
+    "clocks": Check(None, network.compare_clocks, on_node=True),
+    "caches": Check(storage.check_caches, on_node=True),
+    "data": Check(storage.check_data, on_node=True, seconds=20.0),
+    "limits": Check(probe.check_limits, on_node=True),
+    "run directory": Check(storage.check_run_directory, storage.compare_run_directories, on_node=True),
+    "network": Check(network.check_connections, seconds=30.0),
+    "model": Check(None, trial.compare_passes),
+}
+LAST = ("run directory", "network", "model")
+"""All checks in the order of the report, and those that need the model or all processes together."""
 
 
 def doctor(path: Path | None, overrides: Sequence[str] = (), as_json: bool = False) -> int:
     """Examine the machines of this launch; return the exit status, the same on all processes."""
-    names = ("config", "run_directory", "data", "launcher", "launcher_reason", "processes")
-    head: dict[str, Any] = {**dict.fromkeys(names), "config": str(path) if path else None}
+    head: dict[str, Any] = dict.fromkeys(HEAD) | {"config": str(path) if path else None}
     try:
         launch = read_launch()
     except Refusal as refusal:
-        report = Report(head, SMALL, is_shown=True, as_json=as_json)
-        report.begin({socket.gethostname(): []})
-        report.fail("environment", "cannot be used", {socket.gethostname(): str(refusal)})
-        return report.end(refusal.exit_status)
-    # refusals are reported with those of the others: a process that ended here would leave them waiting
-    config, device, refusals = SMALL, torch.device("cpu"), {"config": "", "device": ""}
-    try:
-        config = load_config(path, overrides) if path else config
-    except Refusal as refusal:
-        refusals["config"] = str(refusal)
-    try:
-        device = choose_device(config.run.device, launch)
-        if device.type == "cpu" and config.distributed.backend == "nccl":
-            raise ConfigError("distributed.backend: 'nccl' is not usable on CPU: expected gloo or auto")
-    except Refusal as refusal:
-        refusals["device"] = str(refusal)
-    run_dir = Path(config.run.dir if path else ".").absolute()
-    process = Process(launch, config, device, run_dir, path is not None, refusals)
-    if not refusals["config"]:
-        head |= {"run_directory": str(run_dir), "data": config.data.path if path else None}
+        report, here = Report(head, SMALL, is_shown=True, as_json=as_json), socket.gethostname()
+        report.begin({here: []})
+        return report.end_early(refusal.exit_status, "environment", "cannot be used", {here: str(refusal)})
     head |= {"launcher": launch.launcher, "launcher_reason": launch.reason, "processes": launch.world_size}
-    set_deterministic(config.run)
-    setup_logging(None, is_main=False)  # only errors
-    handler = signal.signal(signal.SIGTERM, _interrupt)  # so that the files in the run directory are removed
+    process, interfaces = Process(launch, SMALL, torch.device("cpu")), network.drop_missing_interfaces()
+    if process.is_leader:
+        process.found["addresses"] = interfaces
+    # refusals are reported with those of the others: a process that ended here would leave them waiting
     try:
-        status = _meet(process, Report(head, config, launch.is_main, as_json))
+        process.config = load_config(path, overrides) if path else SMALL
+        head |= {"run_directory": str(process.run_dir), "data": process.config.data.path if path else None}
+    except Refusal as refusal:
+        process.config_refusal = str(refusal)
+    try:
+        process.device = choose_device(process.config.run.device, launch)
+        choose_backend(process.config.distributed, process.device)
+    except Refusal as refusal:
+        process.device_refusal = str(refusal)
+    set_deterministic(process.config.run)
+    setup_logging(None, is_main=False)  # only errors
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the marks are removed
+    try:
+        status = _meet(process, Report(head, process.config, launch.is_main, as_json))
     finally:
         signal.signal(signal.SIGTERM, handler)
         close_logging()
@@ -81,42 +100,42 @@ def doctor(path: Path | None, overrides: Sequence[str] = (), as_json: bool = Fal
 
 def _meet(process: Process, report: Report) -> int:
     """Connect to the other processes and examine all, or report that they did not connect or were lost."""
-    launch, settings, missing = process.launch, process.config.distributed, drop_missing_interfaces()
-    settings = dataclasses.replace(
-        settings,
-        backend="auto" if process.device.type == "cpu" else settings.backend,
-        reduction="ddp",
-        setup_timeout_seconds=min(MEET_SECONDS, settings.setup_timeout_seconds),
-        timeout_seconds=SILENT_SECONDS,
+    launch, settings = process.launch, process.config.distributed
+    backend = "auto" if process.device.type == "cpu" else settings.backend
+    seconds = min(MEET_SECONDS, settings.setup_timeout_seconds)
+    settings = replace(
+        settings, backend=backend, reduction="ddp", setup_timeout_seconds=seconds, timeout_seconds=seconds
     )
 
+    def end_as_lost(text: str) -> int:
+        summary = f"a process was lost after {len(report.checks)} check(s): no further ones were made"
+        return report.end_early(RanksDisagree.exit_status, "connection", summary, {next(iter(report.nodes)): text})
+
     def on_forced_exit(_: int, message: str) -> None:
-        ask(process.left.close)
+        attempt(process.left.close)
         if report.nodes:
-            report.end_as_lost(message)
+            end_as_lost(message)
 
     try:
         with distributed_context(launch, settings, process.device, on_forced_exit) as context:
             try:
-                context.watch.mark("preparing the checks")
-                greeting = greet(process, ask(describe_address, launch, missing))
-                return _examine(context, process, report, context.ask_main(greeting, list))
+                return _examine(context, process, report)
             finally:
-                ask(process.left.close)
+                attempt(process.left.close)
     except (Refusal, RuntimeError) as error:  # torch.distributed raises RuntimeError when a process has ended
         text = (str(error).splitlines() or [type(error).__name__])[0]
         is_shared = getattr(error, "shared", False)
-        if process.refusals["device"] and not report.nodes:  # may be why the processes do not connect
-            text, is_shared = f"{process.refusals['device']}; {text}", False
+        if process.device_refusal and not report.nodes:  # may be why the processes do not connect
+            text, is_shared = f"{process.device_refusal}; {text}", False
         if not (launch.is_main or is_shared):
-            print(f"topoflow: rank {launch.rank}: {text}", file=sys.stderr, flush=True)
+            print_error(f"rank {launch.rank}: {text}")
         if report.nodes:
-            return report.end_as_lost(text)
-        node, late = socket.gethostname(), find_missing(launch, text)
-        report.begin({node: [launch.rank], **late})
-        summary = "the processes did not connect: nothing else was examined"
-        report.fail("ranks", summary, {**dict.fromkeys(late, "never connected"), node: text})
-        return report.end(error.exit_status if isinstance(error, Refusal) else RanksDisagree.exit_status)
+            return end_as_lost(text)
+        late = find_missing(launch, text)
+        report.begin({process.host: [launch.rank], **late})
+        status = error.exit_status if isinstance(error, Refusal) else RanksDisagree.exit_status
+        problems = {**dict.fromkeys(late, "never connected"), process.host: text}
+        return report.end_early(status, "ranks", "the processes did not connect: nothing else was examined", problems)
 
 
 def find_missing(launch: Launch, message: str) -> dict[str, list[int]]:
@@ -129,58 +148,62 @@ def find_missing(launch: Launch, message: str) -> dict[str, list[int]]:
     return missing
 
 
-def _examine(context: Context, process: Process, report: Report, greetings: list[dict[str, Any]]) -> int:
-    """Measure and judge, on processes that have met; return the status. greetings: of each rank, see `greet`."""
-    config, device, ranks_of = process.config, process.device, {}
-    for rank, greeting in enumerate(greetings):
-        ranks_of.setdefault(greeting["node"], []).append(rank)
-    report.begin(ranks_of)
-    report.add_facts(greetings)
-    if refused := {r: item["refusals"]["config"] for r, item in enumerate(greetings) if item["refusals"]["config"]}:
-        report.fail("config", "cannot be used: nothing else was examined", refused)
-        return report.end(ConfigError.exit_status)
+def _examine(context: Context, process: Process, report: Report) -> int:
+    """Measure and judge, on processes that have met; return the status."""
+    context.watch.mark("preparing the checks")
+    if process.is_leader:
+        process.measure("addresses", network.check_address)
+        process.measure("caches", storage.mark_caches)
+        process.measure("run directory", storage.mark_run_directory)
+    process.others = context.ask_main(process.introduction(), list)
+    if context.is_main:
+        storage.remove_marks_at_end(process)
+    report.begin(process.ranks_of)
+    if refused := {rank: other["refusal"] for rank, other in enumerate(process.others) if other["refusal"]}:
+        summary = "cannot be used: nothing else was examined"
+        return report.end_early(ConfigError.exit_status, "config", summary, refused)
 
-    def judge_all(facts: dict[str, Any], checks: judge.Checks, answer: Callable[[Report], Any]) -> Any:
-        """Send facts to rank 0, which makes some checks; return its answer on all ranks."""
+    def gather(names: Iterable[str], answer: Callable[[Report], Any]) -> Any:
+        """Send what was found to rank 0, which judges some checks; return its answer on all ranks."""
 
-        def on_main(gathered: list[dict[str, Any]]) -> Any:
-            report.add_facts(gathered)
-            for name, check in checks.items():
-                report.judge(name, check)
+        def on_main(gathered: list[dict[str, Found]]) -> Any:
+            report.found = gathered
+            for name in names:
+                ranks = [rank for rank, found in enumerate(gathered) if name in found]
+                place_of = report.node_of if CHECKS[name].on_node else range(len(gathered))
+                report.judge(name, {place_of[rank]: gathered[rank][name] for rank in ranks}, CHECKS[name].compare)
             return answer(report)
 
-        return context.ask_main(facts, on_main)
+        return context.ask_main(process.found, on_main)
 
-    context.watch.mark("checks of each process")
-    grid_shape = judge_all(measure(process, greetings), judge.LOCAL_CHECKS, judge.find_grid_shape)
-    built = ask(build_trial_model, config, grid_shape, seconds=BUILD_SECONDS)
-    model = built.pop("model", None)
-    facts = {"model": built}
-    network = judge_all(facts, judge.STORAGE_CHECKS, _plan_network)
-    if network is not None:
-        context.watch.mark("check of the network")
-        network_device = device if network["on_gpu"] else torch.device("cpu")
-        facts["all-reduce"] = time_all_reduce(context, network["gradient_bytes"], network_device)
-        if len(leaders := [ranks[0] for ranks in ranks_of.values()]) > 1:
-            facts["pairs"] = measure_pairs(context, leaders, network_device)
-    context.watch.mark("check of the model")
-    if model is not None:
-        facts["pass"] = ask(run_passes, model, config, grid_shape, device, seconds=PASS_SECONDS)
-        if "is_late" in facts["pass"]:
-            text = f"no forward and backward pass ended within {PASS_SECONDS:g} s, on {device.type}"
-            # a model designed for GPUs takes minutes on a CPU
-            facts["pass"] = {"error": text, "is_minor": device.type == "cpu"}
-    return judge_all(facts, judge.COMMON_CHECKS, Report.end)
-
-
-def _plan_network(report: Report) -> dict[str, Any] | None:
-    """Return how many bytes all are to reduce, and whether on their GPUs; None if they can send nothing."""
-    if len(report.facts) == 1 or any(facts["unreachable"].get("nodes", True) for facts in report.facts):
-        return None
-    # gloo has no point-to-point transfers between GPUs, and a process without a GPU cannot send from one
-    on_gpu = report.config.distributed.backend != "gloo" and {facts["kind"] for facts in report.facts} == {"cuda"}
-    return {"gradient_bytes": report.facts[0]["model"].get("gradient_bytes", 0), "on_gpu": on_gpu}
+    for name, check in CHECKS.items():
+        if check.measure and (process.is_leader or not check.on_node):
+            context.watch.mark(f"check of {name}")
+            process.measure(name, check.measure, check.seconds)
+    clock = network.measure_clock(context)
+    if process.is_leader:
+        process.found["clocks"] = clock
+    process.grid_shape, is_connected = gather([name for name in CHECKS if name not in LAST], _plan_trial)
+    context.watch.mark("building the model")
+    process.measure("model", trial.build_trial_model, BUILD_SECONDS)
+    if is_connected:
+        context.watch.mark("check of network")
+        gradient_bytes = context.broadcast_object(process.found["model"].facts.get("gradient_bytes", 0))
+        network.measure_speed(context, process, process.found["network"], gradient_bytes)
+    context.watch.mark("check of model")
+    late = f"no forward and backward pass ended within {PASS_SECONDS:g} s, on {process.device.type}"
+    # a model designed for GPUs takes minutes on a CPU
+    verdict = WARNING if process.device.type == "cpu" else FAIL
+    process.measure("model", trial.run_passes, PASS_SECONDS, (verdict, late))
+    return gather(LAST, Report.end)
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+def _plan_trial(report: Report) -> tuple[tuple[int, int], bool]:
+    """Return rows and columns of the grid, and whether all processes can send to each other.
+
+    The grid is that of the data or, if they cannot be read anywhere, of the config or a default.
+    """
+    read = [found["data"].facts["shape"] for found in report.found if "data" in found and found["data"].facts]
+    model, size = report.config.model, len(report.found)
+    grid_shape = (*read, model.img_size or (12 * model.patch_size, 16 * model.patch_size))[0]
+    return grid_shape, size > 1 and not any(found["network"].findings for found in report.found)

@@ -1,19 +1,69 @@
-"""The report: facts of all processes, checks and figures, printed as text or as JSON."""
+"""The report: what was found on all nodes, judged check by check, and printed as text or as JSON."""
 
 import json
+import statistics
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from topoflow.config import Config
-from topoflow.errors import RanksDisagree
 from topoflow.terminal import print_output
 from topoflow.text import format_table, number_ranges, shorten
 
 OK, WARNING, FAIL = VERDICTS = ("ok", "WARNING", "FAIL")
 """From good to bad."""
 WIDTH, NAME_WIDTH, VERDICT_WIDTH, MOST_NODES = 120, 15, 9, 6
-Place = TypeVar("Place", str, int)
+LISTS = ("devices", "visible", "pass_seconds", "memory_bytes")
+"""Figures that differ between the processes of a node."""
+COLUMNS = {
+    "device": ("devices", ""),
+    "CPUs": ("processors", ""),
+    "clock": ("clock_offset_seconds", "s"),
+    "disk free": ("free_bytes", "B"),
+    "write": ("write_bytes_per_second", "B/s"),
+    "samples/s": ("data_samples_per_second", ""),
+    "network": ("network_bytes_per_second", "B/s"),
+    "pass": ("pass_seconds", "s"),
+    "memory": ("memory_bytes", "B"),
+}
+"""{title of a column of the table of nodes: figure, unit}."""
+RATES = {
+    "data": ("data_samples_per_second", "reads", "samples/s", (0.25,)),
+    "run directory": ("write_bytes_per_second", "writes", "B/s", (0.25,)),
+    "network": ("network_bytes_per_second", "sends and receives", "B/s", (0.5, 0.2)),
+}
+"""{check: figure, verb, unit, and shares of the median below which a node is slow: first a warning, then a failure}."""
+Finding = tuple[str, str]
+"""Verdict and text."""
+Place = str | int
+"""A node, by its name, or a rank."""
+
+
+@dataclass
+class Found:
+    """What a process found for a check."""
+
+    findings: list[Finding] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+    """Plain values, with names that end in their unit."""
+    same: dict[str, Any] = field(default_factory=dict)
+    """Facts that must be equal on all."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What else rank 0 compares, or a later measurement needs."""
+    summary: str = ""
+    has_failed: bool = False
+    """The last finding says why, and nothing is compared."""
+
+    def find(self, verdict: str, text: str) -> None:
+        """Add a finding; none if the verdict is ok."""
+        if verdict != OK:
+            self.findings.append((verdict, text))
+
+
+Compare = Callable[["Report", Mapping[Any, Found]], str]
+"""Compares {node or rank: found}: adds findings and figures to the report, and returns a summary."""
 
 
 class Report:
@@ -23,183 +73,146 @@ class Report:
         head: the first keys of the JSON object.
         config: what is to be trained.
         nodes, checks: in the shape of the JSON object; nodes {name: node}, in the order of ranks. Empty before `begin`.
-        facts: of each rank, {measurement: what it returned}; {"error": text} for one that failed.
+        node_of: {rank: name of its node}.
+        found: of each rank, {check: found}.
     """
 
     def __init__(self, head: Mapping[str, Any], config: Config, is_shown: bool, as_json: bool):
         self.head, self.config, self._is_shown, self._as_json = head, config, is_shown, as_json
         self.nodes: dict[str, dict[str, Any]] = {}
+        self.node_of: dict[int, str] = {}
         self.checks: list[dict[str, Any]] = []
-        self.facts: list[dict[str, Any]] = []
+        self.found: list[dict[str, Found]] = []
+        self._findings: dict[tuple[str, str, str], dict[str, Any]] = {}
 
     def begin(self, ranks_of: Mapping[str, list[int]]) -> None:
         """Print what is examined. ranks_of: {node: its ranks}."""
-        self.nodes = {
-            node: {"node": node, "verdict": OK, "ranks": ranks, "figures": {}} for node, ranks in ranks_of.items()
-        }
+        for node, ranks in ranks_of.items():
+            self.nodes[node] = {"node": node, "verdict": OK, "ranks": ranks, "figures": {}}
+            self.node_of |= dict.fromkeys(ranks, node)
         what = self.head["config"] or "no CONFIG: a small built-in model, no data set, the current folder"
-        lines = [f"topoflow doctor: {what}"]
+        lines = _wrap(f"topoflow doctor: {what}")
         if self.head["data"]:
-            lines.append(f"run directory {self.head['run_directory']}, data {self.head['data']}")
-        self._print([part for line in lines for part in textwrap.wrap(line, WIDTH, break_on_hyphens=False)] + [""])
+            lines += _wrap(f"run directory {self.head['run_directory']}, data {self.head['data']}")
+        self._print([*lines, ""])
 
-    def add_facts(self, gathered: Iterable[Mapping[str, Any]]) -> None:
-        """Add the facts of each rank, in the order of ranks."""
-        gathered = list(gathered)
-        self.facts = self.facts or [{} for _ in gathered]
-        for facts, more in zip(self.facts, gathered, strict=True):
-            facts.update(more)
+    def judge(self, name: str, found: Mapping[Place, Found], compare: Compare | None = None) -> None:
+        """Judge what was found for a check, and print it. Without `compare`, the summary is the first one found."""
+        self._findings.clear()
+        for place, item in found.items():
+            self.note(place, **item.figures)
+            for verdict, text in item.findings:
+                self.find(verdict, place, text)
+        self._find_different({place: item.same for place, item in found.items() if item.same})
+        first = next((item.summary for item in found.values() if item.summary), "nothing was measured")
+        compared = {place: item for place, item in found.items() if not item.has_failed}
+        summary = compare(self, compared) if compare else first
+        if name in RATES:
+            summary += self._find_slow(*RATES[name])
+        findings = [*self._findings.values()]
+        self.checks.append({"check": name, "verdict": _worst(findings), "summary": summary, "findings": findings})
+        self._print(self._check_lines(self.checks[-1]))
 
-    def node_of(self, rank: int) -> str:
-        """Return the node of a rank."""
-        return next(node for node, item in self.nodes.items() if rank in item["ranks"])
+    def find(self, verdict: str, place: Place, text: str) -> None:
+        """Add a finding to the check that is being judged; none if the verdict is ok."""
+        if verdict != OK:
+            node = self.nodes[self.node_of[place] if isinstance(place, int) else place]
+            new = {"verdict": verdict, "node": node["node"], "ranks": [], "text": text}
+            finding = self._findings.setdefault((verdict, node["node"], text), new)
+            finding["ranks"] += [place] if isinstance(place, int) else node["ranks"]
+            node["verdict"] = _worst([node, finding])
 
-    def per_rank(self, name: str) -> dict[int, dict[str, Any]]:
-        """Return {rank: result} of a measurement of processes; its failures become findings."""
-        return self._results({rank: facts[name] for rank, facts in enumerate(self.facts) if name in facts})
-
-    def per_node(self, name: str) -> dict[str, dict[str, Any]]:
-        """Return {node: result} of a measurement by the first process of each node; its failures become findings."""
-        first = {node: self.facts[item["ranks"][0]] for node, item in self.nodes.items()}
-        return self._results({node: facts[name] for node, facts in first.items() if name in facts})
-
-    def _results(self, found: dict[Place, dict[str, Any]]) -> dict[Place, dict[str, Any]]:
-        for place, result in found.items():
-            if "error" in result:
-                self.find(WARNING if result.get("is_minor") else FAIL, place, result["error"])
-        return {place: result for place, result in found.items() if "error" not in result}
-
-    def by_node(self, results: Mapping[int, dict[str, Any]]) -> Iterator[tuple[str, dict[int, dict[str, Any]]]]:
-        """Yield each node with {rank: result} of its processes, if there is any."""
-        for node, item in self.nodes.items():
-            if here := {rank: results[rank] for rank in item["ranks"] if rank in results}:
-                yield node, here
-
-    def judge(self, name: str, check: Callable[["Report"], str]) -> None:
-        """Make a check and print it. check: adds findings and figures, and returns a summary."""
-        made = {"check": name, "verdict": OK, "summary": "", "findings": []}
-        self.checks.append(made)
-        made["summary"] = check(self)
-        lines = _row(name, made["verdict"], made["summary"])
-        places: dict[tuple[str, str], list[str]] = {}
-        for finding in made["findings"]:
-            node, ranks = finding["node"], finding["ranks"]
-            which = (
-                f" rank{'s' * (len(ranks) > 1)} {number_ranges(ranks)}" if ranks != self.nodes[node]["ranks"] else ""
-            )
-            places.setdefault((finding["verdict"], finding["text"]), []).append(f"{node}{which}")
-        for (verdict, text), nodes in places.items():
-            where = "all nodes" if len(nodes) > 1 and nodes == [*self.nodes] else shorten(nodes, MOST_NODES)
-            lines += _row("", verdict if verdict != made["verdict"] else "", f"{where}: {text}")
-        self._print(lines)
-
-    def fail(self, name: str, summary: str, findings: Mapping[Any, str]) -> None:
-        """Print a failed check. findings: {node or rank: text}."""
-
-        def check(_: Report) -> str:
-            for where, text in findings.items():
-                self.find(FAIL, where, text)
-            return summary
-
-        self.judge(name, check)
-
-    def find(self, verdict: str, where: str | int | Iterable[int], text: str) -> None:
-        """Add a finding on a node, a rank or some ranks to the check; none if the verdict is ok."""
-        if verdict == OK:
-            return
-        ranks = {where} if isinstance(where, int) else set() if isinstance(where, str) else set(where)
-        check = self.checks[-1]
-        for node, item in self.nodes.items():
-            here = [rank for rank in item["ranks"] if node == where or rank in ranks]
-            if not here and node != where:
-                continue
-            finding = {"verdict": verdict, "node": node, "ranks": [], "text": text}
-            same = [known for known in check["findings"] if {**known, "ranks": []} == finding]
-            if not same:
-                check["findings"].append(finding)
-            (same or [finding])[0]["ranks"] += here
-            for judged in (check, item):
-                judged["verdict"] = max(judged["verdict"], verdict, key=VERDICTS.index)
-
-    def note(self, node: str, **figures: Any) -> None:
-        """Add figures of a node: plain values, with names that end in their unit."""
-        self.nodes[node]["figures"].update(figures)
-
-    def note_lists(self, results: Mapping[int, dict[str, Any]], **facts: str) -> None:
-        """Add figures of the processes of each node, {figure: name of the fact}, as lists in the order of ranks."""
-        for node, here in self.by_node(results):
-            self.note(node, **{figure: [found[fact] for found in here.values()] for figure, fact in facts.items()})
+    def note(self, place: Place, **figures: Any) -> None:
+        """Add figures of a node, or of a rank to those of its node."""
+        held = self.nodes[self.node_of[place] if isinstance(place, int) else place]["figures"]
+        for name, figure in figures.items():
+            held[name] = [*held.get(name, []), figure] if name in LISTS else figure
 
     def end(self, status: int | None = None) -> int:
         """Print the end of the report; return `status`, by default 1 if a check failed, else 0."""
-        verdict = max((check["verdict"] for check in self.checks), key=VERDICTS.index, default=OK)
+        nodes, verdict = [*self.nodes.values()], _worst(self.checks)
         if self._as_json and self._is_shown:
-            found = {"verdict": verdict, **self.head, "checks": self.checks, "nodes": [*self.nodes.values()]}
-            print_output(json.dumps(found, indent=1))
-        figures = [item["figures"] for item in self.nodes.values()]
-        columns = [column for column in COLUMNS if any(held.get(column[1]) is not None for held in figures)]
-        rows = []
-        for node, item in self.nodes.items():
-            shown = [(item["figures"].get(name), form) for _, name, form in columns]
-            cells = ["" if figure is None else form(figure) for figure, form in shown]
-            rows.append([node, number_ranges(item["ranks"]), *cells, item["verdict"]])
-        verdicts = [item["verdict"] for item in self.nodes.values()]
-        words = {FAIL: "failed", WARNING: "with warnings", OK: "ok"}
-        counts = [f"{verdicts.count(verdict)} {words[verdict]}" for verdict in words if verdict in verdicts]
-        table = format_table(["node", "ranks", *(title for title, _, _ in columns), "verdict"], rows)
-        self._print(["", *table, "", f"{verdict}: of {len(verdicts)} node(s), {', '.join(counts)}"])
+            print_output(json.dumps({"verdict": verdict, **self.head, "checks": self.checks, "nodes": nodes}, indent=1))
+        counts = Counter(node["verdict"] for node in nodes)
+        shown = ", ".join(f"{counts[one]} {one}" for one in reversed(VERDICTS) if one in counts)
+        self._print(["", *_table(nodes), "", f"{verdict}: of {len(nodes)} node(s), {shown}"])
         return int(verdict == FAIL) if status is None else status
 
-    def end_as_lost(self, text: str) -> int:
-        """End after the processes lost each other, with what was found until then; return the status."""
-        summary = f"a process was lost after {len(self.checks)} check(s): no further ones were made"
-        self.fail("connection", summary, {next(iter(self.nodes)): text})
-        return self.end(RanksDisagree.exit_status)
+    def end_early(self, status: int, name: str, summary: str, problems: Mapping[Any, str]) -> int:
+        """Add a failed check and end; return `status`. problems: {place: text}."""
+        self.judge(name, {place: Found([(FAIL, text)], summary=summary) for place, text in problems.items()})
+        return self.end(status)
+
+    def _find_different(self, facts: Mapping[Place, Mapping[str, Any]]) -> None:
+        """Find the places whose facts, {name: value}, differ from those of most others."""
+        for name in dict.fromkeys(name for held in facts.values() for name in held):
+            usual, count = Counter(held.get(name) for held in facts.values()).most_common(1)[0]
+            for place, held in facts.items():
+                if held.get(name) != usual:
+                    text = f"{name} is {held.get(name)}, but {usual} on {count} other(s): expected the same on all"
+                    self.find(FAIL, place, text)
+
+    def _find_slow(self, figure: str, verb: str, unit: str, shares: tuple[float, ...]) -> str:
+        """Find nodes that are slow, see RATES; return words for the summary."""
+        rates = {name: node["figures"][figure] for name, node in self.nodes.items() if figure in node["figures"]}
+        for node, rate in rates.items():
+            median = statistics.median(rates.values())
+            text = f"{verb} {format_value(rate, unit)}, the median node {format_value(median, unit)}"
+            verdict = (OK, WARNING, FAIL)[sum(rate < share * median for share in shares)]
+            self.find(verdict, node, f"{text}: check its mounts and its network")
+        slowest = min(rates, key=lambda node: rates[node], default=None)
+        return "" if slowest is None else f"; slowest node {slowest}: {format_value(rates[slowest], unit)}"
+
+    def _check_lines(self, check: Mapping[str, Any]) -> list[str]:
+        places: dict[tuple[str, str], list[str]] = {}
+        for finding in check["findings"]:
+            node, ranks = finding["node"], finding["ranks"]
+            is_part = ranks != self.nodes[node]["ranks"]
+            which = f"{node} rank{'s' * (len(ranks) > 1)} {number_ranges(ranks)}" if is_part else node
+            places.setdefault((finding["verdict"], finding["text"]), []).append(which)
+        lines = _row(check["check"], check["verdict"], check["summary"])
+        for (verdict, text), where in places.items():
+            shown = "all nodes" if len(where) > 1 and where == [*self.nodes] else shorten(where, MOST_NODES)
+            lines += _row("", verdict if verdict != check["verdict"] else "", f"{shown}: {text}")
+        return lines
 
     def _print(self, lines: list[str]) -> None:
         if self._is_shown and not self._as_json:
             print_output("\n".join(lines))
 
 
-def format_bytes(count: float) -> str:
-    """Return `1.2 MB` for 1234567."""
-    units = ["B", "kB", "MB", "GB", "TB"]
-    while count >= 999.5 and len(units) > 1:
-        count /= 1000
-        units.pop(0)
-    return f"{count:.0f} {units[0]}" if units[0] == "B" or count >= 99.5 else f"{count:.2g} {units[0]}"
+def format_value(value: float, unit: str) -> str:
+    """Return `1.23 MB` for 1234567 and B, `0.0123 s` for s, and `12.3 cells` for other units."""
+    if unit not in ("B", "B/s"):
+        return f"{value:.4f} s" if unit == "s" else f"{value:.3g} {unit}".rstrip()
+    prefixes = ["", "k", "M", "G", "T"]
+    while value >= 999.5 and len(prefixes) > 1:
+        value /= 1000
+        prefixes.pop(0)
+    return f"{value:.3g} {prefixes[0]}{unit}"
 
 
-def format_rate(bytes_per_second: float) -> str:
-    """Return `1.2 MB/s` for 1234567."""
-    return f"{format_bytes(bytes_per_second)}/s"
+def _table(nodes: list[dict[str, Any]]) -> list[str]:
+    def cell(figure: Any, unit: str) -> str:
+        if isinstance(figure, list) and isinstance(figure[0], str):
+            return f"{len(figure)} x {figure[0].partition(' ')[2] or figure[0]}"[:24]
+        return "" if figure is None else format_value(max(figure) if isinstance(figure, list) else figure, unit)
 
-
-def format_seconds(seconds: float) -> str:
-    """Return `12.3 ms` for 0.0123."""
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
-
-
-def _format_devices(names: list[str]) -> str:
-    shown = f"{len(names)} x {', '.join(sorted({name.partition(' ')[2] or name for name in names}))}"
-    return shown if len(shown) <= 24 else f"{shown[:21]}..."
+    rows = []
+    for node in nodes:
+        cells = [cell(node["figures"].get(figure), unit) for figure, unit in COLUMNS.values()]
+        rows.append([node["node"], number_ranges(node["ranks"]), *cells, node["verdict"]])
+    return format_table(["node", "ranks", *COLUMNS, "verdict"], rows)
 
 
 def _row(name: str, verdict: str, text: str) -> list[str]:
-    indent = " " * (NAME_WIDTH + VERDICT_WIDTH)
-    first, *others = textwrap.wrap(text, WIDTH - len(indent), break_on_hyphens=False) or [""]
-    return [f"{name:<{NAME_WIDTH}}{verdict:<{VERDICT_WIDTH}}{first}".rstrip(), *(f"{indent}{line}" for line in others)]
+    return _wrap(text, f"{name:<{NAME_WIDTH}}{verdict:<{VERDICT_WIDTH}}")
 
 
-COLUMNS = (
-    ("device", "devices", _format_devices),
-    ("CPUs", "processors", str),
-    ("clock", "clock_offset_seconds", lambda seconds: f"{round(seconds * 1e3, 1) + 0.0:+.1f} ms"),
-    ("disk free", "free_bytes", format_bytes),
-    ("write", "write_bytes_per_second", format_rate),
-    ("samples/s", "data_samples_per_second", "{:.3g}".format),
-    ("network", "network_bytes_per_second", format_rate),
-    ("pass", "pass_seconds", lambda seconds: format_seconds(max(seconds))),
-    ("memory", "memory_bytes", lambda sizes: format_bytes(max(sizes))),
-)
-"""Title of a column of the table of nodes, the figure in it, and its form."""
+def _wrap(text: str, first: str = "") -> list[str]:
+    """Return lines that begin with `first`, and then with as many spaces."""
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=" " * len(first), break_on_hyphens=False)
+
+
+def _worst(judged: list[Any]) -> str:
+    return max((item["verdict"] for item in judged), key=VERDICTS.index, default=OK)
