@@ -131,6 +131,14 @@ def test_where_nothing_can_be_used_each_check_reports_it(place, capsys, monkeypa
     assert re.search(r"^model +ok +forward and backward of 2 sample\(s\) of 36 x 48 cells", printed, re.M)
 
 
+def test_a_backend_that_training_refuses_fails(place, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+    assert cli.main(["doctor", "run.yaml", f"run.dir={place}/run", "distributed.backend=nccl", "--json"]) == 1
+    [(verdict, text)] = findings(json.loads(capsys.readouterr().out), "devices")
+    assert verdict == FAIL
+    assert "'nccl' is not usable on CPU" in text
+
+
 def test_without_a_config_it_tells_what_is_not_examined(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["doctor"]) == 0
