@@ -131,18 +131,18 @@ def measure_clock(context: Context) -> Found:
     return Found(facts={"offset": offset, "uncertainty": uncertainty})
 
 
-def compare_clocks(report: Report, found: Mapping[str, Found]) -> str:
+def compare_clocks(_: Report, found: Mapping[str, Found]) -> str:
     """Check that each node's clock agrees with rank 0's, or with most others where there are more than two."""
     offsets = [item.facts["offset"] for item in found.values()]
     by_most = len(offsets) > 2  # with two clocks it is unknown which one is wrong
     usual, whom = (statistics.median(offsets), "most others") if by_most else (0.0, "that of rank 0")
-    for node, item in found.items():
+    for item in found.values():
         offset, uncertainty = item.facts["offset"] - usual, item.facts["uncertainty"]
-        report.note(node, clock_offset_seconds=offset, clock_uncertainty_seconds=uncertainty)
+        item.figures |= {"clock_offset_seconds": offset, "clock_uncertainty_seconds": uncertainty}
         least, way = abs(offset) - uncertainty, "ahead of" if offset > 0 else "behind"
         verdict = FAIL if least > CLOCK_FAIL_SECONDS else WARNING if least > CLOCK_WARNING_SECONDS else OK
         text = f"the clock is {abs(offset):.3f} s {way} {whom}: synchronize it (chronyc tracking, timedatectl)"
-        report.find(verdict, node, text)
+        item.find(verdict, text)
     if len(offsets) == 1:
         return "one node, one clock"
     worst_ms = 1e3 * max(item.facts["uncertainty"] for item in found.values())

@@ -1,4 +1,4 @@
-"""What one process finds about itself and its node: ranks, devices, CPUs, software, limits."""
+"""A process that examines its machine, and its first checks: ranks, devices, CPUs, software, limits."""
 
 import copy
 import importlib.metadata
@@ -43,6 +43,8 @@ SMALL = Config(
     model=ModelConfig(embed_dim=64, depth=2, num_heads=4),
 )
 """What is examined without a config."""
+Question = Callable[["Process", Found], None]
+"""Measures for a check, and adds to what was found for it."""
 
 
 @dataclass
@@ -91,8 +93,8 @@ class Process:
         listener = self.found["addresses"].facts.get("listener") if self.is_leader else None
         return {**names, "local_rank": self.launch.local_rank, "processors": [*numbers], "listener": listener}
 
-    def measure(self, name: str, question: "Question", seconds: float = 10.0, late: Finding | None = None) -> None:
-        """Add what a question finds to what is known for a check, unless an earlier one has failed; see `attempt`."""
+    def measure(self, name: str, question: Question, seconds: float = 10.0, late: Finding | None = None) -> None:
+        """Ask a question for a check, unless an earlier one for it has failed. seconds, late: see `attempt`."""
         known = self.found.get(name, Found())
         if not known.has_failed:
             found = copy.deepcopy(known)
@@ -101,11 +103,8 @@ class Process:
             self.found[name] = failed if problems else found
 
 
-Question = Callable[[Process, Found], None]
-
-
 def attempt(action: Callable[[], object], seconds: float = 10.0, late: Finding | None = None) -> list[Finding]:
-    """Return why an action failed, or took too long (by default a failure); nothing if it succeeds.
+    """Return why an action failed, or `late` if it takes longer (by default a failure); nothing if it succeeds.
 
     It must call no collective operation. A file system that does not respond blocks a system call forever: only the
     thread that made it waits.
@@ -124,9 +123,8 @@ def attempt(action: Callable[[], object], seconds: float = 10.0, late: Finding |
     thread = threading.Thread(target=run, name=THREAD, daemon=True)
     thread.start()
     thread.join(seconds)
-    return (
-        ends[0] if ends else [late or (FAIL, f"no answer within {seconds:g} s: does a file system or a device hang?")]
-    )
+    late = late or (FAIL, f"no answer within {seconds:g} s: does a file system or a device hang?")
+    return ends[0] if ends else [late]
 
 
 def is_stuck() -> bool:

@@ -4,7 +4,7 @@ import json
 import statistics
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,7 +63,7 @@ class Found:
 
 
 Compare = Callable[["Report", Mapping[Any, Found]], str]
-"""Compares {node or rank: found}: adds findings and figures to the report, and returns a summary."""
+"""Compares {place: found}, adds findings and figures to them, and returns a summary."""
 
 
 class Report:
@@ -83,7 +83,6 @@ class Report:
         self.node_of: dict[int, str] = {}
         self.checks: list[dict[str, Any]] = []
         self.found: list[dict[str, Found]] = []
-        self._findings: dict[tuple[str, str, str], dict[str, Any]] = {}
 
     def begin(self, ranks_of: Mapping[str, list[int]]) -> None:
         """Print what is examined. ranks_of: {node: its ranks}."""
@@ -98,35 +97,26 @@ class Report:
 
     def judge(self, name: str, found: Mapping[Place, Found], compare: Compare | None = None) -> None:
         """Judge what was found for a check, and print it. Without `compare`, the summary is the first one found."""
-        self._findings.clear()
-        for place, item in found.items():
-            self.note(place, **item.figures)
-            for verdict, text in item.findings:
-                self.find(verdict, place, text)
-        self._find_different({place: item.same for place, item in found.items() if item.same})
-        first = next((item.summary for item in found.values() if item.summary), "nothing was measured")
         compared = {place: item for place, item in found.items() if not item.has_failed}
+        find_different(compared)
+        first = next((item.summary for item in found.values() if item.summary), "nothing was measured")
         summary = compare(self, compared) if compare else first
         if name in RATES:
-            summary += self._find_slow(*RATES[name])
-        findings = [*self._findings.values()]
-        self.checks.append({"check": name, "verdict": _worst(findings), "summary": summary, "findings": findings})
+            summary += self._find_slow(compared, *RATES[name])
+        findings: dict[tuple[str, str, str], dict[str, Any]] = {}
+        for place, item in found.items():
+            node = self.nodes[place if isinstance(place, str) else self.node_of[place]]
+            for figure, value in item.figures.items():
+                held = node["figures"].get(figure, [])
+                node["figures"][figure] = [*held, value] if figure in LISTS else value
+            for verdict, text in item.findings:
+                new = {"verdict": verdict, "node": node["node"], "ranks": [], "text": text}
+                finding = findings.setdefault((verdict, node["node"], text), new)
+                finding["ranks"] += node["ranks"] if isinstance(place, str) else [place]
+                node["verdict"] = _worst([node, finding])
+        made = {"check": name, "verdict": _worst(findings.values()), "summary": summary}
+        self.checks.append({**made, "findings": [*findings.values()]})
         self._print(self._check_lines(self.checks[-1]))
-
-    def find(self, verdict: str, place: Place, text: str) -> None:
-        """Add a finding to the check that is being judged; none if the verdict is ok."""
-        if verdict != OK:
-            node = self.nodes[self.node_of[place] if isinstance(place, int) else place]
-            new = {"verdict": verdict, "node": node["node"], "ranks": [], "text": text}
-            finding = self._findings.setdefault((verdict, node["node"], text), new)
-            finding["ranks"] += [place] if isinstance(place, int) else node["ranks"]
-            node["verdict"] = _worst([node, finding])
-
-    def note(self, place: Place, **figures: Any) -> None:
-        """Add figures of a node, or of a rank to those of its node."""
-        held = self.nodes[self.node_of[place] if isinstance(place, int) else place]["figures"]
-        for name, figure in figures.items():
-            held[name] = [*held.get(name, []), figure] if name in LISTS else figure
 
     def end(self, status: int | None = None) -> int:
         """Print the end of the report; return `status`, by default 1 if a check failed, else 0."""
@@ -143,25 +133,20 @@ class Report:
         self.judge(name, {place: Found([(FAIL, text)], summary=summary) for place, text in problems.items()})
         return self.end(status)
 
-    def _find_different(self, facts: Mapping[Place, Mapping[str, Any]]) -> None:
-        """Find the places whose facts, {name: value}, differ from those of most others."""
-        for name in dict.fromkeys(name for held in facts.values() for name in held):
-            usual, count = Counter(held.get(name) for held in facts.values()).most_common(1)[0]
-            for place, held in facts.items():
-                if held.get(name) != usual:
-                    text = f"{name} is {held.get(name)}, but {usual} on {count} other(s): expected the same on all"
-                    self.find(FAIL, place, text)
-
-    def _find_slow(self, figure: str, verb: str, unit: str, shares: tuple[float, ...]) -> str:
-        """Find nodes that are slow, see RATES; return words for the summary."""
-        rates = {name: node["figures"][figure] for name, node in self.nodes.items() if figure in node["figures"]}
-        for node, rate in rates.items():
-            median = statistics.median(rates.values())
+    def _find_slow(
+        self, found: Mapping[Place, Found], figure: str, verb: str, unit: str, shares: tuple[float, ...]
+    ) -> str:
+        """Find places that are slow, see RATES; return words for the summary."""
+        rates = {place: item.figures[figure] for place, item in found.items() if figure in item.figures}
+        if not rates:
+            return ""
+        median, slowest = statistics.median(rates.values()), min(rates, key=lambda place: rates[place])
+        for place, rate in rates.items():
             text = f"{verb} {format_value(rate, unit)}, the median node {format_value(median, unit)}"
             verdict = (OK, WARNING, FAIL)[sum(rate < share * median for share in shares)]
-            self.find(verdict, node, f"{text}: check its mounts and its network")
-        slowest = min(rates, key=lambda node: rates[node], default=None)
-        return "" if slowest is None else f"; slowest node {slowest}: {format_value(rates[slowest], unit)}"
+            found[place].find(verdict, f"{text}: check its mounts and its network")
+        node = slowest if isinstance(slowest, str) else self.node_of[slowest]
+        return f"; slowest node: {node}, {format_value(rates[slowest], unit)}"
 
     def _check_lines(self, check: Mapping[str, Any]) -> list[str]:
         places: dict[tuple[str, str], list[str]] = {}
@@ -179,6 +164,16 @@ class Report:
     def _print(self, lines: list[str]) -> None:
         if self._is_shown and not self._as_json:
             print_output("\n".join(lines))
+
+
+def find_different(found: Mapping[Place, Found]) -> None:
+    """Find the places whose facts in `same` differ from those of most others."""
+    for name in dict.fromkeys(name for item in found.values() for name in item.same):
+        usual, count = Counter(item.same.get(name) for item in found.values()).most_common(1)[0]
+        for item in found.values():
+            if item.same.get(name) != usual:
+                text = f"{name} is {item.same.get(name)}, but {usual} on {count} other(s): expected the same on all"
+                item.find(FAIL, text)
 
 
 def format_value(value: float, unit: str) -> str:
@@ -214,5 +209,5 @@ def _wrap(text: str, first: str = "") -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=" " * len(first), break_on_hyphens=False)
 
 
-def _worst(judged: list[Any]) -> str:
+def _worst(judged: Iterable[Any]) -> str:
     return max((item["verdict"] for item in judged), key=VERDICTS.index, default=OK)

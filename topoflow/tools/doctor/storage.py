@@ -140,16 +140,16 @@ def compare_run_directories(report: Report, found: Mapping[str, Found]) -> str:
     for node, item in found.items():
         if 0 not in item.facts["seen"] and item.facts["folder"] == here:
             text = f"{here} is not that of rank 0, whose file is not in it: expected one file system for all nodes"
-            report.find(FAIL, node, text)
+            item.find(FAIL, text)
         elif 0 not in item.facts["seen"]:
             text = f"there is no {here} (nearest: {item.facts['folder']}): mount the same file system on all nodes"
-            report.find(FAIL, node, text)
+            item.find(FAIL, text)
         elif report.nodes[node]["ranks"][0] not in main.facts["seen"]:
             text = f"what is written to {here} never appears on rank 0's node: expected one file system"
-            report.find(FAIL, node, text)
+            item.find(FAIL, text)
         free = item.figures["free_bytes"]
         each = f"a checkpoint takes {format_value(size, 'B')}, and up to {kept} exist at a time"
         verdict = FAIL if free < size else WARNING if free < size * kept else OK
-        report.find(verdict, node, f"{format_value(free, 'B')} free: {each}: make room")
+        item.find(verdict, f"{format_value(free, 'B')} free: {each}: make room")
     place = here if here == run_dir else f"{run_dir} does not exist: examined {here}"
     return f"{place}; a checkpoint takes {format_value(size, 'B')}; written with fsync, all nodes at once"

@@ -73,7 +73,7 @@ def run_passes(process: Process, found: Found) -> None:
         if used > FULL_MEMORY_SHARE * total:
             text = f"{format_value(used, 'B')} of {format_value(total, 'B')}: lower train.micro_batch_size"
             found.find(WARNING, text)
-    found.facts |= {"loss": loss, "seconds": min(taken)}
+    found.facts["loss"] = loss
     found.figures |= {"pass_seconds": min(taken), "memory_bytes": used}
     size = f"{batch['x'].shape[0]} sample(s) of {grid_shape[0]} x {grid_shape[1]} cells in {config.train.precision}"
     found.summary = f"forward and backward of {size}{', not compiled' * config.train.compile}, without the optimizer"
@@ -81,19 +81,17 @@ def run_passes(process: Process, found: Found) -> None:
 
 def compare_passes(report: Report, found: Mapping[int, Found]) -> str:
     """Check that all processes compute the same loss in about the same time."""
-    passes = {rank: item.facts for rank, item in found.items() if "loss" in item.facts}
-    if not passes:
+    if not found:
         return "no pass was measured"
     tolerance = SAME_LOSS[report.config.train.precision]
-    median = statistics.median(facts["seconds"] for facts in passes.values())
-    usual = statistics.median_low(facts["loss"] for facts in passes.values())
-    for rank, facts in passes.items():
-        loss, seconds = facts["loss"], facts["seconds"]
+    taken = [item.figures["pass_seconds"] for item in found.values()]
+    median, usual = statistics.median(taken), statistics.median_low(item.facts["loss"] for item in found.values())
+    for rank, item in found.items():
+        loss, seconds = item.facts["loss"], item.figures["pass_seconds"]
         if not abs(loss - usual) <= tolerance * abs(usual):  # or one is not a number
             text = f"rank {rank} computes a loss of {loss:.6g}, others {usual:.6g}: is its device broken?"
-            report.find(FAIL, rank, text)
+            item.find(FAIL, text)
         if seconds > max(SLOW_PASS_FACTOR * median, median + SLOW_PASS_SECONDS):
             text = f"rank {rank} takes {seconds:.4f} s, the median process {median:.4f} s: all wait for it"
-            report.find(WARNING, rank, f"{text}; check its device's clock rate and other load there")
-    slowest = max(facts["seconds"] for facts in passes.values())
-    return f"{found[min(passes)].summary}: median {median:.4f} s, slowest {slowest:.4f} s"
+            item.find(WARNING, f"{text}; check its device's clock rate and other load there")
+    return f"{found[min(found)].summary}: median {median:.4f} s, slowest {max(taken):.4f} s"
