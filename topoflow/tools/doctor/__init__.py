@@ -1,8 +1,8 @@
 """Examine the nodes of a job before it is submitted: `[srun ...] python -m topoflow doctor [CONFIG] [key=value ...]`.
 
 Each process examines its machine (`probe.py`, `storage.py`, `network.py`), then all try the network and the model
-(`trial.py`). Rank 0 gathers what was found, compares it and prints the report (`report.py`). `command.py` has the table
-of checks. All end with the same status:
+together (`network.py`, `trial.py`). Rank 0 gathers what was found, compares it and prints the report (`report.py`).
+`command.py` has the table of checks. All end with the same status:
 
     0   every check passed, perhaps with warnings
     1   at least one check failed

@@ -37,7 +37,7 @@ class Check(NamedTuple):
     measure: Question | None
     compare: Compare | None = None
     on_node: bool = False
-    """Only the process with local rank 0 measures."""
+    """Only the first process of each node measures."""
     seconds: float = 10.0
     """Limit of the measurement."""
 
@@ -70,9 +70,8 @@ def doctor(path: Path | None, overrides: Sequence[str] = (), as_json: bool = Fal
         report.begin({here: []})
         return report.end_early(refusal.exit_status, "environment", "cannot be used", {here: str(refusal)})
     head |= {"launcher": launch.launcher, "launcher_reason": launch.reason, "processes": launch.world_size}
-    process, interfaces = Process(launch, SMALL, torch.device("cpu")), network.drop_missing_interfaces()
-    if process.is_leader:
-        process.found["addresses"] = interfaces
+    process = Process(launch, SMALL, torch.device("cpu"))
+    process.found["addresses"] = network.drop_missing_interfaces()
     # refusals are reported with those of the others: a process that ended here would leave them waiting
     try:
         process.config = load_config(path, overrides) if path else SMALL
@@ -151,15 +150,11 @@ def find_missing(launch: Launch, message: str) -> dict[str, list[int]]:
 def _examine(context: Context, process: Process, report: Report) -> int:
     """Measure and judge, on processes that have met; return the status."""
     context.watch.mark("preparing the checks")
-    if process.is_leader:
-        process.measure("addresses", network.check_address)
-        process.measure("caches", storage.mark_caches)
-        process.measure("run directory", storage.mark_run_directory)
-    process.others = context.ask_main(process.introduction(), list)
-    if context.is_main:
-        storage.remove_marks_at_end(process)
+    known = context.ask_main((process.host, process.config_refusal), list)
+    for rank, (host, _) in enumerate(known):
+        process.ranks_of.setdefault(host, []).append(rank)
     report.begin(process.ranks_of)
-    if refused := {rank: other["refusal"] for rank, other in enumerate(process.others) if other["refusal"]}:
+    if refused := {rank: refusal for rank, (_, refusal) in enumerate(known) if refusal}:
         summary = "cannot be used: nothing else was examined"
         return report.end_early(ConfigError.exit_status, "config", summary, refused)
 
@@ -169,20 +164,26 @@ def _examine(context: Context, process: Process, report: Report) -> int:
         def on_main(gathered: list[dict[str, Found]]) -> Any:
             report.found = gathered
             for name in names:
-                ranks = [rank for rank, found in enumerate(gathered) if name in found]
-                place_of = report.node_of if CHECKS[name].on_node else range(len(gathered))
-                report.judge(name, {place_of[rank]: gathered[rank][name] for rank in ranks}, CHECKS[name].compare)
+                nodes = {node: item["ranks"][0] for node, item in report.nodes.items()}
+                places = nodes if CHECKS[name].on_node else {rank: rank for rank in report.node_of}
+                found = {place: gathered[rank][name] for place, rank in places.items()}
+                report.judge(name, found, CHECKS[name].compare)
             return answer(report)
 
         return context.ask_main(process.found, on_main)
 
+    if process.is_leader:
+        process.measure("addresses", network.check_address)
+        process.measure("caches", storage.mark_caches)
+        process.measure("run directory", storage.mark_run_directory)
+    process.others = context.ask_main(process.introduction(), list)
+    if context.is_main:
+        storage.remove_marks_at_end(process)
     for name, check in CHECKS.items():
         if check.measure and (process.is_leader or not check.on_node):
             context.watch.mark(f"check of {name}")
             process.measure(name, check.measure, check.seconds)
-    clock = network.measure_clock(context)
-    if process.is_leader:
-        process.found["clocks"] = clock
+    process.found["clocks"] = network.measure_clock(context)
     process.grid_shape, is_connected = gather([name for name in CHECKS if name not in LAST], _plan_trial)
     context.watch.mark("building the model")
     process.measure("model", trial.build_trial_model, BUILD_SECONDS)

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -151,21 +150,21 @@ def compare_clocks(_: Report, found: Mapping[str, Found]) -> str:
 
 def check_connections(process: Process, found: Found) -> None:
     """Connect to the first process of each node."""
-    leaders = [process.others[ranks[0]] for ranks in process.ranks_of.values()]
 
-    def connect(leader: dict[str, Any]) -> str:
-        if leader["listener"] is None:
+    def connect(rank: int) -> str:
+        listener = process.others[rank]["listener"]
+        if listener is None:
             return "its address is not known"
         try:
-            socket.create_connection(leader["listener"], CONNECT_SECONDS).close()
+            socket.create_connection(listener, CONNECT_SECONDS).close()
         except OSError as error:
             return error.strerror or str(error)
         return ""
 
     with ThreadPoolExecutor(MOST_CONNECTIONS) as pool:
-        errors = list(pool.map(connect, leaders))
-    for leader, error in zip(leaders, errors, strict=True):
-        text = f"no TCP connection from {process.host} to {leader['host']}: {error}"
+        errors = pool.map(connect, process.leaders)
+    for host, error in zip(process.ranks_of, errors, strict=True):
+        text = f"no TCP connection from {process.host} to {host}: {error}"
         found.find(FAIL if error else OK, f"{text}: check routes, firewalls and cables")
     alone = len(process.others) == 1
     found.summary = "one process: nothing is sent" if alone else "some nodes cannot connect: nothing was sent"
@@ -185,7 +184,7 @@ def measure_speed(context: Context, process: Process, found: Found, gradient_byt
         start = time.monotonic()
         context.all_reduce_sum(part)
         taken.append(time.monotonic() - start)
-    seconds, leaders = max(context.gather_objects(min(taken[1:]))), [ranks[0] for ranks in process.ranks_of.values()]
+    seconds, leaders = max(context.gather_objects(min(taken[1:]))), process.leaders
     sent = torch.zeros(PAIR_BYTES // 4, device=device)
     received = torch.empty_like(sent)
     for shift in dict.fromkeys(shift % len(leaders) for shift in SHIFTS) if context.rank in leaders else ():

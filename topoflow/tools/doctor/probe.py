@@ -49,7 +49,7 @@ Question = Callable[["Process", Found], None]
 
 @dataclass
 class Process:
-    """A process of the job, and what it knows. The one with local rank 0 also measures for its node."""
+    """A process of the job, and what it knows. The first one of a node also measures for the node."""
 
     launch: Launch
     config: Config
@@ -64,6 +64,8 @@ class Process:
     """Removes these files, and sockets, at the end."""
     found: dict[str, Found] = field(default_factory=dict)
     """By check."""
+    ranks_of: dict[str, list[int]] = field(default_factory=dict)
+    """The ranks of each node, by host."""
     others: list[dict[str, Any]] = field(default_factory=list)
     """The introductions of all ranks, this one too."""
     grid_shape: tuple[int, int] = (0, 0)
@@ -71,27 +73,24 @@ class Process:
     model: TopoFlow | None = None
 
     @property
-    def is_leader(self) -> bool:
-        return self.launch.local_rank == 0
-
-    @property
     def run_dir(self) -> Path:
         return Path(self.config.run.dir).absolute()
 
     @property
-    def ranks_of(self) -> dict[str, list[int]]:
-        """Return the ranks of each node."""
-        ranks_of: dict[str, list[int]] = {}
-        for rank, other in enumerate(self.others):
-            ranks_of.setdefault(other["host"], []).append(rank)
-        return ranks_of
+    def leaders(self) -> list[int]:
+        """Return the first rank of each node."""
+        return [ranks[0] for ranks in self.ranks_of.values()]
+
+    @property
+    def is_leader(self) -> bool:
+        return self.launch.rank in self.leaders
 
     def introduction(self) -> dict[str, Any]:
         """Return what all processes need to know of this one."""
         numbers = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)  # macOS
-        names = {"host": self.host, "mark": self.mark, "refusal": self.config_refusal}
-        listener = self.found["addresses"].facts.get("listener") if self.is_leader else None
-        return {**names, "local_rank": self.launch.local_rank, "processors": [*numbers], "listener": listener}
+        listener = self.found["addresses"].facts.get("listener")
+        ranks = {"local_rank": self.launch.local_rank, "processors": [*numbers]}
+        return {**ranks, "mark": self.mark, "listener": listener}
 
     def measure(self, name: str, question: Question, seconds: float = 10.0, late: Finding | None = None) -> None:
         """Ask a question for a check, unless an earlier one for it has failed. seconds, late: see `attempt`."""

@@ -59,7 +59,7 @@ def mark_caches(process: Process, found: Found) -> None:
 
 def check_caches(process: Process, found: Found) -> None:
     """Check, too, that no other node writes to a cache of MIOpen, which it would corrupt."""
-    marks = [other["mark"] for other in process.others if other["host"] != process.host]
+    marks = [process.others[rank]["mark"] for rank in process.leaders if rank not in process.ranks_of[process.host]]
     for name, folder in found.figures["caches"].items():
         if name in MIOPEN_DEFAULTS and any(Path(folder, mark).exists() for mark in marks):
             why = "other nodes write there too, which corrupts a cache of MIOpen"
@@ -105,14 +105,14 @@ def mark_run_directory(process: Process, found: Found) -> None:
 
 def remove_marks_at_end(process: Process) -> None:
     """Let rank 0 remove what killed processes leave in the run directory."""
-    for other in process.others:
-        if other["local_rank"] == 0 and (folder := process.found["run directory"].facts.get("folder")):
-            process.left.callback(Path(folder, other["mark"]).unlink, missing_ok=True)
+    if folder := process.found["run directory"].facts.get("folder"):
+        for rank in process.leaders:
+            process.left.callback(Path(folder, process.others[rank]["mark"]).unlink, missing_ok=True)
 
 
 def check_run_directory(process: Process, found: Found) -> None:
     """Look for the mark of rank 0, and on rank 0 for those of the others; measure free space and speed."""
-    folder, leaders = Path(found.facts["folder"]), [ranks[0] for ranks in process.ranks_of.values()]
+    folder, leaders = Path(found.facts["folder"]), process.leaders
     wanted = {rank: folder / process.others[rank]["mark"] for rank in (leaders if process.launch.is_main else [0])}
     deadline, seen = time.monotonic() + VISIBLE_SECONDS, []
     while len(seen) < len(wanted) and time.monotonic() < deadline:
