@@ -116,9 +116,10 @@ pass_on() {
 # run_job RUN_DIR SRUN...: run the tasks of a batch job, and exit. If they end with 75 (stopped on request after a
 # checkpoint was committed), requeue the job, which then resumes.
 run_job() {
-  local run_dir=$1 status=75 step own_status
+  local run_dir=${1:-.} status=75 last step own_status
   shift
-  rm -f -- "${run_dir:-.}/exit.json"
+  rm -f -- "$run_dir/exit.json"
+  last=$(last_checkpoint "$run_dir")
   if [ -z "$signalled" ]; then
     # since SLURM 22.05 srun does not inherit this from the job
     SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} "$@" &
@@ -135,12 +136,34 @@ run_job() {
   status=${own_status:-$status} # empty if SLURM has begun to kill this job
   # 128 + SIGINT, SIGUSR1 or SIGTERM: a request to stop came before a task, or srun, could catch it
   case $status in 130 | 138 | 143) status=75 ;; esac
-  if [ "$status" -eq 75 ] && [ "${SLURM_RESTART_COUNT:-0}" -ge 3 ] && [ ! -e "$run_dir/checkpoints/last" ]; then
-    echo "topoflow: not requeued: no checkpoint after $((SLURM_RESTART_COUNT + 1)) starts: expected a longer --time" >&2
-  elif [ "$status" -eq 75 ]; then
+  if [ "$status" -eq 75 ] && may_start_again "$run_dir" "$last"; then
     requeue
   fi
   exit "$status"
+}
+
+# last_checkpoint RUN_DIR: print the name of its last checkpoint, or `none`.
+last_checkpoint() {
+  local name=none
+  [ ! -f "$1/checkpoints/last" ] || read -r name <"$1/checkpoints/last"
+  echo "$name"
+}
+
+# may_start_again RUN_DIR LAST: return whether a job that was stopped may start again. LAST is the last checkpoint before
+# this start. If a task refuses to start (a broken node), srun sends TERM to the others, which is like a request to stop.
+# So the number of starts in a row without a new checkpoint is limited; RUN_DIR/.stopped-early has that number.
+may_start_again() {
+  local most=8 job='' last='' starts=0 record=$1/.stopped-early
+  [ "$(last_checkpoint "$1")" = "$2" ] || return 0
+  [ ! -f "$record" ] || read -r job last starts <"$record"
+  [ "$job $last" = "$SLURM_JOB_ID $2" ] || starts=0
+  starts=$((starts + 1))
+  if [ "$starts" -ge "$most" ]; then
+    echo "topoflow: not requeued: $starts starts in a row were stopped before they committed a checkpoint:" \
+      "expected a longer --time, or tasks that can all start (see their errors above)" >&2
+    return 1
+  fi
+  mkdir -p -- "$1" && echo "$SLURM_JOB_ID $2 $starts" >"$record"
 }
 
 # requeue: requeue this job if it is running. Otherwise SLURM is about to requeue it itself (scontrol requeue, preemption,

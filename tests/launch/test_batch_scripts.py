@@ -46,6 +46,7 @@ signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 pathlib.Path('$NOTES/waiting').touch()
 signal.sigwait([signal.SIGUSR1])
 raise SystemExit(75)"
+    if [ -n "${{SAVES-}}" ]; then mkdir -p "$RUN_DIR/checkpoints"; echo "$SAVES" > "$RUN_DIR/checkpoints/last"; fi
     if [ -n "${{EXIT_JSON-}}" ]; then echo "$EXIT_JSON" > "$RUN_DIR/exit.json"; fi
     exit "${{TASK_STATUS:-0}}" ;;
 esac
@@ -271,6 +272,23 @@ def test_a_job_that_was_stopped_is_requeued(machine, state, environ, status, req
     (machine.notes / "state").write_text(state)
     assert machine.run("train.sbatch", **environ)[0] == status
     assert machine.read("scontrol") == requeued
+
+
+def test_a_job_is_no_longer_requeued_after_eight_starts_in_a_row_without_a_new_checkpoint(machine):
+    (machine.notes / "state").write_text("RUNNING")
+
+    def start(**environ):
+        before = len(machine.read("scontrol"))
+        status, output = machine.run("train.sbatch", TASK_STATUS="75", **environ)
+        assert status == 75
+        assert (len(machine.read("scontrol")) == before) == ("topoflow: not requeued: 8 starts" in output), output
+        return not output
+
+    machine.run_dir.rmdir()  # the first starts are too short to create it
+    assert all(start() for _ in range(5))
+    assert all(start(SAVES=f"step-0000000{step}") for step in (1, 2))
+    assert [start() for _ in range(8)] == [True] * 7 + [False]
+    assert start(SLURM_JOB_ID="18")  # submitted again
 
 
 # --signal=B:USR1@300, and TERM, on which srun would kill its tasks

@@ -147,9 +147,9 @@ def project(cluster):
     return project
 
 
-def submit_shipped_job(cluster, project: Path, *overrides: str, script: str = "train.sbatch") -> str:
+def submit_shipped_job(cluster, project: Path, *overrides: str, script: str = "train.sbatch", options=()) -> str:
     script = str(project / "launch" / script)
-    return cluster.send(*SMALL, f"--chdir={project}", script, str(cluster.config), "run.dir=run", *overrides)
+    return cluster.send(*SMALL, *options, f"--chdir={project}", script, str(cluster.config), "run.dir=run", *overrides)
 
 
 def test_the_shipped_job_submitted_from_another_folder_is_refused(cluster):
@@ -170,6 +170,21 @@ def test_the_shipped_job_is_requeued_after_the_time_limit_signal_and_finishes(cl
     assert "srun, 2 process(es)" in said
     assert [step for step, _ in losses(project / "run")] == list(range(1, 401))
     assert json.loads((project / "run/exit.json").read_text())["status"] == 0
+
+
+def test_a_job_with_a_task_that_refuses_to_start_is_not_requeued_without_end(cluster, project):
+    """srun then sends TERM to the other tasks, which looks like a request to stop."""
+    assert cluster.wait_for(submit_shipped_job(cluster, project, "train.max_steps=1")) == 0
+    script = project / "launch" / "srun.sh"  # as from a profile of that node
+    broken = '[ "$SLURM_NODEID" = 0 ] || export RANK=7\n'
+    script.write_text(script.read_text().replace("set -euo pipefail\n", f"set -euo pipefail\n{broken}"))
+    job = submit_shipped_job(cluster, project, "train.max_steps=2", options=("--hold",))
+    (project / "run/.stopped-early").write_text(f"{job} step-00000001 6\n")  # two of eight starts are left
+    cluster.run("scontrol", "release", job)
+    assert cluster.wait_for(job) == 75
+    said = (project / f"slurm-{job}.out").read_text()
+    assert said.count("RANK=7 with SLURM_PROCID=1") == 2 == int(cluster.describe(job, "Restarts")) + 1
+    assert "topoflow: not requeued: 8 starts in a row" in said
 
 
 def test_the_job_for_lumi_trains_with_a_cache_on_each_node(cluster, project):
