@@ -92,7 +92,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def train(config: Config, context: Context, directory: RunDirectory) -> None:
     """Build data, network and optimizer, restore and prove, fit, evaluate."""
     log.info("%s, on %s (%s)", context.launch, context.device, context.launch.reason)
-    checkpoints = CheckpointDirectory(directory.checkpoints, directory.writing, context.watch.heartbeat)
+    checkpoints = CheckpointDirectory(directory.checkpoints, directory.writing, context.watch.tick)
     start = read_start(config.checkpoint, checkpoints, context)
 
     data = open_data(config, context)

@@ -275,13 +275,13 @@ def test_a_slow_rank_that_makes_progress_is_waited_for(ranks):
     assert not ranks.all_stderr()
 
 
-def test_a_rank_that_waits_and_sends_heartbeats_does_not_blame_other_waiting_ranks(ranks):
+def test_a_rank_that_waits_while_another_of_its_threads_works_does_not_blame_other_waiting_ranks(ranks):
     """As rank 0 does while it writes a checkpoint and waits for a rank that stalls."""
 
     def body(context, ranks):
         def beat():
             while True:
-                context.watch.heartbeat()
+                context.watch.tick()
                 time.sleep(0.05)
 
         if context.rank == 0:

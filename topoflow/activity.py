@@ -57,21 +57,14 @@ class State:
     phase: str = "set-up"
     reached: int = 0
     """Number of collective operations that it has reached."""
-    ticks: int = 0
-    """Progress since the last of them."""
-    waited: float = 0.0
-    """Seconds for which it has waited for other ranks; 0: it is not waiting."""
+    is_waiting: bool = False
+    """Whether it waits for other ranks, in the last of them."""
     idle: float = 0.0
     """Seconds without progress."""
     limit: float = math.inf
     """Seconds after which waiting, or no progress, is a stall."""
     stop_asked: str | None = None
     """The signal that asked some rank to stop, if this one knows."""
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """How far the rank is."""
-        return self.reached, self.ticks
 
 
 class Activity:
@@ -89,9 +82,7 @@ class Activity:
         """The signal that asked some rank to stop, as soon as this one knows; the watch tells the others."""
         self._setup_seconds, self._step_seconds, self._limit = setup_seconds, step_seconds, setup_seconds
         self._stage, self._detail = "set-up", ""
-        self._reached = self._ticks = 0
-        self._waiting_since: float | None = None
-        self._progressed = time.monotonic()
+        self._reached, self._is_waiting, self._progressed = 0, False, time.monotonic()
 
     @property
     def phase(self) -> str:
@@ -111,11 +102,6 @@ class Activity:
 
     def tick(self) -> None:
         """Record progress: other ranks wait for a slow rank as long as it makes progress."""
-        self._ticks += 1
-        self._progressed = time.monotonic()
-
-    def heartbeat(self) -> None:
-        """Record that another thread than the main one is working: this rank is alive, but no further."""
         self._progressed = time.monotonic()
 
     @contextmanager
@@ -139,17 +125,15 @@ class Activity:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Mark a block that ends only when all ranks have reached it."""
-        self._reached, self._ticks = self._reached + 1, 0
-        self._progressed = self._waiting_since = time.monotonic()
+        self._reached, self._is_waiting = self._reached + 1, True
+        self.tick()
         try:
             yield
         finally:
-            self._waiting_since = None
+            self._is_waiting = False
             self.tick()
 
     def state(self) -> State:
         """Return what this rank is doing now."""
-        now, since = time.monotonic(), self._waiting_since
-        waited = 0.0 if since is None else now - since
-        idle = now - self._progressed
-        return State(self.phase, self._reached, self._ticks, waited, idle, self._limit, self.stop_asked)
+        idle = time.monotonic() - self._progressed
+        return State(self.phase, self._reached, self._is_waiting, idle, self._limit, self.stop_asked)

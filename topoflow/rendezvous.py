@@ -23,9 +23,6 @@ from topoflow.run_dir import StopFlag
 from topoflow.watch import Watch
 from topoflow.watch_server import WatchServer
 
-LINGER_SECONDS = 2.0
-"""How long rank 0 stays, when the set-up fails, for ranks that have not connected yet, so that they hear why."""
-
 
 class _SetupWait:
     """Waits for other ranks in short pieces, so that a signal, the end of the launcher and the limit are noticed."""
@@ -104,10 +101,9 @@ def distributed_context(
         yield Context(launch, device, None, config, stop)
         return
     watch = Watch(launch, config.setup_timeout_seconds, config.timeout_seconds, on_forced_exit)
-    server = None
     ends_with_all = True
     try:
-        server, store = _meet(launch, config, device, watch, stop)
+        store = _meet(launch, config, device, watch, stop)
         yield Context(launch, device, watch, config, stop, store)
     except BaseException as error:
         ends_with_all = isinstance(error, Refusal) and error.shared
@@ -122,17 +118,10 @@ def distributed_context(
         if ends_with_all and watch.failure is None:
             watch.enter("end of the run")
             watch.finish()
-            while server is not None and not server.others_are_gone.wait(0.05):
-                watch.raise_if_failed()
 
 
-def _meet(
-    launch: Launch, config: DistributedConfig, device: torch.device, watch: Watch, stop: StopFlag
-) -> tuple[WatchServer | None, Store]:
-    """Connect to the watch, wait there for all ranks, and form the process group.
-
-    Returns the server of the watch on rank 0, and the store of the group.
-    """
+def _meet(launch: Launch, config: DistributedConfig, device: torch.device, watch: Watch, stop: StopFlag) -> Store:
+    """Connect to the watch, wait there for all ranks, and form the process group; return its store."""
     backend = choose_backend(config, device)
     # DDP and the optimizers import it sooner or later. Imported for the first time while a group exists, it keeps that
     # group, and with it gloo's threads, to the end of the interpreter, which then may abort (torch 2.13).
@@ -141,19 +130,16 @@ def _meet(
     wait = _SetupWait(launch, config.setup_timeout_seconds, stop)
     limit = timedelta(seconds=config.setup_timeout_seconds)
     listener, port, token = _find_server(launch, limit, wait)
-    server = store = None
+    store = None
     address = launch.address
     if listener is not None:
         address = "localhost"
         store = TCPStore(address, 0, is_master=True, timeout=limit, wait_for_workers=False)
-        server = WatchServer(listener, token, store.port, watch, config.timeout_seconds)
+        WatchServer(listener, token, store.port, watch, config.timeout_seconds).start()
     watch.connect(_reach(address, port, wait), port, token, device.type, device_identity(device))
     with watch.waiting():
         while watch.store_port is None and watch.failure is None:
             wait.check()
-            time.sleep(0.02)
-        lingers = time.monotonic() + LINGER_SECONDS
-        while server is not None and watch.failure and not server.has_all() and time.monotonic() < lingers:
             time.sleep(0.02)
         watch.raise_if_failed()
         assert watch.store_port is not None
@@ -168,7 +154,7 @@ def _meet(
                 # the watch notices earlier and knows the rank; this is for a failure of the watch itself
                 timeout=timedelta(seconds=10 * max(config.setup_timeout_seconds, config.timeout_seconds)),
             )
-    return server, store
+    return store
 
 
 def _find_server(launch: Launch, limit: timedelta, wait: _SetupWait) -> tuple[socket.socket | None, int, str]:

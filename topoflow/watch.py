@@ -34,16 +34,6 @@ ANSWER_SECONDS = 3.0
 _LONGEST_LINE = 2**20
 
 
-def beat_seconds(world_size: int) -> float:
-    """Return how often rank 0 asks for states: an answer costs it about 20 us, and all less than 1 % of a core."""
-    return max(LOOK_SECONDS, world_size / 400)
-
-
-def silence_seconds(limit: float, world_size: int) -> float:
-    """Return after how long without an answer a process counts as stopped or cut off."""
-    return max(1.0, 2 * beat_seconds(world_size), min(limit / 4, 10.0))
-
-
 class Connection:
     """A socket that carries messages: JSON objects, one per line."""
 
@@ -60,13 +50,12 @@ class Connection:
         try:
             content = self.socket.recv(65536)
             *lines, self._received = (self._received + content).split(b"\n")
-            messages = [json.loads(line) for line in lines]
+            messages = [dict(json.loads(line)) for line in lines]
         except (BlockingIOError, TimeoutError):
             return []
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError):
             return None
-        is_valid = len(self._received) < _LONGEST_LINE and all(isinstance(message, dict) for message in messages)
-        return messages if content and is_valid else None
+        return messages if content and len(self._received) < _LONGEST_LINE else None
 
     def send(self, message: dict[str, Any]) -> None:
         """Send a message. A process that is gone, or stopped for so long that its buffers are full, misses it."""
@@ -113,8 +102,8 @@ class Watch(Activity):
     Args:
         setup_seconds, step_seconds: see `Activity`.
         on_forced_exit: called on rank 0 with status and message before the watch ends a process whose main thread does
-            not end by itself. It may hang in a file system that is away, and hold the locks of logging, so this is
-            called in a thread and only waited for briefly.
+            not end by itself. That thread may hang in a file system that is away, and hold the locks of logging, so
+            this may hang, too.
     """
 
     def __init__(
@@ -134,8 +123,7 @@ class Watch(Activity):
         self._name = f"rank {launch.rank} on {self._host}"
         self._connection: Connection | None = None
         self._ended = threading.Event()
-        """All ranks are done, or one has failed."""
-        self._has_failed = False
+        """This process may end: see `finish`, or a rank has failed."""
 
     def connect(self, connection: socket.socket, port: int, token: str, device: str, identity: str) -> None:
         """Introduce this rank to the server, and answer it from now on. device, identity: see `Peer`."""
@@ -161,10 +149,10 @@ class Watch(Activity):
             raise self.failure.refusal()
 
     def finish(self) -> None:
-        """Wait until all ranks are done.
+        """Wait until all ranks are done, and on rank 0 until the processes of all others have ended.
 
         Raises:
-            Refusal: one of them failed, or did not arrive.
+            Refusal: one of them failed, did not arrive, or did not end.
         """
         self.end_setup()
         with self.waiting():
@@ -182,95 +170,89 @@ class Watch(Activity):
             return None
         if _is_network_error(error):
             self._ended.wait(ANSWER_SECONDS)
-        if self.failure is None:
-            self._has_failed = True
-            own = RankFailure.of_error(self.launch.rank, f"{self._name}, {self.phase}", error)
-            self._write_error_file(own)
-            self._report(failure=asdict(own))
-            if self.launch.is_main and not isinstance(error, Refusal):  # rank 0 reports failures of other ranks
-                _write_stderr(own.message)
-            self._ended.wait(1.0)  # the server is a thread of rank 0: give it time to tell the others
-        return None if self._has_failed else self.failure
+        if self.failure is not None:
+            return self.failure
+        own = RankFailure.of_error(self.launch.rank, f"{self._name}, {self.phase}", error)
+        self._write_error_file(own)
+        self._report(failure=asdict(own))
+        if self.launch.is_main and not isinstance(error, Refusal):  # rank 0 reports failures of other ranks
+            _write_stderr(own.message)
+        self._ended.wait(1.0)  # the server is a thread of rank 0: give it time to tell the others
+        return None
 
     def _report(self, **more: Any) -> None:
         assert self._connection is not None  # after `connect`
         self._connection.send({"state": vars(self.state()), **more})
 
     def _listen(self, connection: Connection, port: int) -> None:
-        """Answer the server until all end, and end alone because of rank 0 where it cannot report that itself."""
-        address, has_met = self.launch.address, False
-        heard = now = time.monotonic()
-        while self.failure is None:
-            news = connection.receive()
-            before, now = now, time.monotonic()
-            if news is None and self._ended.is_set():
-                return
-            if news is None and has_met:
-                self._conclude_alone(RankFailure.of_lost_rank(0, address, f"this rank was in {self.phase}"))
-            elif news is None:
+        """Answer the server, and end this process if a rank has failed; if rank 0 cannot report that, judge alone."""
+        address = self.launch.address
+        failure, has_met, silence = None, False, 0.0
+        while failure is None:
+            messages = connection.receive()
+            if messages:
+                has_met, silence = True, 0.0
+                failure = self._learn(messages[-1])
+            elif self._ended.is_set():
+                if messages is None:
+                    return
+            elif messages is not None:
+                silence += LOOK_SECONDS  # not by a clock: this process may have been stopped itself
+                if silence > self._limit + LOOK_SECONDS:  # rank 0 is the first to judge, if it can
+                    late = f"rank 0 on {address} (does not answer)"
+                    message = f"{self.phase}: {late} did not arrive within {self._limit:g} s"
+                    failure = self._blame_rank_0(RankFailure(message, (0,), is_stall=True))
+            elif has_met:
+                failure = self._blame_rank_0(RankFailure.of_lost_rank(0, address, f"this rank was in {self.phase}"))
+            else:
                 problem = f"the program that listens at {address}:{port} is not rank 0 of this run, or has ended"
-                expected = "expected MASTER_PORT to be a free port"
-                self._conclude_alone(RankFailure(f"set-up: {self._name}: {problem}: {expected}"))
-            elif news or now - before > 1:  # so late because this process was stopped itself
-                heard = now
-                if news:
-                    has_met = True
-                    self._learn(news[-1])
-            elif self._is_overdue() and now - heard > silence_seconds(self._limit, self.launch.world_size):
-                late = f"rank 0 on {address} (does not answer)"
-                message = f"{self.phase}: {late} did not arrive within {self._limit:g} s"
-                self._conclude_alone(RankFailure(message, (0,), is_stall=True))
+                message = f"set-up: {self._name}: {problem}: expected MASTER_PORT to be a free port"
+                failure = self._blame_rank_0(RankFailure(message))
+        self._end(failure)
 
-    def _learn(self, news: dict[str, Any]) -> None:
-        """Act on what the server knows, and answer."""
+    def _learn(self, news: dict[str, Any]) -> RankFailure | None:
+        """Act on what the server knows, and answer; return the failure that ends all ranks, if there is one."""
         self.store_port = news.get("store_port")
         self.stop_asked = self.stop_asked or news.get("stop_asked")
         if "failure" in news:
-            self._conclude(RankFailure(**news["failure"]))
-        elif news.get("all_done"):
+            return RankFailure(**news["failure"])
+        if news.get("others_have_exited" if self.launch.is_main else "all_done"):
             self._ended.set()
         else:
             self._report()
+        return None
 
-    def _is_overdue(self) -> bool:
-        state = self.state()
-        return state.waited >= state.limit + LOOK_SECONDS  # rank 0 is the first to judge, if it can
-
-    def _conclude_alone(self, failure: RankFailure) -> None:
-        """End because of rank 0, which cannot report that: a few other ranks do. Tell it, in case it wakes up."""
+    def _blame_rank_0(self, failure: RankFailure) -> RankFailure:
+        """Return a failure that a few other ranks report. Tell rank 0, in case it wakes up."""
         self._report(failure=asdict(failure))
         is_reporter = self.launch.rank == 1 or self.launch.local_rank == 0
-        self._conclude(replace(failure, shared=not is_reporter))
+        return replace(failure, shared=not is_reporter)
 
-    def _conclude(self, failure: RankFailure) -> None:
-        threading.Thread(target=self._force_exit, args=(failure,), name="watch exit", daemon=True).start()
-        if not self._has_failed:
-            self._write_error_file(failure)
+    def _end(self, failure: RankFailure) -> None:
+        """Tell the main thread, and end the process unless it ends by itself soon."""
+        is_culprit = self.launch.rank in failure.ranks
+        is_crash = is_culprit and not failure.is_stall and failure.kind == RanksDisagree.__name__
+        status = 1 if is_crash else failure.refusal().exit_status
+        seconds = 0.4 if failure.is_stall else 3.0
+        # the files and stderr that are written below may be on a file system that hangs
+        deadline = threading.Timer(seconds + 1.0, os._exit, (status,))
+        deadline.daemon = True
+        deadline.start()
+        self._write_error_file(failure)
         self.failure = failure
         self._ended.set()
-
-    def _force_exit(self, failure: RankFailure) -> None:
-        """End the process, unless it ends by itself soon."""
-        time.sleep(0.4 if failure.is_stall else 3.0)
-        is_crash = self._has_failed and failure.kind == RanksDisagree.__name__
-        status = 1 if is_crash else failure.refusal().exit_status
-        # stderr may be a file on a file system that hangs
-        report = threading.Thread(target=self._report_forced_exit, args=(failure, status), daemon=True)
-        report.start()
-        report.join(1.0)
-        os._exit(status)
-
-    def _report_forced_exit(self, failure: RankFailure, status: int) -> None:
-        if not self._has_failed and (self.launch.is_main or not failure.shared):
+        time.sleep(seconds)
+        if self.launch.is_main or not failure.shared:
             _write_stderr(failure.message)
         if self.launch.is_main and self._on_forced_exit is not None:
             self._on_forced_exit(status, failure.message)
-        if failure.is_stall and self.launch.rank in failure.ranks:
+        if failure.is_stall and is_culprit:
             _write_stderr(f"rank {self.launch.rank} is ended; its threads were in:", with_stacks=True)
         if failure.is_stall and torch.cuda.is_initialized():
             path = Path(tempfile.gettempdir()) / f"topoflow-flight-recorder-{self.launch.rank}"
             c10d = torch._C._distributed_c10d  # pyright: ignore[reportAttributeAccessIssue]  (not in torch's stubs)
             path.write_bytes(c10d._dump_nccl_trace())
+        os._exit(status)
 
     def _write_error_file(self, failure: RankFailure) -> None:
         """Tell torchrun, whose report names the failure with the earliest time as the root cause."""

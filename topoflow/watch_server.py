@@ -1,5 +1,7 @@
 """Rank 0's side of the watch: who is connected, what each is doing, who has failed, and who does not arrive."""
 
+import itertools
+import math
 import selectors
 import socket
 import threading
@@ -11,10 +13,13 @@ from typing import Any
 from topoflow.activity import State
 from topoflow.errors import ConfigError
 from topoflow.text import number_ranges, shorten
-from topoflow.watch import LOOK_SECONDS, Connection, RankFailure, Watch, beat_seconds, silence_seconds
+from topoflow.watch import LOOK_SECONDS, Connection, RankFailure, Watch
+
+ASKED_PER_LOOK = 80
+"""Ranks asked for their state at once, at most: an answer costs rank 0 about 20 us, so this is below 1 % of a core."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Peer:
     """Rank 0's view of one process: its connection and the last state that it sent."""
 
@@ -28,10 +33,9 @@ class Peer:
     identity: str = ""
     """Identifies the device; empty if processes may share it."""
     is_done: bool = False
-    is_gone: bool = False
     state: State = field(default_factory=State)
-    asked_since: float | None = None
-    """When it was asked for its state, if it has not answered."""
+    silent_looks: int = 0
+    """Looks since it was asked for its state; 0: it has answered."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host}"
@@ -51,42 +55,40 @@ class WatchServer:
     """
 
     def __init__(self, listener: socket.socket, token: str, store_port: int, watch: Watch, end_seconds: float):
-        self.others_are_gone = threading.Event()
         self._listener, self._token, self._store_port = listener, token, store_port
         self._watch, self._world_size, self._end_seconds = watch, watch.launch.world_size, end_seconds
         listener.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ, None)
         self._peers: list[Peer] = []
+        """Processes that have introduced themselves and are connected, by rank."""
         self._news: dict[str, Any] = {}
-        """What all ranks are to know: store_port, stop_asked, failure, all_done."""
-        self._ended: float | None = None
+        """What all ranks are to know: store_port, stop_asked, failure, all_done, others_have_exited."""
+        # Time is counted in looks, because the clock goes on while this process is stopped itself.
+        self._exit_looks = 0
+        """Looks since all ranks were done, or all others have exited."""
+
+    def start(self) -> None:
+        """Serve all ranks until this process ends."""
         threading.Thread(target=self._serve, name="watch server", daemon=True).start()
 
-    def has_all(self) -> bool:
-        """Return whether all processes have connected, even if some have ended since."""
-        return len(self._peers) >= self._world_size
-
     def _serve(self) -> None:
-        looked = asked = time.monotonic()
-        while True:
-            for key, _ in self._selector.select(LOOK_SECONDS):
-                if key.data is None:
-                    self._accept()
-                else:
-                    self._receive(key.data)
-            before, now = looked, time.monotonic()
-            if now - looked < LOOK_SECONDS or "failure" in self._news:
+        turns = math.ceil(self._world_size / ASKED_PER_LOOK)
+        for look in itertools.count():
+            due = time.monotonic() + LOOK_SECONDS
+            while (seconds := due - time.monotonic()) > 0:
+                for key, _ in self._selector.select(seconds):
+                    if key.data is None:
+                        self._accept()
+                    else:
+                        self._receive(key.data)
+            if "failure" in self._news:
                 continue
-            looked = now
-            if self._ended is not None:
-                self._find_late_exits(self._ended, now)
-                continue
-            if now - before < 1:  # else this process was stopped itself, and hears the others first
-                self._find_stalls(now)
-            if now - asked >= beat_seconds(self._world_size):
-                asked = now
-                self._ask_all(now)
+            if "all_done" in self._news:
+                self._find_late_exits()
+            else:
+                self._find_stalls()
+            self._ask(look % turns, turns)
 
     def _accept(self) -> None:
         try:
@@ -111,14 +113,15 @@ class WatchServer:
         if messages is None:
             self._selector.unregister(peer.connection.socket)
             peer.connection.socket.close()
-            peer.is_gone = True
-            if peer.rank >= 0 and self._ended is None:
-                self._declare(RankFailure.of_lost_rank(peer.rank, peer.host, f"rank 0 was in {self._watch.phase}"))
+            if peer in self._peers:
+                self._peers.remove(peer)
+                if "all_done" not in self._news:
+                    self._declare(RankFailure.of_lost_rank(peer.rank, peer.host, f"rank 0 was in {self._watch.phase}"))
 
     def _admit(self, peer: Peer, greeting: dict[str, Any]) -> None:
         for name, value in greeting.items():
             setattr(peer, name, value)
-        self._peers.append(peer)
+        self._peers = sorted([*self._peers, peer], key=lambda peer: peer.rank)
         peer.connection.send(self._news)
         if len(self._peers) == self._world_size:
             if contradiction := find_contradiction(self._peers):
@@ -127,15 +130,14 @@ class WatchServer:
                 self._announce(store_port=self._store_port)
 
     def _handle(self, peer: Peer, report: dict[str, Any]) -> None:
-        peer.state, peer.asked_since = State(**report["state"]), None
+        peer.state, peer.silent_looks = State(**report["state"]), 0
         if peer.state.stop_asked is not None and "stop_asked" not in self._news:
             self._announce(stop_asked=peer.state.stop_asked)
         if "failure" in report:
             self._declare(RankFailure(**report["failure"]))
         if "done" in report:
             peer.is_done = True
-            if self.has_all() and all(peer.is_done for peer in self._peers):
-                self._ended = time.monotonic()
+            if all(peer.is_done for peer in self._peers):
                 self._announce(all_done=True)
 
     def _declare(self, failure: RankFailure) -> None:
@@ -146,40 +148,38 @@ class WatchServer:
     def _announce(self, **news: Any) -> None:
         """Send all ranks what is new, and what was before."""
         self._news |= news
-        # rank 0 last, because it may end this process
-        for peer in sorted(self._peers, key=lambda peer: peer.rank, reverse=True):
+        for peer in reversed(self._peers):  # rank 0 last, because it may end this process
             peer.connection.send(self._news)
 
-    def _ask_all(self, now: float) -> None:
-        """Ask for the state of each rank that has answered before, so that nothing piles up at one that is stopped."""
-        for peer in self._peers:
-            if peer.asked_since is None:
-                peer.asked_since = now
+    def _ask(self, turn: int, turns: int) -> None:
+        """Ask ranks for their state, except those that have not answered: nothing piles up at one that is stopped."""
+        for number, peer in enumerate(self._peers):
+            if peer.silent_looks > 0:
+                peer.silent_looks += 1
+            elif number % turns == turn:
+                peer.silent_looks = 1
                 peer.connection.send(self._news)
 
-    def _find_stalls(self, now: float) -> None:
-        """Judge for the rank that is furthest of those whose limit is over, of which none is stopped itself."""
-        overdue = [peer for peer in self._peers if peer.state.waited >= peer.state.limit and peer.asked_since is None]
-        if overdue:
-            self._judge(max((peer.state for peer in overdue), key=lambda state: state.place), now)
-
-    def _judge(self, front: State, now: float) -> None:
-        """Name the ranks for which `front` has waited too long, unless they make progress."""
-        limit, silence = front.limit, silence_seconds(front.limit, self._world_size)
-        peers = {peer.rank: peer for peer in self._peers}
-        missing = [rank for rank in range(self._world_size) if rank not in peers]
+    def _find_stalls(self) -> None:
+        """Name the ranks for which another has waited too long, unless they make progress."""
+        answers = [peer.state for peer in self._peers if peer.silent_looks == 0]  # others may be stopped themselves
+        overdue = [state for state in answers if state.is_waiting and state.idle >= state.limit]
+        if not overdue:
+            return
+        front = max(overdue, key=lambda state: state.reached)
+        limit, longest_silence = front.limit, max(1.0, min(front.limit / 4, 10.0))
         late: dict[int, str] = {}
         on_their_way = False
-        for rank, peer in sorted(peers.items()):
-            is_behind = peer.state.place < front.place
-            if peer.asked_since is not None and now - peer.asked_since > silence:
-                late[rank] = f"{peer} (does not answer)"
+        for peer in self._peers:
+            is_behind = peer.state.reached < front.reached
+            if peer.silent_looks * LOOK_SECONDS > longest_silence:
+                late[peer.rank] = f"{peer} (does not answer)"
             elif is_behind and peer.state.idle >= max(limit, peer.state.limit):
-                late[rank] = f"{peer} (alive, in {peer.state.phase})"
+                late[peer.rank] = f"{peer} (alive, in {peer.state.phase})"
             else:
                 on_their_way |= is_behind or peer.state.idle < limit
         names = [*late.values()]
-        if missing:
+        if missing := sorted({*range(self._world_size)} - {peer.rank for peer in self._peers}):
             names.append(f"rank(s) {number_ranges(missing)} of {self._world_size}")
         if names:
             message = f"{front.phase}: {shorten(names, 16)} did not arrive within {limit:g} s"
@@ -189,24 +189,26 @@ class WatchServer:
             expected = "expected a network that delivers all messages between them"
             self._declare(RankFailure(f"{message}: {expected}", is_stall=True))
 
-    def _find_late_exits(self, ended: float, now: float) -> None:
+    def _find_late_exits(self) -> None:
         """Name the ranks whose process does not end after the run. Rank 0's time starts when the others have ended."""
-        alive = sorted((peer for peer in self._peers if not peer.is_gone), key=lambda peer: peer.rank)
-        others = [peer for peer in alive if peer.rank > 0]
-        if not others and not self.others_are_gone.is_set():
-            ended = self._ended = now
-            self.others_are_gone.set()
-        if now - ended > self._end_seconds:
-            names = shorten(others or alive, 16)
-            message = f"end of the run: the process of {names} did not exit within {self._end_seconds:g} s"
-            self._declare(RankFailure(message, tuple(peer.rank for peer in others or alive), is_stall=True))
+        self._exit_looks += 1
+        others = [peer for peer in self._peers if peer.rank > 0]
+        if not others and "others_have_exited" not in self._news:
+            self._exit_looks = 0
+            self._announce(others_have_exited=True)
+        if self._exit_looks * LOOK_SECONDS > self._end_seconds:
+            late = others or self._peers
+            message = f"end of the run: the process of {shorten(late, 16)} did not exit within {self._end_seconds:g} s"
+            self._declare(RankFailure(message, tuple(peer.rank for peer in late), is_stall=True))
 
 
 def find_contradiction(peers: Iterable[Peer]) -> str:
-    """Return one line on two processes with the same rank or device, or with devices of two kinds; empty if none."""
+    """Return one line on two of `peers`, in the order of ranks, with the same rank or device, or with devices of two
+    kinds; empty if none.
+    """
     first: dict[tuple[str, str | int], Peer] = {}
     first_of_kind: dict[str, Peer] = {}
-    for peer in sorted(peers, key=lambda peer: peer.rank):
+    for peer in peers:
         for noun, value in (("rank", peer.rank), ("device", peer.identity)):
             other = first.setdefault((noun, value), peer)
             if other is not peer and value != "":
