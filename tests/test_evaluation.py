@@ -103,6 +103,16 @@ def evaluate(data, output, model=None, batch_size=4, precision="fp32", context=N
     return evaluate_model(context, model or Damped(), data, NORMALIZATION, "test", config, output)
 
 
+def test_weather_after_the_start_is_said_to_be_perfect(tmp_path, caplog):
+    for hours, said in (({}, False), ({"u": (0, 12), "v": (-6, 24)}, True)):
+        folder = tmp_path / str(said)
+        folder.mkdir()
+        variables = {"variables": ("pm25", "co", "elevation", "u", "v"), "hours": hours}
+        caplog.clear()
+        evaluate(open_fields(make_fields(wind=True), folder, **variables), folder / "scores", model=Damped())
+        assert ("perfect prognosis: inputs after the start (u+12h, v+24h)" in caplog.text) is said
+
+
 def expected_pairs(fields, name, lead, scale):
     """Return (forecast, observed, present) of the test split in display units: float64 [starts, H, W]."""
     values = fields[name].values.astype(np.float64)

@@ -18,6 +18,7 @@ from topoflow.checkpoint.state import load_weights, read_everywhere
 from topoflow.config import TrainConfig
 from topoflow.data.assembly import ForecastData
 from topoflow.data.batch import Batch, Layout, make_batch
+from topoflow.data.channels import input_channels
 from topoflow.data.dataset import ForecastDataset
 from topoflow.data.normalization import Normalization
 from topoflow.data.sampling import build_eval_loader
@@ -30,6 +31,7 @@ from topoflow.physics.persistence import DampedPersistence
 from topoflow.physics.ridge import Ridge, RidgeFeatures, fit_ridge
 from topoflow.ranks import Context
 from topoflow.run_dir import RunDirectory
+from topoflow.text import shorten
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +103,12 @@ def evaluate_model(
         threads=data.config.threads,
     )
     log.info("evaluation of the %s split: %d samples from %d start times", split, len(dataset), len(dataset.starts))
+    ahead = [channel.name for channel in input_channels(data.config) if channel.hours > 0]
+    if ahead:
+        log.warning(
+            "perfect prognosis: inputs after the start (%s) are those of the data, as no weather forecast can be",
+            shorten(ahead, 4),
+        )
     validation = data.starts("validation").starts if data.config.validation else None
     baselines = evaluator.fit_baselines(data.times("train"), data.starts("train").starts, validation)
     observed = evaluator.sum_observations()

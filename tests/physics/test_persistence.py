@@ -266,12 +266,10 @@ def scored_baselines(source, fitted, starts, leads):
     sums, baselines = ScoreSums(len(starts), POLLUTANTS, leads, unit, mean, damped), Baselines(*fitted)
     values = np.stack([source.fields[name] for name in POLLUTANTS], axis=1).astype(np.float64)
     for row, start in enumerate(starts):
-        for k, lead in enumerate(leads):
-            observed = values[start + lead]
-            forecasts, filled = baselines.forecast(values[start], source.times, start, start + lead, k)
-            batch = {name: forecast[None] for name, forecast in forecasts.items()}
-            sample, valid = np.array([4 * row + k]), np.isfinite(observed)
-            sums.add(sample, batch["climatology"], observed[None], valid[None], batch, filled[None])
+        made = [baselines.forecast(values[start], source.times, start, start + leads[k], k) for k in range(len(leads))]
+        batch = {name: np.stack([forecasts[name] for forecasts, _ in made]) for name in made[0][0]}
+        observed, filled = values[start + np.array(leads)], np.stack([is_filled for _, is_filled in made])
+        sums.add(4 * row + np.arange(4), batch["climatology"], observed, np.isfinite(observed), batch, filled)
     records = sums.finish()
     assert all(record["rmse"] == pytest.approx(record["climatology_rmse"], rel=1e-12) for record in records)
     return records

@@ -67,7 +67,7 @@ def run_blocks(kind, project):
 
 
 def copy_project(folder):
-    """Copy the project without what its users made, and shorten each config's training, validation and test."""
+    """Copy the project without what its users made, and shorten each config's splits and training."""
     made = {ROOT / "data", ROOT / "runs"}
     shutil.copytree(
         ROOT,
@@ -80,7 +80,7 @@ def copy_project(folder):
         config["model"].update(embed_dim=16, depth=1, num_heads=2)
         config["train"].update(max_steps=4, validate_every_steps=2)
         config["checkpoint"].update(every_steps=2)
-        for split in ("validation", "test"):
+        for split in ("train", "validation", "test"):
             first = config["data"][split][0][0]
             config["data"][split] = [[first, first + datetime.timedelta(days=5)]]
         path.write_text(yaml.safe_dump(config))

@@ -1,5 +1,6 @@
 """Mean and standard deviation of each variable, and the step between physical and normalized values."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -74,7 +75,7 @@ class Normalization:
         mean, std = np.array(pairs, np.float32).reshape(-1, 2).T[..., None, None]
         return mean, std
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Hex SHA-256 of all constants and of the base, to the bit."""
         exact = {name: (self.mean[name].hex(), self.std[name].hex()) for name in self.mean}
