@@ -92,11 +92,12 @@ class Climatology:
 
         places: positions in the T * H * W values; only those are computed, and returned in their order.
         """
-        table = self._by_hour[int(hour_of_day(time))]
-        weights = np.concatenate([[1.0], _annual_harmonics(time)]) if self.is_seasonal else np.ones(1)
+        hour = int(time.astype("datetime64[h]").astype(np.int64))
+        table = self._by_hour[hour % HOURS]
+        weights = _weights_of(hour)[: len(table)].astype(table.dtype)
         if places is not None:
-            return weights.astype(table.dtype) @ table[:, places]
-        return (weights.astype(table.dtype) @ table).reshape(-1, *self.hourly.shape[2:])
+            return weights @ table[:, places]
+        return (weights @ table).reshape(-1, *self.hourly.shape[2:])
 
     def filled_at(self, time: np.datetime64) -> np.ndarray:
         """Return where the values of `at` are not the cell's own: bool [T, H, W]."""
@@ -212,6 +213,12 @@ def _day_of_year(times: np.ndarray | np.datetime64) -> np.ndarray:
 def _annual_harmonics(times: np.ndarray | np.datetime64) -> np.ndarray:
     """Return cosine and sine of each annual harmonic: [..., 2 * ANNUAL]."""
     return _harmonics(2 * np.pi * _day_of_year(times) / 365.25, ANNUAL)
+
+
+@functools.lru_cache(2**16)
+def _weights_of(hour: int) -> np.ndarray:
+    """Return the weights of the terms in `Climatology._by_hour` at an hour since 1970: [1 + 2 * ANNUAL]."""
+    return np.concatenate([[1.0], _annual_harmonics(np.datetime64(hour, "h"))])
 
 
 def _daily_terms(hours: np.ndarray) -> np.ndarray:
