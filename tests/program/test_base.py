@@ -34,7 +34,7 @@ def test_before_its_first_update_a_network_is_its_base(program):
     assert len(records) == 12
     for record in records:
         assert record["rmse_where_present"] == pytest.approx(record["damped_persistence_rmse"], rel=1e-5)
-        assert record["seasonal_damped_persistence_rmse"] is None  # six days are no year
+        assert record["seasonal_damped_persistence_rmse"] is None  # six days do not cover a year
         assert record["ridge_rmse"] > 0
     assert "mean over targets and leads: 1.000" in done.stderr
 
