@@ -23,7 +23,7 @@ from topoflow.data.grid import Grid
 from topoflow.data.normalization import Base, Normalization
 from topoflow.data.prepared.reader import PreparedData, PreparedIndex, index_prepared
 from topoflow.data.sampling import BatchPlan
-from topoflow.errors import ConfigError, Refusal
+from topoflow.errors import ConfigError, DataError, Refusal
 from topoflow.model.topoflow import TopoFlow, build_model
 from topoflow.optim import build_optimizer, build_scheduler
 from topoflow.physics.climatology import covers_the_year
@@ -35,6 +35,9 @@ from topoflow.text import format_table
 from topoflow.train_state import TrainData, TrainProgress, TrainState, total_steps
 
 log = logging.getLogger(__name__)
+
+LEAST_DEVIATION = 1e-6
+"""Anomalies below this fraction of the largest climatological value are rounding errors."""
 
 
 def program_facts(config: Config) -> dict[str, str]:
@@ -140,7 +143,7 @@ def build_normalization(config: Config, data: ForecastData, context: Context) ->
     """Compute the constants over the training split on rank 0, send them to all ranks, and fit the base of model.base.
 
     Raises:
-        ConfigError, DataError: on every rank, see `ForecastData.build_normalization`.
+        ConfigError, DataError: on every rank, see `ForecastData.build_normalization`; or a target has no anomalies.
     """
     constants = None
     with context.together("normalization"):
@@ -165,6 +168,12 @@ def build_normalization(config: Config, data: ForecastData, context: Context) ->
             log.warning(
                 "model.base: the training split does not cover the seasons of a year, so the base is damped "
                 "persistence about the climatology by hour of day"
+            )
+    for name, deviation, hourly in zip(data.target_names, base.deviation, base.climatology.hourly, strict=True):
+        if not deviation > LEAST_DEVIATION * np.abs(hourly).max():  # also if there are no values
+            raise DataError(
+                f"model.base: {name!r} has no anomalies in the training split: expected several days of values that "
+                "differ from the mean of their hour, or model.base=none"
             )
     arrays = {name: array.astype(np.float32) for name, array in base.arrays().items()}
     return dataclasses.replace(normalization, base=DampedPersistence.from_arrays(arrays))
@@ -218,7 +227,7 @@ def restore_normalization(saved: dict[str, Any], context: Context) -> Normalizat
 def build_network(config: Config, grid: Grid, observed: np.ndarray | None = None) -> TopoFlow:
     """Build the network for data on this grid on CPU, with its initial weights.
 
-    observed: bool [H, W], the cells about whose patches model.tokens=with_data is.
+    observed: bool [H, W]; with model.tokens=with_data, only patches with one of these cells are computed.
     """
     model = build_model(
         config.model,

@@ -267,7 +267,7 @@ def test_keeping_all_patches_changes_nothing(batch):
 
 
 def test_keeping_no_patch_is_refused():
-    with pytest.raises(ValueError, match="expected at least one"):
+    with pytest.raises(ConfigError, match="no cell of the mask has a target"):
         build().keep_patches(torch.zeros(8, 12, dtype=torch.bool).numpy())
 
 

@@ -134,6 +134,13 @@ def test_a_training_split_of_a_season_has_no_seasonal_base(program):
     assert program.state(step=1)["data"]["base"]["annual"].shape[1] == 0
 
 
+def test_a_training_split_without_anomalies_is_refused(program):
+    # each hour once: every value is the mean of its hour
+    refused = program.train(*BASE, "data.train=[[2018-10-01, 2018-10-01]]", "data.lead_times_hours=[6]")
+    assert refused.returncode == 2
+    assert "model.base: 'pm25' has no anomalies in the training split" in refused.stderr
+
+
 def test_other_lead_times_are_refused_by_evaluate(program, capsys):
     assert program.train(*BASE, TEST_SPLIT, "train.max_steps=1").returncode == 0
     assert cli.main(["evaluate", str(program.folder / "run"), "data.lead_times_hours=[12, 18]"]) == 2

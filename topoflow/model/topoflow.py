@@ -79,11 +79,11 @@ class TopoFlow(nn.Module):
         """Compute only the patches with one of `cells` (bool [H, W], any) from now on; the output of others is 0.
 
         Raises:
-            ValueError: there is no such cell.
+            ConfigError: there is no such cell.
         """
         has_cell = split_patches(torch.from_numpy(cells)[None, None], self.config.patch_size).any(dim=(0, 2, 3))
         if not has_cell.any():
-            raise ValueError("cells: expected at least one")
+            raise ConfigError("model.tokens: with_data, but no cell of the mask has a target in the training split")
         del self.kept
         self.register_buffer("kept", has_cell.nonzero()[:, 0], persistent=False)
 
