@@ -106,7 +106,7 @@ def evaluate_model(
     ahead = [channel.name for channel in input_channels(data.config) if channel.hours > 0]
     if ahead:
         log.warning(
-            "perfect prognosis: inputs after the start (%s) are those of the data, as no weather forecast can be",
+            "perfect prognosis: inputs after the start (%s) come from the data, as if forecast without error",
             shorten(ahead, 4),
         )
     validation = data.starts("validation").starts if data.config.validation else None

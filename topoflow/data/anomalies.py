@@ -8,7 +8,7 @@ from topoflow.data.normalization import Base
 from topoflow.data.prepared.reader import PreparedData
 
 RECENT_HOURS = 12
-"""Where the present value is missing, the mean anomaly of so many hours before stands for it."""
+"""A missing present value is replaced by the mean anomaly of so many hours before it."""
 
 
 class PresentAnomalies:
@@ -24,7 +24,7 @@ class PresentAnomalies:
     def at(self, start: int) -> np.ndarray:
         """Return the anomalies [T, H, W] at position `start` of the data's times, in the units of the data, float32.
 
-        A missing value is the mean over those of the last RECENT_HOURS hours; 0 if there is none.
+        A missing value is replaced by the mean over the last RECENT_HOURS hours, or by 0 if those have no value.
         """
         times = self._data.times
         present = self._data.at(self._names, start)[self._order]
