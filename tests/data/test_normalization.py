@@ -100,8 +100,8 @@ def test_dictionary_form_is_exact(fields, tmp_path):
     again = Normalization.from_dict(found.to_dict())
     assert again == found
     assert again.fingerprint == found.fingerprint
-    found.mean["u"] = np.nextafter(found.mean["u"], 1e9).item()
-    assert again.fingerprint != found.fingerprint
+    other = Normalization({**found.mean, "u": np.nextafter(found.mean["u"], 1e9).item()}, found.std)
+    assert other.fingerprint != found.fingerprint
 
 
 def test_constants_from_the_config():
