@@ -101,7 +101,7 @@ def train(config: Config, context: Context, directory: RunDirectory) -> None:
         config = start.complete_config(config, data, plan)
     normalization = start.saved_normalization(config, context) or build_normalization(config, data, context)
     state = build_state(config, data, normalization.base, plan, context)
-    train_data = build_train_data(config, data, normalization, plan, context.device)
+    train_data = build_train_data(config, data, normalization, plan, context)
 
     start.restore(state, context)
     certifier = Certifier(state, train_data, config.train)

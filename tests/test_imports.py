@@ -27,6 +27,7 @@ LAYERS = [
     ["resume"],
     ["trainer", "evaluation"],
     ["build", "plots"],
+    ["bases"],
     ["certificate", "baselines"],
     ["train_state", "metrics", "forecast_case"],
     ["checkpoint", "reduction", "loss", "rendezvous"],

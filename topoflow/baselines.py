@@ -7,32 +7,12 @@ seasonal damped persistence  the same with the seasonal climatology, if the trai
 ridge                        regression on present and past anomalies around the cell, for data that are not too large
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from topoflow.physics.persistence import DampedPersistence
-from topoflow.physics.ridge import Ridge, RidgeFeatures
-
-BLOCK_STARTS = 96
-"""Ridge forecasts that are made at once: they share the reading of the past."""
-
-
-class RidgeForecasts:
-    """Ridge forecasts from given starts, made in blocks when the first of a block is asked for."""
-
-    def __init__(self, ridge: Ridge, features: RidgeFeatures, lead_times_hours: Sequence[int], starts: np.ndarray):
-        self._ridge, self._features, self._leads, self._starts = ridge, features, lead_times_hours, starts
-        self._block, self._forecasts = -1, np.empty(0)
-
-    def forecast(self, start: int, lead: int) -> np.ndarray:
-        """Return the forecast [targets, H, W] from the position `start`, one of the starts; lead: its index."""
-        block, row = divmod(int(np.searchsorted(self._starts, start)), BLOCK_STARTS)
-        if block != self._block:
-            starts = self._starts[block * BLOCK_STARTS : (block + 1) * BLOCK_STARTS]
-            self._block, self._forecasts = block, self._ridge.forecast(self._features, self._leads, starts)
-        return self._forecasts[row, lead]
+from topoflow.physics.ridge_base import RidgeForecasts
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ Training and the import of other programs' checkpoints build through the same fu
 """
 
 import dataclasses
-import logging
 import platform
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from topoflow.bases import fit_base, restore_base
 from topoflow.certificate import Certifier
 from topoflow.checkpoint.file import FORMAT
 from topoflow.checkpoint.state import capture_state, deliver
@@ -21,23 +21,16 @@ from topoflow.data.assembly import SPLITS, ForecastData, open_forecast_data
 from topoflow.data.channels import input_names
 from topoflow.data.grid import Grid
 from topoflow.data.normalization import Base, Normalization
-from topoflow.data.prepared.reader import PreparedData, PreparedIndex, index_prepared
+from topoflow.data.prepared.reader import PreparedIndex, index_prepared
 from topoflow.data.sampling import BatchPlan
-from topoflow.errors import ConfigError, DataError, Refusal
+from topoflow.errors import ConfigError, Refusal
 from topoflow.model.topoflow import TopoFlow, build_model
 from topoflow.optim import build_optimizer, build_scheduler
-from topoflow.physics.climatology import covers_the_year
-from topoflow.physics.persistence import DampedPersistence, fit_damped_persistence
 from topoflow.ranks import Context
 from topoflow.reduction import require_whole_subtrees
 from topoflow.reproducibility import describe_software, hash_sources
 from topoflow.text import format_table
 from topoflow.train_state import TrainData, TrainProgress, TrainState, total_steps
-
-log = logging.getLogger(__name__)
-
-LEAST_DEVIATION = 1e-6
-"""Anomalies below this fraction of the largest climatological value are rounding errors."""
 
 
 def program_facts(config: Config) -> dict[str, str]:
@@ -143,7 +136,7 @@ def build_normalization(config: Config, data: ForecastData, context: Context) ->
     """Compute the constants over the training split on rank 0, send them to all ranks, and fit the base of model.base.
 
     Raises:
-        ConfigError, DataError: on every rank, see `ForecastData.build_normalization`; or a target has no anomalies.
+        ConfigError, DataError: on every rank, see `ForecastData.build_normalization` and `fit_base`.
     """
     constants = None
     with context.together("normalization"):
@@ -152,63 +145,7 @@ def build_normalization(config: Config, data: ForecastData, context: Context) ->
     normalization = Normalization.from_dict(context.broadcast_object(constants))
     if config.model.base == "none":
         return normalization
-    fitted = fit_persistence(
-        context,
-        data.source,
-        data.target_names,
-        config.data.lead_times_hours,
-        data.times("train"),
-        data.splits["train"].starts,
-        context.watch.tick,
-    )
-    base = fitted[0]
-    if config.model.base == "seasonal":
-        base = fitted[-1]
-        if not base.climatology.is_seasonal:
-            log.warning(
-                "model.base: the training split does not cover the seasons of a year, so the base is damped "
-                "persistence about the climatology by hour of day"
-            )
-    for name, deviation, hourly in zip(data.target_names, base.deviation, base.climatology.hourly, strict=True):
-        if not deviation > LEAST_DEVIATION * np.abs(hourly).max():  # also if there are no values
-            raise DataError(
-                f"model.base: {name!r} has no anomalies in the training split: expected several days of values that "
-                "differ from the mean of their hour, or model.base=none"
-            )
-    arrays = {name: array.astype(np.float32) for name, array in base.arrays().items()}
-    return dataclasses.replace(normalization, base=DampedPersistence.from_arrays(arrays))
-
-
-def fit_persistence(
-    context: Context,
-    source: PreparedData,
-    targets: Sequence[str],
-    lead_times_hours: Sequence[int],
-    training_times: np.ndarray,
-    training_starts: np.ndarray,
-    on_progress: Callable[[], None],
-) -> list[DampedPersistence]:
-    """Fit damped persistence about the hourly climatology and, if the training split covers the year, the seasonal one.
-
-    Each rank fits some of the targets; the result does not depend on the number of ranks.
-    """
-    with context.together("fitting climatology and persistence"):
-        fitted = fit_damped_persistence(
-            source,
-            targets,
-            lead_times_hours,
-            training_times,
-            training_starts,
-            source.mask,
-            seasonal=covers_the_year(source.times[training_times]),
-            only=targets[context.rank :: context.world_size],
-            on_progress=on_progress,
-        )
-    for damped in fitted:
-        for name, array in damped.arrays().items():
-            if name != "lead_times_hours":
-                context.all_reduce_sum(torch.from_numpy(array))
-    return fitted
+    return dataclasses.replace(normalization, base=fit_base(config.model.base, data, context))
 
 
 def restore_normalization(saved: dict[str, Any], context: Context) -> Normalization:
@@ -221,7 +158,7 @@ def restore_normalization(saved: dict[str, Any], context: Context) -> Normalizat
     pairs = [(saved["base"][name], array.to(device)) for name, array in arrays.items()]
     deliver(context, pairs)
     base = {name: pair[1].cpu().numpy() for name, pair in zip(arrays, pairs, strict=True)}
-    return dataclasses.replace(normalization, base=DampedPersistence.from_arrays(base))
+    return dataclasses.replace(normalization, base=restore_base(base))
 
 
 def build_network(config: Config, grid: Grid, observed: np.ndarray | None = None) -> TopoFlow:
@@ -266,16 +203,18 @@ def build_state(config: Config, data: ForecastData, base: Base | None, plan: Bat
 
 
 def build_train_data(
-    config: Config, data: ForecastData, normalization: Normalization, plan: BatchPlan, device: torch.device
+    config: Config, data: ForecastData, normalization: Normalization, plan: BatchPlan, context: Context
 ) -> TrainData:
     """Build the data sets of the training and validation splits."""
-    return TrainData(
-        train=data.dataset("train", normalization),
-        validation=data.dataset("validation", normalization) if "validation" in data.splits else None,
-        plan=plan,
-        elevation_m=torch.from_numpy(data.source.heights_m()).to(device),
-        threads=config.data.threads,
-    )
+    report, with_validation = context.watch.tick, "validation" in data.splits
+    with context.together("samples"):
+        return TrainData(
+            train=data.dataset("train", normalization, report),
+            validation=data.dataset("validation", normalization, report) if with_validation else None,
+            plan=plan,
+            elevation_m=torch.from_numpy(data.source.heights_m()).to(context.device),
+            threads=config.data.threads,
+        )
 
 
 def capture_with(

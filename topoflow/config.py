@@ -166,9 +166,10 @@ class ModelConfig:
     published program did), else all."""
     drop_path: float = key(0.1, alters=MATHEMATICS)
     """Stochastic depth: rate of the last block; it rises linearly from 0 at the first."""
-    base: Literal["none", "damped", "seasonal"] = key("none", alters=CHANNELS | NETWORK)
+    base: Literal["none", "damped", "seasonal", "ridge"] = key("none", alters=CHANNELS | NETWORK)
     """Forecast in closed form to which the network adds: damped persistence about the climatology of each cell by hour
-    of day (damped), or by hour of day and season, where the training split covers the year (seasonal)."""
+    of day (damped), or by hour of day and season, where the training split covers the year (seasonal); ridge: a
+    regression on past anomalies of the cell and its surroundings, about the climatology of seasonal."""
     tokens: Literal["all", "with_data"] = key("all", alters=NETWORK)
     """Patches that are computed. with_data: those with a cell where a target was observed in training (needs a base);
     elsewhere the forecast is the base's, and attention sees no such patch. Gridded stations train several times faster.

@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from topoflow.baselines import Baselines, RidgeForecasts
-from topoflow.build import fit_persistence
+from topoflow.baselines import Baselines
+from topoflow.bases import fit_persistence, fit_ridge_together
 from topoflow.checkpoint.directory import CheckpointDirectory
 from topoflow.checkpoint.state import load_weights, read_everywhere
 from topoflow.config import TrainConfig
@@ -27,8 +27,7 @@ from topoflow.errors import ConfigError, RunDirectoryError, StopRequested
 from topoflow.forecast_case import ForecastCase
 from topoflow.metrics import Record, ScoreSums, format_scores, write_scores
 from topoflow.physics.climatology import BLOCK_HOURS, contiguous_blocks
-from topoflow.physics.persistence import DampedPersistence
-from topoflow.physics.ridge import Ridge, RidgeFeatures, fit_ridge
+from topoflow.physics.ridge_base import RidgeForecasts
 from topoflow.ranks import Context
 from topoflow.run_dir import RunDirectory
 from topoflow.text import shorten
@@ -37,8 +36,6 @@ log = logging.getLogger(__name__)
 
 CASE_TARGET, CASE_LEAD_HOURS = "pm25", 24
 """Target and lead time of the plotted case; the first of the data set if it lacks these."""
-RIDGE_SAMPLES = 50_000_000
-"""Largest number of cells times training starts for which the ridge baseline is fitted: it takes some minutes."""
 
 
 def evaluate_best(
@@ -92,7 +89,8 @@ def evaluate_model(
     """
     if split not in data.splits:
         raise ConfigError(f"data.{split}: no range is configured: expected at least one to score")
-    dataset = data.dataset(split, normalization)
+    with context.together("samples"):
+        dataset = data.dataset(split, normalization, context.watch.tick)
     evaluator = Evaluator(
         context=context,
         model=model,
@@ -205,38 +203,18 @@ class Evaluator:
         self, training_times: np.ndarray, training_starts: np.ndarray, validation_starts: np.ndarray | None = None
     ) -> Baselines:
         """Fit the baselines on the training split; on the validation split, if there is one, the ridge's strengths."""
-        dataset, report = self.dataset, self.report_progress_or_stop
-        names, leads = dataset.target_names, dataset.lead_times_hours
-        fitted = fit_persistence(self.context, dataset.data, names, leads, training_times, training_starts, report)
-        baselines = Baselines(fitted[0], fitted[1] if len(fitted) > 1 else None)
-        known = dataset.data.mask & (fitted[0].climatology.filled == 0).any(axis=(0, 1))
-        if known.sum() * len(training_starts) > RIDGE_SAMPLES:
+        context, dataset, report = self.context, self.dataset, self.report_progress_or_stop
+        source, names, leads = dataset.data, dataset.target_names, dataset.lead_times_hours
+        fitted = fit_persistence(context, source, names, leads, training_times, training_starts, report)
+        starts = training_starts, validation_starts
+        ridge = fit_ridge_together(context, source, names, leads, *starts, fitted[-1], report)
+        forecasts = None
+        if ridge is None:
             log.info("ridge baseline: left out, as it would take hours for so many cells and start times")
-            return baselines
-        ridge = self._fit_ridge(fitted[-1], training_starts, validation_starts)
-        features = RidgeFeatures(dataset.data, names, fitted[-1], ridge.known)
-        return replace(baselines, ridge=RidgeForecasts(ridge, features, leads, dataset.starts))
-
-    def _fit_ridge(
-        self, persistence: DampedPersistence, training_starts: np.ndarray, validation_starts: np.ndarray | None
-    ) -> Ridge:
-        """Fit the ridge, each rank some of the targets."""
-        context, dataset = self.context, self.dataset
-        with context.together("fitting the ridge"):
-            ridge = fit_ridge(
-                dataset.data,
-                dataset.target_names,
-                dataset.lead_times_hours,
-                training_starts,
-                validation_starts,
-                dataset.data.mask,
-                persistence,
-                only=dataset.target_names[context.rank :: context.world_size],
-                on_progress=self.report_progress_or_stop,
-            )
-        for array in ridge.arrays().values():
-            context.all_reduce_sum(torch.from_numpy(array))
-        return ridge
+        else:
+            with context.together("forecasts of the ridge"):
+                forecasts = RidgeForecasts(source, names, fitted[-1], ridge, dataset.starts, on_progress=report)
+        return Baselines(fitted[0], fitted[1] if len(fitted) > 1 else None, forecasts)
 
     def sum_observations(self) -> np.ndarray:
         """Return sum and number of observations, in the units of the data: float64 [2, starts, leads, targets].

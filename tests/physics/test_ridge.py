@@ -9,8 +9,11 @@ import pytest
 
 from topoflow.data.grid import Grid
 from topoflow.physics import ridge as module
+from topoflow.physics import ridge_features
 from topoflow.physics.persistence import DampedPersistence, fit_damped_persistence
-from topoflow.physics.ridge import Ridge, RidgeFeatures, fit_ridge
+from topoflow.physics.ridge import Ridge, fit_ridge
+from topoflow.physics.ridge_base import RidgeForecasts
+from topoflow.physics.ridge_features import RidgeFeatures
 
 TARGETS, LEADS = ("pm25", "o3"), (6, 24)
 HOURS, FIRST_START = 1100, 760
@@ -70,6 +73,12 @@ def fit(source, mask=None, validate=True, **options) -> tuple[Ridge, RidgeFeatur
     starts = (training, validation) if validate else (np.concatenate([training, validation]), None)
     ridge = fit_ridge(source, TARGETS, LEADS, *starts, mask, persistence, **options)
     return ridge, RidgeFeatures(source, TARGETS, persistence, ridge.known), persistence
+
+
+def forecasts(ridge, features, starts, in_training=False):
+    """Return the forecasts [n, leads, T, H, W] in the units of the data."""
+    made = RidgeForecasts(features.source, TARGETS, features.persistence, ridge, starts, in_training)
+    return np.array([[made.forecast(start, k) for k in range(len(LEADS))] for start in starts])
 
 
 class Definition:
@@ -162,7 +171,7 @@ def check_with_definition(source, monkeypatch, mask=None):
     ridge, features, persistence = fit(source, mask)
     definition, (training, validation) = Definition(source, persistence, ridge.known), split(source)
     starts = validation[::30]
-    forecast = ridge.forecast(features, LEADS, starts)
+    forecast = forecasts(ridge, features, starts)
     for t in range(len(TARGETS)):
         for k, lead in enumerate(LEADS):
             x, y, cells = definition.samples(t, lead, training[::29])
@@ -172,7 +181,7 @@ def check_with_definition(source, monkeypatch, mask=None):
                 own[cell] = np.zeros(12)
                 if rows:
                     own[cell] = shrunk_least_squares(x[rows, :12], y[rows] - x[rows] @ pooled, 5.0)
-            np.testing.assert_allclose(ridge.pooled[t, k], pooled, atol=1e-4)
+            np.testing.assert_allclose(ridge.pooled[0, t, k], pooled, atol=1e-4)
             for i, start in enumerate(starts):
                 time = source.times[start]
                 for cell in definition.cells[t]:
@@ -186,12 +195,12 @@ def check_with_definition(source, monkeypatch, mask=None):
 
 def test_forecasts_equal_the_definition(monkeypatch):
     ridge = check_with_definition(make_source(), monkeypatch)
-    assert np.abs(ridge.own[:, :, 3:12]).max() > 0.01  # neighbours count
+    assert np.abs(ridge.own[0, :, :, 3:12]).max() > 0.01  # neighbours count
 
 
 def test_one_cell_has_no_neighbours(monkeypatch):
     ridge = check_with_definition(make_source((1, 1)), monkeypatch)
-    assert np.all(ridge.pooled[:, :, 3:12] == 0)
+    assert np.all(ridge.pooled[0, :, :, 3:12] == 0)
 
 
 def test_steps_of_three_hours(monkeypatch):
@@ -223,7 +232,7 @@ def test_cells_without_values_in_training(monkeypatch):
     assert ridge.known[:, 1, 2].tolist() == [0, 1]
     assert not ridge.known[:, 2, 4].any()
     _, features, persistence = fit(source, mask)
-    forecast = ridge.forecast(features, LEADS, np.array([1070]))
+    forecast = forecasts(ridge, features, np.array([1070]))
     for k, lead in enumerate(LEADS):
         usual = persistence.climatology.at(source.times[1070] + np.timedelta64(lead, "h"))
         np.testing.assert_array_equal(forecast[0, k, :, 0, 1], usual[:, 0, 1])
@@ -241,7 +250,7 @@ def test_the_strengths_have_the_least_error_on_validation(monkeypatch):
         monkeypatch.setattr(module, "POOLED_STRENGTHS", (pooled_strength,))
         monkeypatch.setattr(module, "CELL_STRENGTHS", (cell_strength,))
         ridge, features, _ = fit(source)
-        forecast, found = ridge.forecast(features, LEADS, validation), np.zeros((2, 2))
+        forecast, found = forecasts(ridge, features, validation), np.zeros((2, 2))
         for t, name in enumerate(TARGETS):
             for k, lead in enumerate(LEADS):
                 found[t, k] = np.nansum(np.square(forecast[:, k, t] - source.fields[name][validation + lead]))
@@ -255,34 +264,65 @@ def test_the_strengths_have_the_least_error_on_validation(monkeypatch):
     assert len(np.unique(chosen)) > 3
 
 
-def test_without_validation_the_last_fifth_chooses(monkeypatch):
-    monkeypatch.setattr(module, "EVERY", 3)
-    source, mask = make_source((2, 3)), np.ones((2, 3), bool)
-    persistence, starts = fit_persistence(source, mask), np.arange(750, 1050)
+def test_a_training_start_is_forecast_by_a_fit_to_the_other_folds(monkeypatch):
+    monkeypatch.setattr(module, "EVERY", 1)
+    monkeypatch.setattr(module, "LONGEST_BLOCK_HOURS", 20)
+    source, starts = make_source((2, 3)), np.arange(750, 1050)
+    persistence, mask = fit_persistence(source, np.ones((2, 3), bool)), np.ones((2, 3), bool)
     ridge = fit_ridge(source, TARGETS, LEADS, starts, None, mask, persistence)
-    chosen = fit_ridge(source, TARGETS, LEADS, starts[:240], starts[240:], mask, persistence)
-    np.testing.assert_array_equal(ridge.strengths, chosen.strengths)
+    features = RidgeFeatures(source, TARGETS, persistence, ridge.known)
+    forecast = forecasts(ridge, features, starts, in_training=True)
     for (t, k), strength in np.ndenumerate(ridge.strengths[..., 0]):
         monkeypatch.setattr(module, "POOLED_STRENGTHS", (strength,))
         monkeypatch.setattr(module, "CELL_STRENGTHS", (ridge.strengths[t, k, 1],))
-        everything = fit_ridge(source, TARGETS, LEADS, starts, starts, mask, persistence)
-        np.testing.assert_allclose(ridge.pooled[t, k], everything.pooled[t, k], rtol=1e-8, atol=1e-12)
-        np.testing.assert_allclose(ridge.own[t, k], everything.own[t, k], rtol=1e-8, atol=1e-12)
+        everything = fit_ridge(source, TARGETS, LEADS, starts, None, mask, persistence)
+        np.testing.assert_allclose(ridge.pooled[0, t, k], everything.pooled[0, t, k], rtol=1e-8, atol=1e-12)
+        for fold in range(5):
+            left_out = (starts - 750) // 20 % 5 == fold
+            others = fit_ridge(source, TARGETS, LEADS, starts[~left_out], None, mask, persistence)
+            np.testing.assert_allclose(ridge.own[1 + fold, t, k], others.own[0, t, k], rtol=1e-5, atol=1e-9)
+            expected = forecasts(others, features, starts[left_out])
+            np.testing.assert_allclose(forecast[left_out][:, k, t], expected[:, k, t], rtol=1e-5)
+
+
+def test_without_validation_the_folds_choose(monkeypatch):
+    source, starts, mask = make_source((2, 3)), np.arange(750, 1050), np.ones((2, 3), bool)
+    monkeypatch.setattr(module, "EVERY", 1)
+    lists = module.POOLED_STRENGTHS, module.CELL_STRENGTHS
+    persistence = fit_persistence(source, mask)
+
+    def fit_folds():
+        ridge = fit_ridge(source, TARGETS, LEADS, starts, None, mask, persistence)
+        features = RidgeFeatures(source, TARGETS, persistence, ridge.known)
+        forecast, found = forecasts(ridge, features, starts, in_training=True), np.zeros((2, 2))
+        for t, name in enumerate(TARGETS):
+            for k, lead in enumerate(LEADS):
+                found[t, k] = np.nansum(np.square(forecast[:, k, t] - source.fields[name][starts + lead]))
+        return ridge.strengths, found
+
+    chosen = fit_folds()[0]
+    monkeypatch.setattr(module, "CELL_STRENGTHS", (np.inf,))
+    pooled = []
+    for strength in lists[0]:
+        monkeypatch.setattr(module, "POOLED_STRENGTHS", (strength,))
+        pooled.append(fit_folds()[1])
+    assert np.array_equal(chosen[..., 0], np.array(lists[0])[np.argmin(pooled, axis=0)])
+    assert len(np.unique(chosen[..., 0])) > 1
 
 
 def test_what_is_read_at_once_does_not_matter(monkeypatch):
     source = make_source()
     ridge, features, _ = fit(source)
     starts = split(source)[1]
-    forecast = ridge.forecast(features, LEADS, starts)
+    forecast = forecasts(ridge, features, starts)
     for size in (1, 7):
         blocks = [starts[first : first + size] for first in range(0, len(starts), size)]
-        found = np.concatenate([ridge.forecast(features, LEADS, block) for block in blocks])
+        found = np.concatenate([forecasts(ridge, features, block) for block in blocks])
         assert found.tobytes() == forecast.tobytes()
-    monkeypatch.setattr(module, "_PART_VALUES", 500)
-    assert ridge.forecast(features, LEADS, starts).tobytes() == forecast.tobytes()
-    monkeypatch.setattr(module, "BLOCK_VALUES", 1)
-    monkeypatch.setattr(module, "_SHORTEST_BLOCK", 50)
+    monkeypatch.setattr(ridge_features, "_PART_VALUES", 500)
+    assert forecasts(ridge, features, starts).tobytes() == forecast.tobytes()
+    monkeypatch.setattr(ridge_features, "BLOCK_VALUES", 1)
+    monkeypatch.setattr(ridge_features, "_SHORTEST_BLOCK", 50)
     monkeypatch.setattr(module, "SUMS_BYTES", 1)
     for name, values in fit(source)[0].arrays().items():
         np.testing.assert_allclose(values, getattr(ridge, name), rtol=1e-6, atol=1e-9)
@@ -293,24 +333,28 @@ def test_processes_that_fit_different_targets_add_up():
     together = fit(source)[0].arrays()
     parts = [fit(source, only=[name])[0].arrays() for name in TARGETS]
     for name, values in together.items():
+        if name == "blocks":
+            assert all(np.array_equal(part[name], values) for part in parts)
+            continue
         assert sum(part[name] for part in parts).tobytes() == values.tobytes()
-        assert not parts[0][name][1].any()
-        assert not parts[1][name][0].any()
+        axis = 1 if name in ("pooled", "own") else 0
+        assert not np.take(parts[0][name], 1, axis).any()
+        assert not np.take(parts[1][name], 0, axis).any()
 
 
 def test_a_forecast_uses_nothing_after_its_start():
     source, start = make_source((2, 3)), 1000
     ridge, features, _ = fit(source)
     starts = np.array([start - 30, start, start + 40])
-    forecast = ridge.forecast(features, LEADS, starts)
+    forecast = forecasts(ridge, features, starts)
     for name in TARGETS:
         source.fields[name][start + 1 :] = 1e6
         source.fields[name][start + 3 :: 2] = np.nan
-    changed = ridge.forecast(features, LEADS, starts)
+    changed = forecasts(ridge, features, starts)
     assert changed[:2].tobytes() == forecast[:2].tobytes()
     assert np.all(changed[2] != forecast[2])
     source.fields["o3"][start] += 1
-    changed = ridge.forecast(features, LEADS, starts)
+    changed = forecasts(ridge, features, starts)
     assert changed[0].tobytes() == forecast[0].tobytes()
     assert np.all(changed[1] != forecast[1])
 
@@ -350,10 +394,10 @@ def test_the_arrays_are_all_that_a_forecast_needs():
     source = make_source((2, 3))
     ridge, features, persistence = fit(source)
     arrays = {name: values.copy() for name, values in ridge.arrays().items()}
-    copy = Ridge.from_arrays(arrays)
+    copy = Ridge(**arrays)
     again = RidgeFeatures(source, TARGETS, persistence, copy.known)
     starts = np.array([1000, 1040])
-    assert copy.forecast(again, LEADS, starts).tobytes() == ridge.forecast(features, LEADS, starts).tobytes()
+    assert forecasts(copy, again, starts).tobytes() == forecasts(ridge, features, starts).tobytes()
 
 
 def test_air_that_moves_is_seen_upwind():
@@ -367,7 +411,7 @@ def test_air_that_moves_is_seen_upwind():
     source = ArraySource(np.datetime64("2019-03-01T00", "h") + np.arange(hours), fields, grid)
     ridge, features, persistence = fit(source)
     starts = split(source)[1]
-    error, damped = ridge.forecast(features, LEADS, starts)[:, 0, 0] - fields["pm25"][starts + 6], []
+    error, damped = forecasts(ridge, features, starts)[:, 0, 0] - fields["pm25"][starts + 6], []
     for start in starts:
         anomaly = fields["pm25"][start] - persistence.climatology.at(source.times[start])
         target = source.times[start] + np.timedelta64(6, "h")

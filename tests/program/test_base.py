@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from tests.support.prepared import prepare_world
-from topoflow import build, cli
+from topoflow import bases, build, cli
 
 BASE = ("model.base=damped", "data.anomalies=true", "model.tokens=with_data")
+RIDGE = ("model.base=ridge", *BASE[1:])
 TEST_SPLIT = "data.test=[[2018-10-09, 2018-10-10]]"
 
 
@@ -27,41 +28,49 @@ def same(one, other):
     )
 
 
-def test_before_its_first_update_a_network_is_its_base(program):
-    done = program.train(*BASE, TEST_SPLIT, "optim.learning_rate=1e-30", "train.max_steps=1")
+@pytest.mark.parametrize(("base", "baseline"), [(BASE, "damped_persistence"), (RIDGE, "ridge")])
+def test_before_its_first_update_a_network_is_its_base(program, base, baseline):
+    done = program.train(*base, TEST_SPLIT, "optim.learning_rate=1e-30", "train.max_steps=1")
     assert done.returncode == 0, done.stderr
     records = json.loads((program.folder / "run" / "evaluation" / "scores.json").read_text())
     assert len(records) == 12
     for record in records:
-        assert record["rmse_where_present"] == pytest.approx(record["damped_persistence_rmse"], rel=1e-5)
+        assert record["rmse_where_present"] == pytest.approx(record[f"{baseline}_rmse"], rel=1e-4)
         assert record["seasonal_damped_persistence_rmse"] is None  # six days do not cover a year
-        assert record["ridge_rmse"] > 0
-    assert "mean over targets and leads: 1.000" in done.stderr
+        assert record["ridge_rmse"] != pytest.approx(record["damped_persistence_rmse"], rel=1e-3)
+    label = (
+        "mean over targets and leads: 1.000" if baseline != "ridge" else "RMSE is 1.000 times the ridge regression's"
+    )
+    assert label in done.stderr
 
 
 def test_two_processes_fit_the_same_base_and_take_it_from_a_checkpoint(program):
-    done = program.train(*BASE, "train.max_steps=6")
+    done = program.train(*RIDGE, "train.max_steps=6")
     assert done.returncode == 0, done.stderr
     one = program.state(step=6)["data"]["base"]
-    assert set(one) == {"hourly", "annual", "filled", "slope", "squares", "lead_times_hours"}
+    ridge = {f"ridge_{name}" for name in ("pooled", "own", "strengths", "known", "blocks")}
+    assert set(one) == {"hourly", "annual", "filled", "slope", "squares", "lead_times_hours", *ridge}
     assert one["slope"].abs().min() > 0
+    assert one["ridge_pooled"].abs().amax(dim=(1, 2, 3)).min() > 0
     for overrides in (("run.dir=" + str(program.folder / "two"),), ()):
-        done = program.train(*BASE, "train.max_steps=7", *overrides, processes=2)
+        done = program.train(*RIDGE, "train.max_steps=7", *overrides, processes=2)
         assert done.returncode == 0, done.stderr
     assert same(program.state("two", 7)["data"]["base"], one)
     assert "resume from" in done.stderr
     assert same(program.state(step=7)["data"]["base"], one)
 
 
-def test_a_resumed_run_takes_the_base_of_its_checkpoint(program, monkeypatch):
-    assert program.train(*BASE, run="whole").returncode == 0
-    assert program.train(*BASE, "train.max_steps=12", "optim.schedule_length=20").returncode == 0
+def test_a_resumed_run_takes_the_base_of_its_checkpoint(program):
+    assert program.train(*RIDGE, run="whole").returncode == 0
+    assert program.train(*RIDGE, "train.max_steps=12", "optim.schedule_length=20").returncode == 0
 
     def fit(*_, **__):
         raise AssertionError("fitted again")
 
-    monkeypatch.setattr(build, "fit_damped_persistence", fit)
-    resumed = program.train(*BASE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bases, "fit_damped_persistence", fit)
+        patch.setattr(bases, "fit_ridge", fit)
+        resumed = program.train(*RIDGE)
     assert resumed.returncode == 0, resumed.stderr
     assert program.losses() == program.losses("whole")
     for part in ("model", "optimizer", "scheduler"):
@@ -118,7 +127,7 @@ def test_patches_without_data_have_the_forecast_of_the_base(tmp_path, make_progr
     [
         (["data.anomalies=true"], "data.anomalies: True is not usable: expected false with model.base=none"),
         (["model.tokens=with_data"], "model.tokens: 'with_data' is not usable: expected all with model.base=none"),
-        (["model.base=ridges"], "model.base: 'ridges' is not usable: expected none | damped | seasonal"),
+        (["model.base=ridges"], "model.base: 'ridges' is not usable: expected none | damped | seasonal | ridge"),
     ],
 )
 def test_settings_that_need_a_base_are_refused(program, overrides, message):

@@ -72,9 +72,14 @@ class ForecastData:
             return configured_normalization(self.config.normalization, names, self.source.units)
         return compute_normalization(self.source, names, self.times("train"), on_progress)
 
-    def dataset(self, split: str, normalization: Normalization) -> ForecastDataset:
-        """The samples of a split that the config gives ranges for."""
-        return ForecastDataset(self.source, normalization, self.splits[split].starts, self.config, self.with_wind)
+    def dataset(
+        self, split: str, normalization: Normalization, on_progress: Callable[[], None] = lambda: None
+    ) -> ForecastDataset:
+        """The samples of a split that the config gives ranges for. on_progress is called now and then."""
+        starts, in_training = self.splits[split].starts, split == "train"
+        return ForecastDataset(
+            self.source, normalization, starts, self.config, self.with_wind, in_training, on_progress
+        )
 
     def summary(self) -> list[str]:
         """Return lines for the log: extent, grid, and splits with the starts that were lost to gaps."""

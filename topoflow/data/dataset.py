@@ -1,6 +1,6 @@
 """Forecast samples: the inputs of a start, and the targets some hours later."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -19,8 +19,9 @@ class ForecastDataset(torch.utils.data.Dataset):
     """(start, lead) pairs: sample i is start i // n_leads with lead i % n_leads.
 
     Arguments: the data; the normalization of all inputs and targets; starts, int64 [n], positions in data.times, each
-    with a complete window about it; the data section; with_wind, to add the wind of the whole field in m/s. layout: of
-    one sample, see `__getitem__`. Raises ConfigError for other lead times than those of the base.
+    with a complete window about it; the data section; with_wind, to add the wind of the whole field in m/s;
+    in_training, that the base was fitted to these starts; on_progress, called now and then. layout: of one sample, see
+    `__getitem__`. Raises ConfigError for other lead times than those of the base.
     """
 
     def __init__(
@@ -30,6 +31,8 @@ class ForecastDataset(torch.utils.data.Dataset):
         starts: np.ndarray,
         config: DataConfig,
         with_wind: bool,
+        in_training: bool = False,
+        on_progress: Callable[[], None] = lambda: None,
     ):
         self.data = data
         self.normalization = normalization
@@ -49,6 +52,7 @@ class ForecastDataset(torch.utils.data.Dataset):
                 raise ConfigError(
                     f"data.lead_times_hours: {list(self.lead_times_hours)}: expected {fitted}, those of the base"
                 )
+            self._forecasts = self.base.forecasts_from(data, self.target_names, self.starts, in_training, on_progress)
             self._target_std = self.base.deviation.astype(np.float32)[:, None, None]
         # in the order in which they lie, so that the data may give a view of them
         self._lead_names = tuple(name for name in data.dynamic if name in self.target_names)
@@ -94,14 +98,13 @@ class ForecastDataset(torch.utils.data.Dataset):
                 anomaly = None if self._anomalies is None else self._anomalies.at(start)
                 self._inputs.fill(start, x[row], wind[row], anomaly)
                 made[start] = x[row], wind[row], anomaly
-            mean = self._target_mean if anomaly is None else self._base_forecast(i, target, anomaly)
+            mean = self._target_mean if anomaly is None else self._base_forecast(i, start, anomaly)
             if "mean" in arrays:
                 arrays["mean"][row] = mean
             self._fill_targets(target, mean, y[row], valid[row])
 
-    def _base_forecast(self, i: int, target: int, anomaly: np.ndarray) -> np.ndarray:
-        assert self.base is not None
-        return self.base.forecast(anomaly, self.data.times[target], int(i) % len(self.lead_times_hours))
+    def _base_forecast(self, i: int, start: int, anomaly: np.ndarray) -> np.ndarray:
+        return self._forecasts.forecast(start, int(i) % len(self.lead_times_hours), anomaly)
 
     def denormalize(self, values: np.ndarray, mean: np.ndarray | None) -> np.ndarray:
         """Return what normalized `values` [B, T, H, W] are in the units of the data.

@@ -18,6 +18,14 @@ _BLOCK_BYTES = 32 * 2**20
 """Approximate size of one read when much is read in sequence."""
 
 
+class StartForecasts(Protocol):
+    """Forecasts of a base from given starts."""
+
+    def forecast(self, start: int, lead: int, anomaly: np.ndarray) -> np.ndarray:
+        """Return the forecast [T, H, W] from position `start` for the lead with index `lead`; anomaly: at the start."""
+        ...
+
+
 class Base(Protocol):
     """A forecast in closed form, from which the network learns the difference; see `topoflow.physics`.
 
@@ -41,8 +49,18 @@ class Base(Protocol):
         """
         ...
 
-    def forecast(self, anomaly: np.ndarray, target: np.datetime64, lead: int) -> np.ndarray:
-        """Return the forecast [T, H, W] for the time `target`, the lead with index `lead`; anomaly: at the start."""
+    def forecasts_from(
+        self,
+        source: PreparedData,
+        targets: Sequence[str],
+        starts: np.ndarray,
+        in_training: bool,
+        on_progress: Callable[[], None],
+    ) -> StartForecasts:
+        """Return the forecasts from `starts`, increasing positions in source.times.
+
+        in_training: the base was fitted to them, so they may need other forecasts. on_progress is called now and then.
+        """
         ...
 
     def arrays(self) -> dict[str, np.ndarray]:

@@ -4,7 +4,6 @@ The slope is that of a regression through the origin, sum(a_t a_t+L) / sum(a_t^2
 t for which the longest lead fits and both anomalies exist.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -40,7 +39,7 @@ class DampedPersistence:
     squares: np.ndarray
     lead_times_hours: np.ndarray
 
-    @functools.cached_property
+    @property
     def deviation(self) -> np.ndarray:
         """The root mean square anomaly of each target in training: [T]."""
         return np.sqrt(self.squares[:, 0] / np.maximum(self.squares[:, 1], 1))
@@ -70,6 +69,30 @@ class DampedPersistence:
         forecast = self.slope[:, lead] * anomaly
         forecast += self.climatology.at(target)
         return forecast
+
+    def forecasts_from(
+        self,
+        source: Fields,
+        targets: Sequence[str],
+        starts: np.ndarray,
+        in_training: bool,
+        on_progress: Callable[[], None],
+    ) -> "ForecastsFromAnomalies":
+        """Return what makes forecasts from the starts; only `source` matters."""
+        return ForecastsFromAnomalies(self, source.times)
+
+
+@dataclass(frozen=True)
+class ForecastsFromAnomalies:
+    """Makes forecasts from positions in `times`."""
+
+    persistence: DampedPersistence
+    times: np.ndarray
+
+    def forecast(self, start: int, lead: int, anomaly: np.ndarray) -> np.ndarray:
+        """Return the forecast [T, H, W]; lead: its index, anomaly: at the start."""
+        hours = np.timedelta64(int(self.persistence.lead_times_hours[lead]), "h")
+        return self.persistence.forecast(anomaly, self.times[start] + hours, lead)
 
 
 def fit_damped_persistence(

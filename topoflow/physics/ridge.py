@@ -1,222 +1,96 @@
 """Hierarchical ridge regression: the anomaly at the lead from past anomalies of the cell and of the cells around it.
 
-Anomalies are in units of the target's deviation. One solution is pooled over all cells; each cell fits what that leaves
-with a solution of its own, in the first CELL_FEATURES features. Both are shrunk towards 0, and the strengths are those
-with the least error on the validation split. A forecast is climatology plus anomaly; it uses nothing after its start.
-
-The features of a cell, in order:
-  - its anomaly now, its means of the last 24 and 240 h, the 24 h mean of the 9th to 39th nearest cells, and the anomaly
-    now of the cells north, east, south and west of it in two rings of distance: CELL_FEATURES so far;
-  - its mean of the last 720 h, its anomaly now and 24 h mean times sine and cosine of the hour of day, and its anomaly
-    now where that is positive;
-  - of each other target the anomaly now and the 24 h mean, of the cell and of its 9th to 39th nearest cells; of each
-    target the anomaly now of all cells.
-A missing value now is replaced by the mean of the last 12 h; a mean of no values is 0.
+One solution is pooled over all cells; each cell fits what that leaves with a solution of its own, in the first
+CELL_FEATURES of the `topoflow.physics.ridge_features`. Both are shrunk towards 0. The training starts are divided into
+folds by blocks of time, and each fold is forecast by a fit to the others where a network learns what the ridge leaves.
+The strengths are those with the least error on the validation split, or on the folds if there is none. A forecast is
+climatology plus anomaly; it uses nothing after its start.
 """
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
-from topoflow.data.grid import EARTH_RADIUS_KM, Grid
-from topoflow.physics.climatology import HOURS, Fields, contiguous_blocks, hour_of_day
 from topoflow.physics.persistence import DampedPersistence
+from topoflow.physics.ridge_features import CELL_FEATURES, GriddedFields, RidgeFeatures, parts
 
-PAST_HOURS = 720
-"""Length of the past that a forecast uses; its last hour is the start."""
-NEAREST, FARTHEST = 8, 39
-"""The next cells are those after the 8 nearest, up to the 39th."""
-RINGS_KM, CELLS_OF_SECTOR = (0, 300, 800), 16
-"""A sector takes at most 16 of its cells in a ring, spread over their distances."""
-CELL_FEATURES = 12
 EVERY = 7
 """Only each 7th start is fitted to, which scores the same on China 2019 and Beijing as fitting to all of them.
 
 7 and 24 have no common factor, so all hours of the day occur.
 """
+FOLDS, LONGEST_BLOCK_HOURS = 5, 240
+"""Folds, and the length of a block of one: blocks alternate between the folds."""
 POOLED_STRENGTHS = (1e6, 1e5, 1e4, 1e3, 1e2, 1e1)
 CELL_STRENGTHS = (np.inf, 3e4, 1e4, 3e3, 1e3, 3e2, 1e2, 3e1)
 """To choose from; they are added to the diagonal of the normal equations. Infinite: cells have no own solution."""
-BLOCK_VALUES, SUMS_BYTES = 10_000_000, 2_000_000_000
-"""Limits on the values that are read at once and on the normal equations that are held at once."""
-_SHORTEST_BLOCK, _READ_STEPS, _PART_VALUES = 480, 48, 2**17
-_EXACT = 2.0**16
-"""Anomalies are rounded to multiples of 1 / _EXACT, so that their sums are exact in any order."""
-
-
-class GriddedFields(Fields, Protocol):
-    """The part of a data set that the ridge uses."""
-
-    grid: Grid
+SUMS_BYTES = 2_000_000_000
+"""Limit on the normal equations that are held at once."""
 
 
 @dataclass(frozen=True)
 class Ridge:
-    """The coefficients of the features, between anomalies over deviation, float64.
+    """The coefficients of the features, between anomalies over deviation.
 
     Attributes:
-        pooled: [T, leads, features].
-        own: [T, leads, CELL_FEATURES, H, W], what a cell adds to the pooled coefficients.
+        pooled: [1 + FOLDS, T, leads, features]: fitted to all training starts, then to all but those of each fold.
+        own: [1 + FOLDS, T, leads, CELL_FEATURES, cells], what a cell adds to the pooled coefficients, in raster order;
+            the cells are those that are known for any target.
         strengths: [T, leads, 2], chosen for the pooled solution and for those of the cells.
         known: [T, H, W] 1 where the target was observed in training, else 0: there the climatology is the forecast.
+        blocks: [2], begin of the first block of time in hours since 1970, and the length of each in hours.
     """
 
     pooled: np.ndarray
     own: np.ndarray
     strengths: np.ndarray
     known: np.ndarray
+    blocks: np.ndarray
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return all that was fitted, by name."""
         return dict(vars(self))
 
-    @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Ridge":
-        """Return the ridge that has the `arrays`."""
-        return cls(**arrays)
+    @property
+    def cells(self) -> np.ndarray:
+        """Cells that are known for any target: bool [H, W]."""
+        return np.logical_or.reduce(self.known > 0)
 
-    def forecast(self, features: "RidgeFeatures", lead_times_hours: Sequence[int], starts: np.ndarray) -> np.ndarray:
-        """Return forecasts [n, leads, T, H, W] in the units of the data, float64.
+    def forecast_anomalies(
+        self,
+        features: RidgeFeatures,
+        starts: np.ndarray,
+        in_training: bool = False,
+        on_progress: Callable[[], None] = lambda: None,
+    ) -> np.ndarray:
+        """Return the anomalies over deviation at the leads: float32 [n, leads, T, cells].
 
         Args:
             features: of the same targets, with the same `known`.
-            starts: positions in the times of the data, increasing [n]. Pass them in blocks: all hours from PAST_HOURS
-                before the first to the last are held at once. Forecasts are the same to the bit for any blocks.
+            starts: positions in the times of the data, increasing [n].
+            in_training: forecast each start by the fit that left its fold out.
+            on_progress: called for each block of starts.
         """
-        climatology, deviation = features.persistence.climatology, features.persistence.deviation
-        leads = [np.timedelta64(lead, "h") for lead in lead_times_hours]
-        forecast = np.stack([[climatology.at(time + lead) for lead in leads] for time in features.source.times[starts]])
-        past = features.summarize(features.read_anomalies(starts), starts)
-        for t, known in enumerate(features.known):
-            rows, columns = np.nonzero(known)
-            for part in _parts(len(rows), len(starts)):
-                own = self.own[t][:, :, rows[part], columns[part]]
-                anomaly = np.zeros((len(leads), own.shape[2], len(starts)))
-                for f, feature in enumerate(features.of_target(t, past, part)):
-                    for k in range(len(leads)):
-                        coefficient = self.pooled[t, k, f] + (own[k, f] if f < CELL_FEATURES else 0.0)
-                        anomaly[k] += np.reshape(coefficient, (-1, 1)) * feature
-                for k, values in enumerate(anomaly):
-                    forecast[:, k, t, rows[part], columns[part]] += deviation[t] * values.T
-        return forecast
-
-
-@dataclass(frozen=True)
-class Past:
-    """Anomalies at and before n starts.
-
-    Attributes:
-        now: [T, cells + 1, n]. The last cell is a zero, for neighbours that a cell lacks.
-        means: of the last hours, by their number, each of the same shape.
-        everywhere: [T, n], the mean of `now` over the cells of the target.
-        sine, cosine: [n], of the hour of day.
-    """
-
-    now: np.ndarray
-    means: dict[int, np.ndarray]
-    everywhere: np.ndarray
-    sine: np.ndarray
-    cosine: np.ndarray
-
-
-class RidgeFeatures:
-    """The features of a data set. Building it finds the neighbours of each cell: about a minute for 30,000 cells.
-
-    Args:
-        targets: those that `persistence` was fitted for, all of them; its climatology defines the anomalies.
-        known: [T, H, W], nonzero where the target was observed in training. Only these cells have features and are
-            neighbours.
-    """
-
-    def __init__(
-        self, source: GriddedFields, targets: Sequence[str], persistence: DampedPersistence, known: np.ndarray
-    ):
-        self.source, self.targets, self.persistence, self.known = source, tuple(targets), persistence, known > 0
-        self.cells = self.known.any(axis=0)
-        self.count = CELL_FEATURES + 6 + 4 * (len(self.targets) - 1) + len(self.targets)
-        self._columns = [np.flatnonzero(own[self.cells]) for own in self.known]  # of the target's cells among `cells`
-        self._neighbours: list[list[np.ndarray]] = []
-        for t, own in enumerate(self.known):
-            same = next((s for s in range(t) if np.array_equal(self.known[s], own)), None)
-            if same is None:
-                found = _find_neighbours(source.grid.lat2d[own], source.grid.lon2d[own])
-                columns = np.append(self._columns[t], self.cells.sum())
-                self._neighbours.append([columns[table] for table in found])
-            else:
-                self._neighbours.append(self._neighbours[same])
-
-    def read_anomalies(self, starts: np.ndarray, ahead_hours: int = 0) -> np.ndarray:
-        """Return anomalies over deviation, float32 [T, cells, steps], NaN where a value or its time is missing.
-
-        The steps are from PAST_HOURS before the first of the increasing `starts` (positions in the times of the data)
-        to ahead_hours after the last.
-        """
-        source, step, climatology = self.source, self.source.step_hours, self.persistence.climatology
-        before, last = self.steps_to(starts)[0], source.times[starts[-1]] + np.timedelta64(ahead_hours, "h")
-        first = source.times[starts[0]] - np.timedelta64(before * step, "h")
-        shape = (len(self.targets), int(self.cells.sum()), self.steps_to(starts)[-1] + ahead_hours // step + 1)
-        anomaly = np.full(shape, np.nan, np.float32)
-        scale = np.where(self.persistence.deviation > 0, self.persistence.deviation, 1.0)
-        begin, end = np.searchsorted(source.times, [first, last + np.timedelta64(1, "h")])
-        for piece in contiguous_blocks(np.arange(begin, end), _READ_STEPS):
-            times = source.times[piece]
-            usual = np.stack([climatology.at(time)[:, self.cells] for time in times])
-            place = (times - first) // np.timedelta64(step, "h")
-            for t, name in enumerate(self.targets):
-                values = source.read(name, piece)[:, self.cells]
-                anomaly[t][:, place] = _round((values - usual[:, t]) / scale[t]).T
-        anomaly[~self.known[:, self.cells]] = np.nan
-        return anomaly
-
-    def steps_to(self, starts: np.ndarray) -> np.ndarray:
-        """Return the steps of `read_anomalies` at which the starts are."""
-        step, times = self.source.step_hours, self.source.times[starts]
-        return PAST_HOURS // step - 1 + ((times - times[0]) // np.timedelta64(step, "h")).astype(np.int64)
-
-    def summarize(self, anomaly: np.ndarray, starts: np.ndarray) -> Past:
-        """Return the past of each start; anomaly: from `read_anomalies` for the same starts."""
-        end, step = self.steps_to(starts) + 1, self.source.step_hours
-        shape = (len(self.targets), anomaly.shape[1] + 1, len(starts))
-        now, means = np.zeros(shape), {hours: np.zeros(shape) for hours in (12, 24, 240, PAST_HOURS)}
-        for t, values in enumerate(anomaly):
-            for part in _parts(*values.shape):
-                exists = np.isfinite(values[part])
-                total, number = _running_sum(np.where(exists, values[part], 0.0)), _running_sum(exists)
-                for hours, mean in means.items():
-                    begin = end - max(hours // step, 1)
-                    counted = number[:, end] - number[:, begin]
-                    mean[t, part] = (total[:, end] - total[:, begin]) / np.maximum(counted, 1)
-                now[t, part] = np.where(exists[:, end - 1], values[part][:, end - 1], _round(means[12][t, part]))
-        everywhere = [now[t, own].sum(axis=0) / max(len(own), 1) for t, own in enumerate(self._columns)]
-        angle = 2 * np.pi * hour_of_day(self.source.times[starts]) / HOURS
-        return Past(now, means, np.stack(everywhere), np.sin(angle), np.cos(angle))
-
-    def of_target(self, t: int, past: Past, part: slice) -> Iterator[np.ndarray]:
-        """Yield the features of target t, each [cells, n]; part: of the cells where it is known, in raster order."""
-        own, now, day = self._columns[t][part], past.now[t], past.means[24][t]
-        next_cells, *sectors = (table[part] for table in self._neighbours[t])
-        yield now[own]
-        yield day[own]
-        yield past.means[240][t][own]
-        yield _mean_over(day, next_cells)
-        for cells in sectors:
-            yield _mean_over(now, cells)
-        yield past.means[PAST_HOURS][t][own]
-        for values in (now[own], day[own]):
-            yield values * past.sine
-            yield values * past.cosine
-        yield np.maximum(now[own], 0.0)
-        for other in range(len(self.targets)):
-            if other != t:
-                yield past.now[other][own]
-                yield past.means[24][other][own]
-                yield _mean_over(past.now[other], next_cells)
-                yield _mean_over(past.means[24][other], next_cells)
-        for mean in past.everywhere:
-            yield np.broadcast_to(mean, (len(own), len(mean)))
+        leads, targets = self.pooled.shape[2], len(self.known)
+        found = np.zeros((len(starts), leads, targets, int(self.cells.sum())), np.float32)
+        solution = 1 + _folds(features.source.times[starts], self.blocks) if in_training else np.zeros(len(starts), int)
+        for rows in features.blocks(starts):
+            on_progress()
+            past = features.summarize(features.read_anomalies(starts[rows]), starts[rows])
+            of_solution = [(k, np.flatnonzero(solution[rows] == k)) for k in np.unique(solution[rows])]
+            for t, cells in enumerate(features.columns):
+                for part in parts(len(cells), len(rows)):
+                    anomaly = np.zeros((leads, len(cells[part]), len(rows)))
+                    for f, feature in enumerate(features.of_target(t, past, part)):
+                        for k, columns in of_solution:
+                            coefficient = np.tile(self.pooled[k, t, :, f, None], len(cells[part]))  # [leads, cells]
+                            if f < CELL_FEATURES:
+                                coefficient += self.own[k, t, :, f, cells[part]].T
+                            anomaly[:, :, columns] += coefficient[:, :, None] * feature[:, columns]
+                    found[rows[:, None], :, t, cells[part]] = anomaly.transpose(2, 1, 0)
+        return found
 
 
 def fit_ridge(
@@ -236,8 +110,7 @@ def fit_ridge(
 
     Args:
         training_starts: positions in `source.times`, increasing int64.
-        validation_starts: likewise, to choose the strengths. If None, the last fifth of the training starts is held out
-            to choose them; then all training starts are fitted to.
+        validation_starts: likewise, to choose the strengths; None chooses them by the folds.
         mask: bool [H, W], the cells that count.
         persistence: fitted on the training split for all `targets`.
         only: the targets to fit. Arrays of other targets are zero, so that the arrays of processes that fit different
@@ -246,27 +119,47 @@ def fit_ridge(
     """
     known = mask & (persistence.climatology.filled == 0).any(axis=1)
     features = RidgeFeatures(source, targets, persistence, known)
-    held_out = validation_starts is None
-    if validation_starts is None:
-        training_starts, validation_starts = np.split(training_starts, [len(training_starts) * 4 // 5])
-    shape = (len(targets), len(lead_times_hours))
-    pooled, strengths = np.zeros((*shape, features.count)), np.zeros((*shape, 2))
-    own, fitted_to = np.zeros((*shape, CELL_FEATURES, *mask.shape)), np.zeros(known.shape)
+    leads, cells = len(lead_times_hours), int(features.cells.sum())
+    shape = (1 + FOLDS, len(targets), leads)
+    pooled, own = np.zeros((*shape, features.count)), np.zeros((*shape, CELL_FEATURES, cells))
+    strengths, fitted_to = np.zeros((*shape[1:], 2)), np.zeros(known.shape)
+    blocks = _blocks_of_time(source.times[training_starts])
     asked = [t for t, name in enumerate(targets) if only is None or name in only]
-    bytes_of_target = 2 * 8 * len(lead_times_hours) * int(features.cells.sum()) * CELL_FEATURES * (features.count + 1)
+    bytes_of_target = (1 + FOLDS) * 8 * leads * cells * CELL_FEATURES * (features.count + 1)
     at_once = max(SUMS_BYTES // max(bytes_of_target, 1), 1)
     for chosen in (asked[first : first + at_once] for first in range(0, len(asked), at_once)):
-        training = _sum_up(features, chosen, lead_times_hours, training_starts, on_progress)
-        validation = _sum_up(features, chosen, lead_times_hours, validation_starts, on_progress)
-        for t, fit, check in zip(chosen, training, validation, strict=True):
-            strengths[t] = [_choose_strengths(fit, check, k) for k in range(shape[1])]
-            if held_out:
-                fit.add(check)
-            for k, (for_all, for_cell) in enumerate(strengths[t]):
-                pooled[t, k] = fit.solve_pooled(k, for_all)
-                own[t, k][:, known[t]] = fit.solve_own(k, pooled[t, k], for_cell).T
+        training = _sum_up(features, chosen, lead_times_hours, training_starts[::EVERY], blocks, on_progress)
+        validation = None
+        if validation_starts is not None:
+            validation = _sum_up(features, chosen, lead_times_hours, validation_starts[::EVERY], blocks, on_progress)
+        for i, (t, folds) in enumerate(zip(chosen, training, strict=True)):
+            on_progress()
+            total = _combine(np.add, *folds)
+            others = [_combine(np.subtract, total, fold) for fold in folds]
+            checks, fits = folds, others
+            if validation is not None:
+                checks, fits = [_combine(np.add, *validation[i])], [total]
+            strengths[t] = [_choose_strengths(checks, fits, k) for k in range(leads)]
+            for solution, fit in enumerate((total, *others)):
+                for k, (for_all, for_cell) in enumerate(strengths[t]):
+                    pooled[solution, t, k] = fit.solve_pooled(k, for_all)
+                    found = fit.solve_own(k, pooled[solution, t, k], for_cell)
+                    own[solution, t, k][:, features.columns[t]] = found.T
             fitted_to[t] = known[t]
-    return Ridge(pooled, own, strengths, fitted_to)
+    return Ridge(pooled, own, strengths, fitted_to, blocks)
+
+
+def _blocks_of_time(times: np.ndarray) -> np.ndarray:
+    """Return `Ridge.blocks` for training starts at `times`, increasing; each fold has some if there are FOLDS hours."""
+    hours = times[[0, -1]].astype("datetime64[h]").astype(np.int64)
+    span = hours[1] - hours[0] + 1
+    return np.array([hours[0], min(-(-span // FOLDS), LONGEST_BLOCK_HOURS)], np.float64)
+
+
+def _folds(times: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+    """Return the fold of starts at `times`: int64 [n]."""
+    begin, length = blocks.astype(np.int64)
+    return (times.astype("datetime64[h]").astype(np.int64) - begin) // length % FOLDS
 
 
 class _NormalEquations:
@@ -292,11 +185,6 @@ class _NormalEquations:
             self.own_squares[k, part] += of_cell @ x
             self.own_products[k, part] += (of_cell @ value[..., None])[..., 0]
 
-    def add(self, other: "_NormalEquations") -> None:
-        """Add the samples of `other`."""
-        for name, sums in vars(self).items():
-            sums += getattr(other, name)
-
     def solve_pooled(self, k: int, strength: float) -> np.ndarray:
         """Return the pooled coefficients [features] of a lead."""
         return np.linalg.solve(self.squares[k] + strength * np.eye(len(self.squares[k])), self.products[k])
@@ -319,98 +207,61 @@ class _NormalEquations:
         return self.own_products[k] - self.own_squares[k] @ pooled
 
 
+def _combine(function: np.ufunc, *parts: _NormalEquations) -> _NormalEquations:
+    """Return the sums of all parts (np.add), or those of the samples of the first that are not in the second."""
+    found = _NormalEquations(0, 0, 0)
+    for name in vars(found):
+        setattr(found, name, functools.reduce(function, [getattr(part, name) for part in parts]))
+    return found
+
+
 def _sum_up(
     features: RidgeFeatures,
     chosen: Sequence[int],
     lead_times_hours: Sequence[int],
     starts: np.ndarray,
+    blocks: np.ndarray,
     on_progress: Callable[[], None],
-) -> list[_NormalEquations]:
-    """Return the normal equations of the targets with indices `chosen` over one in EVERY of the starts."""
-    known = [int(features.known[t].sum()) for t in chosen]
-    sums = [_NormalEquations(len(lead_times_hours), features.count, cells) for cells in known]
-    length = max(BLOCK_VALUES // max(int(features.known.sum()), 1), _SHORTEST_BLOCK)
-    starts = starts[::EVERY]
-    hours = features.source.times[starts].astype("datetime64[h]").astype(np.int64)
-    for block in np.split(starts, np.flatnonzero(np.diff(hours // length)) + 1) if len(starts) else ():
+) -> list[list[_NormalEquations]]:
+    """Return the normal equations of each target with an index in `chosen`, for each fold."""
+    leads, cells = len(lead_times_hours), [len(features.columns[t]) for t in chosen]
+    sums = [[_NormalEquations(leads, features.count, count) for _ in range(FOLDS)] for count in cells]
+    folds = _folds(features.source.times[starts], blocks)
+    for rows in features.blocks(starts):
         on_progress()
-        anomaly = features.read_anomalies(block, max(lead_times_hours))
-        past = features.summarize(anomaly, block)
-        place = features.steps_to(block) + np.array(lead_times_hours)[:, None] // features.source.step_hours
-        for t, found, cells in zip(chosen, sums, known, strict=True):
-            at_lead = anomaly[t][features.known[t][features.cells]]
-            for part in _parts(cells, len(block)):
+        anomaly = features.read_anomalies(starts[rows], max(lead_times_hours))
+        past = features.summarize(anomaly, starts[rows])
+        place = features.steps_to(starts[rows]) + np.array(lead_times_hours)[:, None] // features.source.step_hours
+        for t, of_folds in zip(chosen, sums, strict=True):
+            at_lead = anomaly[t][features.columns[t]]
+            for part in parts(len(at_lead), len(rows)):
                 x = np.stack(list(features.of_target(t, past, part)), axis=2)
-                found.add_samples(part, x, at_lead[part][:, place].transpose(1, 0, 2))
+                y = at_lead[part][:, place].transpose(1, 0, 2)
+                for fold in np.unique(folds[rows]):
+                    columns = folds[rows] == fold
+                    of_folds[fold].add_samples(part, x[:, columns], y[:, :, columns])
     return sums
 
 
-def _choose_strengths(training: _NormalEquations, validation: _NormalEquations, k: int) -> tuple[float, float]:
-    """Return the strengths with the least validation error at lead k: the pooled one, then that of the cells."""
-    none = np.zeros_like(training.own_products[k])
-    solutions = [training.solve_pooled(k, strength) for strength in POOLED_STRENGTHS]
-    errors = [validation.error(k, pooled, none) for pooled in solutions]
-    best = int(np.argmin(errors))
-    pooled = solutions[best]
-    own = [validation.error(k, pooled, training.solve_own(k, pooled, strength)) for strength in CELL_STRENGTHS]
-    return POOLED_STRENGTHS[best], CELL_STRENGTHS[int(np.argmin(own))]
+def _choose_strengths(
+    checks: Sequence[_NormalEquations], fits: Sequence[_NormalEquations], k: int
+) -> tuple[float, float]:
+    """Return the strengths with the least error at lead k over all checks: the pooled one, then that of the cells.
 
-
-def _find_neighbours(lat: np.ndarray, lon: np.ndarray) -> list[np.ndarray]:
-    """Return tables [N, count] of the next cells, then of the sectors: each ring of north, of east, of south, of west.
-
-    lat, lon: degrees [N]. -1 is no cell. Distances are great circles, directions initial bearings.
+    fits: the samples to which the forecast of each check is fitted.
     """
-    lat, lon, count = np.deg2rad(lat), np.deg2rad(lon), len(lat)
-    place = np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=1)
-    rings = list(itertools.pairwise(RINGS_KM))
-    tables = [np.full((count, FARTHEST - NEAREST), -1)]
-    tables += [np.full((count, CELLS_OF_SECTOR), -1) for _ in range(4 * len(rings))]
-    for i in range(count):
-        offset = place - place[i]
-        # rounded to metres, so that distances that are equal on the grid tie
-        km = np.round(2 * EARTH_RADIUS_KM * np.arcsin(np.minimum(np.sqrt(np.square(offset).sum(axis=1)) / 2, 1)), 3)
-        farthest = np.partition(km, min(FARTHEST, count - 1))[min(FARTHEST, count - 1)]
-        near = np.flatnonzero(km <= max(farthest, RINGS_KM[-1]))
-        near = near[near != i]
-        near = near[np.argsort(km[near], kind="stable")]
-        beyond = near[NEAREST:FARTHEST]
-        tables[0][i, : len(beyond)] = beyond
-        east = offset[near] @ np.array([-np.sin(lon[i]), np.cos(lon[i]), 0])
-        north = offset[near] @ np.array(
-            [-np.sin(lat[i]) * np.cos(lon[i]), -np.sin(lat[i]) * np.sin(lon[i]), np.cos(lat[i])]
+    none = np.zeros_like(fits[0].own_products[k])
+    candidates = [[fit.solve_pooled(k, strength) for fit in fits] for strength in POOLED_STRENGTHS]
+    errors = [
+        sum(check.error(k, pooled, none) for check, pooled in zip(checks, solutions, strict=True))
+        for solutions in candidates
+    ]
+    best = int(np.argmin(errors))
+    errors = [
+        sum(
+            check.error(k, pooled, fit.solve_own(k, pooled, strength))
+            for check, fit, pooled in zip(checks, fits, candidates[best], strict=True)
         )
-        quarter = np.floor((np.rad2deg(np.arctan2(east, north)) + 45) % 360 / 90)
-        for number, table in enumerate(tables[1:]):
-            inner, outer = rings[number % len(rings)]
-            sector = near[(quarter == number // len(rings)) & (km[near] > inner) & (km[near] <= outer)]
-            if len(sector) > CELLS_OF_SECTOR:
-                sector = sector[np.arange(CELLS_OF_SECTOR) * (len(sector) - 1) // (CELLS_OF_SECTOR - 1)]
-            table[i, : len(sector)] = sector
-    return tables
-
-
-def _mean_over(values: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """Return the mean [n, m] of `values` [cells + 1, m] over `cells` [n, count]; the last cell does not count."""
-    total = np.zeros((len(cells), values.shape[1]))
-    for column in cells.T:
-        total += values[column]
-    return total / np.maximum((cells < len(values) - 1).sum(axis=1), 1)[:, None]
-
-
-def _parts(cells: int, values_of_cell: int) -> Iterator[slice]:
-    """Split cells into parts with at most _PART_VALUES values each."""
-    length = max(_PART_VALUES // max(values_of_cell, 1), 1)
-    for first in range(0, cells, length):
-        yield slice(first, min(first + length, cells))
-
-
-def _running_sum(values: np.ndarray) -> np.ndarray:
-    """Return [n, m + 1]: the sums of the first 0, 1, ... m values of each row."""
-    total = np.zeros((values.shape[0], values.shape[1] + 1))
-    np.cumsum(values, axis=1, out=total[:, 1:])
-    return total
-
-
-def _round(anomaly: np.ndarray) -> np.ndarray:
-    return np.rint(anomaly * _EXACT) / _EXACT
+        for strength in CELL_STRENGTHS
+    ]
+    return POOLED_STRENGTHS[best], CELL_STRENGTHS[int(np.argmin(errors))]

@@ -101,9 +101,8 @@ def import_run(source: Path, config: Config, context: Context, choice: str | Non
     except ResumeRefused as refusal:
         raise ResumeRefused(f"{source}: {refusal}") from None
     state.progress = TrainProgress(**conversion.state["progress"])
-    train_data = build.build_train_data(
-        config, data, build.build_normalization(config, data, context), plan, context.device
-    )
+    normalization = build.build_normalization(config, data, context)
+    train_data = build.build_train_data(config, data, normalization, plan, context)
     capture = build.capture_with(Certifier(state, train_data, config.train), config, data, context)
     saved = HostBuffer(pinned=False).copy(capture())
     seal(saved)
