@@ -5,11 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from torch.distributed import TCPStore
 
-# the last bits of a sum depend on the number of threads, and the tests share the cores
-torch.set_num_threads(1)
+# The last bits of a sum depend on the number of threads, and the tests share the cores: BLAS threads that wait for each
+# other take most of them. Before numpy and torch are imported, and for all processes that the tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import torch  # noqa: E402
+from torch.distributed import TCPStore  # noqa: E402
 
 
 @pytest.fixture(scope="session")
