@@ -11,8 +11,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import torch  # noqa: E402
-from torch.distributed import TCPStore  # noqa: E402
+from torch.distributed import TCPStore
 
 
 @pytest.fixture(scope="session")
