@@ -185,7 +185,7 @@ def print_waiting(made: list[DataSets], rounds: int, steps: int) -> None:
 def training(data: DataSets) -> Callable[[dict[str, torch.Tensor]], None]:
     """Return a function that takes a training step on a batch."""
     dataset = open_samples(data, data.single)
-    config = ModelConfig(patch_size=2, embed_dim=96, depth=3, num_heads=4, drop_rate=0.0, drop_path=0.0)
+    config = ModelConfig(patch_size=2, embed_dim=96, depth=3, num_heads=4, drop_rate=0.0, drop_path=0.0, wind="rank")
     grid = dataset.data.grid
     model = build_model(
         config, dataset.input_names, dataset.target_names, grid.shape, *grid.patch_centres_km(2), seed=0

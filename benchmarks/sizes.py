@@ -1,7 +1,7 @@
 """The sizes at which the network is measured, and networks and batches of these sizes.
 
 (c) is the paper's scale. Unless stated otherwise: patch 2, 15 inputs, 6 targets, mlp_ratio 4, decoder_depth 2, no
-dropout, no drop path, terrain on.
+dropout, no drop path, terrain on, rank along the wind (docs/performance.md was measured with it).
 """
 
 import argparse
@@ -98,6 +98,7 @@ def model_config(size: Size, **changes: Any) -> ModelConfig:
         "mlp_ratio": MLP_RATIO,
         "drop_rate": 0.0,
         "drop_path": 0.0,
+        "wind": "rank",
     }
     return ModelConfig(**{**fields, **changes})
 

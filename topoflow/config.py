@@ -174,9 +174,10 @@ class ModelConfig:
     """Patches that are computed. with_data: those with a cell where a target was observed in training (needs a base);
     elsewhere the forecast is the base's, and attention sees no such patch. Gridded stations train several times faster.
     """
-    wind: Literal["none", "rank", "legacy_regional"] = key("rank", alters=NETWORK | NAMES)
-    """rank: tokens get an embedding of their rank along the mean wind; none: no wind. legacy_regional: tokens sorted
-    within regions, for imported weights of the published program's predecessor (128 x 256 cells, patch_size 2)."""
+    wind: Literal["none", "mean", "rank", "legacy_regional"] = key("mean", alters=NETWORK | NAMES)
+    """What tokens get an embedding of. mean: the mean wind over the field; rank: their rank along it; none: no wind.
+    legacy_regional: tokens sorted within regions, for imported weights of the published program's predecessor (128 x
+    256 cells, patch_size 2)."""
     terrain: Literal["none", "endpoint"] = key("endpoint", alters=NETWORK | NAMES)
     """endpoint: attention of block 0 to higher tokens is damped; none: no damping."""
     elevation_alpha_init: float = key(0.01, alters=NAMES)

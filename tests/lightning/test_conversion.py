@@ -434,7 +434,7 @@ def test_the_predecessors_wind_is_required_where_it_can_be():
     img_size = (128, 256)
     run = LightningRun(Network(False, img_size, terrain=False), img_size=img_size)
     content = run.checkpoint()
-    for wind in ("none", "rank"):
+    for wind in ("none", "mean", "rank"):
         refused = rf"model.wind \(.*\): legacy_regional in the file, {wind} in the config"
         with pytest.raises(ResumeRefused, match=refused):
             importing_run(run, {"wind": wind}).convert(content)

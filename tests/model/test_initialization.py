@@ -45,7 +45,8 @@ def test_parameters_of_the_same_shape_differ():
 
 
 @pytest.mark.parametrize(
-    "options", [{"wind": "none"}, {"terrain": "none"}, {"drop_rate": 0.0, "drop_path": 0.0}, {"depth": 3}]
+    "options",
+    [{"wind": "none"}, {"wind": "rank"}, {"terrain": "none"}, {"drop_rate": 0.0, "drop_path": 0.0}, {"depth": 3}],
 )
 def test_an_option_does_not_change_the_other_parameters(options):
     full, other = build().state_dict(), build(**options).state_dict()
@@ -98,17 +99,25 @@ def test_linear_weights_have_the_variance_of_climax_at_768_over_the_width(embed_
         assert abs(state[name].mean().item()) < 0.05 * std
 
 
+@pytest.mark.parametrize(("wind", "features"), [("mean", 5), ("rank", 8)])
+def test_the_winds_embedding_starts_at_zero(wind, features):
+    state = build(embed_dim=256, wind=wind).state_dict()
+    assert state[f"wind_{wind}.fc1.weight"].shape == (64, features)
+    assert state[f"wind_{wind}.fc1.weight"].std().item() == pytest.approx(features**-0.5, rel=0.2)
+    assert (state[f"wind_{wind}.fc2.weight"] == 0).all()
+    assert (state[f"wind_{wind}.fc2.bias"] == 0).all()
+
+
 def test_other_scales():
     state = build(embed_dim=256).state_dict()
     assert state["var_query"].std().item() == pytest.approx(0.02, rel=0.2)
     assert state["var_agg.in_proj_weight"].abs().max().item() == pytest.approx((6 / 1024) ** 0.5, rel=0.01)
-    assert state["wind_rank.fc1.weight"].std().item() == pytest.approx(8**-0.5, rel=0.2)
     assert state["lead_time_embed.weight"].std().item() == pytest.approx(0.0002, rel=0.2)
     weights = state["token_embeds.proj_weights"]  # uniform to 1/sqrt(4)
     assert weights.abs().max().item() == pytest.approx(0.5, rel=0.01)
     assert weights.std().item() == pytest.approx(0.5 / 3**0.5, rel=0.05)
     for name, value in state.items():
-        if name.endswith(("bias", "biases")) or name.startswith("wind_rank.fc2"):
+        if name.endswith(("bias", "biases")):
             assert (value == 0).all(), name
         if "norm" in name and name.endswith("weight"):
             assert (value == 1).all(), name

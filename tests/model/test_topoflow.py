@@ -126,16 +126,30 @@ def test_terrain_acts_in_metres_on_block_zero(batch):
     torch.testing.assert_close(without(x, lead, elevation_m, wind), flat)
 
 
-def test_wind_rank_starts_as_plain_climax_to_the_bit(batch):
+@pytest.mark.parametrize("kind", ["mean", "rank"])
+def test_with_wind_it_starts_as_plain_climax_to_the_bit(batch, kind):
     x, lead, elevation_m, wind = batch
-    ranked, plain = build(wind="rank", drop_rate=0.2, drop_path=0.2), build(wind="none", drop_rate=0.2, drop_path=0.2)
+    windy, plain = build(wind=kind, drop_rate=0.2, drop_path=0.2), build(wind="none", drop_rate=0.2, drop_path=0.2)
+    added = windy.state_dict().keys() - plain.state_dict().keys()
+    assert added == {f"wind_{kind}.{layer}.{value}" for layer in ("fc1", "fc2") for value in ("weight", "bias")}
     torch.manual_seed(0)
     expected = plain(x, lead, elevation_m)
     torch.manual_seed(0)
-    actual = ranked(x, lead, elevation_m, wind)
+    actual = windy(x, lead, elevation_m, wind)
     assert torch.equal(actual, expected)
     actual.square().sum().backward()
-    assert ranked.wind_rank.fc2.weight.grad.abs().max() > 0  # and can leave it
+    assert windy.get_parameter(f"wind_{kind}.fc2.weight").grad.abs().max() > 0  # and can leave it
+
+
+def test_every_token_gets_the_mean_wind(batch):
+    model = randomize(build(wind="mean", depth=1))
+    tokens = []
+    model.blocks[0].register_forward_pre_hook(lambda module, arguments: tokens.append(arguments[0]))
+    model(*batch)
+    model(*batch[:3], torch.zeros_like(batch[3]))
+    added = tokens[0] - tokens[1]
+    assert added.std(dim=0).min() > 0  # each sample has a wind of its own
+    torch.testing.assert_close(added, added[:, :1].expand_as(added), rtol=0, atol=1e-5)
 
 
 def gradients(model, batch, call=None):
@@ -147,8 +161,9 @@ def gradients(model, batch, call=None):
     return {"output": y, **{name: parameter.grad for name, parameter in model.named_parameters()}}
 
 
-def test_every_parameter_gets_a_gradient(batch):
-    for name, gradient in gradients(randomize(build(drop_rate=0.1, drop_path=0.1)), batch).items():
+@pytest.mark.parametrize("wind", ["mean", "rank"])
+def test_every_parameter_gets_a_gradient(batch, wind):
+    for name, gradient in gradients(randomize(build(wind=wind, drop_rate=0.1, drop_path=0.1)), batch).items():
         assert gradient is not None, name
         assert torch.isfinite(gradient).all(), name
         assert gradient.abs().max() > 0, name
@@ -162,9 +177,9 @@ def test_activation_checkpointing_gives_the_same_bits(batch):
         assert torch.equal(checkpointed[name], value), name
 
 
-@pytest.mark.parametrize("activation_checkpointing", [False, True])
-def test_compiled_it_is_the_same_function(batch, activation_checkpointing):
-    model = randomize(build(activation_checkpointing=activation_checkpointing, depth=1, decoder_depth=0))
+@pytest.mark.parametrize(("activation_checkpointing", "wind"), [(False, "mean"), (True, "rank")])
+def test_compiled_it_is_the_same_function(batch, activation_checkpointing, wind):
+    model = randomize(build(activation_checkpointing=activation_checkpointing, wind=wind, depth=1, decoder_depth=0))
     expected = gradients(model, batch)
     actual = gradients(model, batch, call=torch.compile(model, fullgraph=True, backend="aot_eager"))
     for name, value in expected.items():
@@ -219,7 +234,7 @@ def test_dropout_on_embeddings(batch):
         (1, torch.zeros(2), r"lead_time_hours: shape \(2,\), expected \(3,\)"),
         (2, torch.zeros(1, 8, 12), r"elevation_m: shape \(1, 8, 12\), expected \(8, 12\)"),
         (3, torch.zeros(3, 8, 12), r"wind_ms: shape \(3, 8, 12\), expected \(3, 2, 8, 12\)"),
-        (3, None, r"wind_ms: None, expected .* for model.wind=rank"),
+        (3, None, r"wind_ms: None, expected .* for model.wind=mean"),
     ],
 )
 def test_wrong_inputs_are_refused(batch, position, wrong, message):
@@ -232,13 +247,13 @@ def test_wrong_inputs_are_refused(batch, position, wrong, message):
 def test_wrong_geometry_is_refused():
     with pytest.raises(ConfigError, match=r"model.patch_size: 3 does not divide the grid of 8 x 12 cells"):
         build(patch_size=3)
-    config = ModelConfig(**SMALL)
+    config = ModelConfig(**SMALL, wind="rank")
     for centres in ([0.0] * 23, [0.0] * 23 + [float("nan")]):
         with pytest.raises(ValueError, match=r"patch_y_km: shape .*, expected 24 finite numbers"):
             build_model(config, INPUTS, TARGETS, (8, 12), [0.0] * 24, centres, 0)
 
 
-@pytest.mark.parametrize("options", [{}, {"wind": "rank", "terrain": "endpoint"}])
+@pytest.mark.parametrize("options", [{}, {"wind": "mean"}, {"wind": "rank", "terrain": "endpoint"}])
 def test_patches_without_data_are_not_computed_and_not_attended_to(batch, monkeypatch, options):
     model = randomize(build(**{"wind": "none", "terrain": "none", **options})).eval()
     x, leads, elevation_m, wind_ms = batch

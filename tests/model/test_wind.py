@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy.stats import rankdata
 
-from topoflow.model.wind import WindRank, rank_along_wind
+from topoflow.model.wind import WindMean, WindRank, rank_along_wind
 
 
 def centres(rows, columns, dx_km=100.0, dy_km=80.0, north_first=True):
@@ -86,3 +86,40 @@ def test_embedding_depends_on_the_rank_alone():
 
 def test_centres_are_not_part_of_the_state():
     assert set(WindRank(16, *centres(3, 4)).state_dict()) == {"fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"}
+
+
+def features_of(module, wind_ms):
+    """Return what the module's first layer gets."""
+    seen = []
+    with module.fc1.register_forward_pre_hook(lambda layer, arguments: seen.append(arguments[0])):
+        assert module(wind_ms).shape == (len(wind_ms), 1, 16)
+    return seen[0]
+
+
+def test_features_of_the_mean_wind_are_numpys():
+    torch.manual_seed(0)
+    wind = torch.randn(6, 2, 10, 14) * 5 + 3
+    mean = wind.double().numpy().mean(axis=(2, 3))
+    speed = np.sqrt((mean**2).sum(axis=1, keepdims=True))  # of the mean, not the mean of the speeds
+    expected = np.concatenate([mean / 10, mean / speed, speed / 10], axis=1)
+    np.testing.assert_allclose(features_of(WindMean(16), wind), expected, rtol=1e-6)
+
+
+def test_calm_has_no_direction():
+    still, barely = uniform(0.0, 0.0), uniform(0.0, 5e-7)
+    opposed = torch.stack([uniform(4.0, 1.0)[0, :, :2], uniform(-4.0, -1.0)[0, :, :2]], dim=2).reshape(1, 2, 4, 6)
+    features = features_of(WindMean(16), torch.cat([still, barely, opposed, uniform(0.0, 5e-6)]))
+    assert (features[:3, 2:4] == 0).all()
+    assert features[3, 2:4].tolist() == [0, 1]
+    assert torch.isfinite(features).all()
+
+
+def test_the_order_of_cells_and_autocast_do_not_change_the_mean_wind():
+    torch.manual_seed(0)
+    module, wind = WindMean(16), torch.randn(3, 2, 12, 16) * 5
+    expected = features_of(module, wind)
+    assert torch.equal(features_of(module, wind.flip(2, 3)), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        features = features_of(module, wind)
+    assert features.dtype == torch.float32
+    assert torch.equal(features, expected)

@@ -59,9 +59,9 @@ def _initial_value(
     if name == "lead_time_embed.weight":
         # its input is hours, up to about 100: at the usual scale the embedding would dwarf the tokens
         return _truncated_normal(parameter, LINEAR_STD / LARGEST_LEAD_HOURS, generator)
-    if last in ("bias", "in_proj_bias", "proj_biases") or name.startswith("wind_rank.fc2."):
+    if last in ("bias", "in_proj_bias", "proj_biases") or name.startswith(("wind_mean.fc2.", "wind_rank.fc2.")):
         return torch.zeros_like(parameter)
-    if name == "wind_rank.fc1.weight":
+    if name in ("wind_mean.fc1.weight", "wind_rank.fc1.weight"):
         return _truncated_normal(parameter, 1 / math.sqrt(parameter.shape[1]), generator)
     if last == "weight" and parameter.ndim == 1:
         return torch.ones_like(parameter)  # of a LayerNorm

@@ -15,11 +15,11 @@ from topoflow.model.embedding import PatchEmbedding, VariableAggregation, split_
 from topoflow.model.initialization import initialize_weights
 from topoflow.model.legacy import NormedPatchEmbedding, RelativePositionBias, require_regional_grid, scan_regionally
 from topoflow.model.terrain import TerrainAttention, patch_heights
-from topoflow.model.wind import WindRank
+from topoflow.model.wind import WindMean, WindRank
 
 
 class TopoFlow(nn.Module):
-    """ClimaX encoder (arXiv 2301.10343) with wind ranks and terrain attention (arXiv 2602.16821).
+    """ClimaX encoder (arXiv 2301.10343) with the mean wind and terrain attention (arXiv 2602.16821).
 
     input_names and target_names are the channels of the input and of the output; img_size is (rows, columns) of the
     grid; patch_x_km, patch_y_km [N] are the patch centres in raster order, x east and y north, used if config.wind is
@@ -61,6 +61,8 @@ class TopoFlow(nn.Module):
         self.var_agg = VariableAggregation(D, config.num_heads)
         self.pos_embed = nn.Parameter(torch.empty(1, self.num_patches, D))
         self.lead_time_embed = nn.Linear(1, D)
+        if config.wind == "mean":
+            self.wind_mean = WindMean(D)
         if config.wind == "rank":
             centres = [self._patch_centres("patch_x_km", patch_x_km), self._patch_centres("patch_y_km", patch_y_km)]
             self.wind_rank = WindRank(D, *centres)
@@ -149,6 +151,8 @@ class TopoFlow(nn.Module):
             tokens = scan_regionally(tokens, wind_ms)  # all later code treats them as tokens in raster order
         lead_time = self.lead_time_embed(lead_time_hours.unsqueeze(-1)).unsqueeze(1)  # [B, 1, D]
         tokens = tokens + self._keep(self.pos_embed, 1) + lead_time
+        if self.config.wind == "mean":
+            tokens = tokens + self.wind_mean(wind_ms)
         if self.config.wind == "rank":
             tokens = tokens + self._keep(self.wind_rank(wind_ms), 1)
         return self.pos_drop(tokens)
