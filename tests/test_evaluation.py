@@ -1,6 +1,7 @@
 """Evaluation records equal numpy's on the same fields, for any batch size and number of ranks."""
 
 import csv
+import dataclasses
 import json
 import logging
 import threading
@@ -168,6 +169,30 @@ def test_the_table_is_logged(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="topoflow"):
         evaluate(open_fields(make_fields(), tmp_path), tmp_path / "out")
     assert "The model beats persistence in" in caplog.text
+
+
+class JointDamped(Damped):
+    """Returns the forecasts of Damped for all leads, [B, L, T, H, W]."""
+
+    def forward(self, x, lead_time_hours, *rest):
+        leads = [super(JointDamped, self).forward(x, torch.full((len(x),), float(lead)), *rest) for lead in LEADS]
+        return torch.stack(leads, dim=1)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_joint_network_with_the_same_forecasts_has_the_same_records_and_case(tmp_path, world_size, monkeypatch):
+    cases = []
+    monkeypatch.setattr(plots, "plot_case", lambda case, _: cases.append(case))
+    fields = make_fields(wind=True)
+    data = open_fields(fields, tmp_path)
+    joint = dataclasses.replace(data, joint=True)
+    reference = evaluate(data, tmp_path / "pairs")
+    results = ThreadRanks(world_size).run(
+        lambda context: evaluate(joint, tmp_path / "joint", model=JointDamped(), batch_size=5, context=context)
+    )
+    assert results == [reference] * world_size
+    for field in dataclasses.fields(cases[0]):
+        np.testing.assert_array_equal(getattr(cases[0], field.name), getattr(cases[1], field.name))
 
 
 class ThreadRanks:

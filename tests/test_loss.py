@@ -31,6 +31,15 @@ def test_sums_and_counts_equal_numpy_float64():
     assert (sums.dtype, counts.dtype) == (torch.float32, torch.int64)
 
 
+def test_with_leads_sums_are_by_target_over_all_leads():
+    by_lead = [as_tensors(*make_batch(seed)) for seed in (6, 7)]
+    stacked = (torch.stack(tensors, dim=1) for tensors in zip(*by_lead, strict=True))  # [B, L, T, H, W]
+    sums, counts = masked_squared_error(*stacked)
+    expected = [masked_squared_error(*tensors) for tensors in by_lead]
+    torch.testing.assert_close(sums, expected[0][0] + expected[1][0])
+    assert torch.equal(counts, expected[0][1] + expected[1][1])
+
+
 def test_gradient_equals_closed_form_of_the_masked_mean():
     prediction, y, valid = make_batch(1)
     x, y_tensor, valid_tensor = as_tensors(prediction, y, valid)

@@ -66,12 +66,12 @@ def open_data(config: Config, context: Context, only: Sequence[str] = SPLITS) ->
         ConfigError, DataError, MissingPath: on every rank, see `open_forecast_data`.
         RanksDisagree: a rank sees other data than rank 0.
     """
-    priors = (config.model.wind != "none", config.model.terrain != "none")
+    form = (config.model.wind != "none", config.model.terrain != "none", config.model.leads == "joint")
     with context.together("data"):
-        data = open_forecast_data(config.data, *priors, index=_index_on_main(config, context), only=only)
+        data = open_forecast_data(config.data, *form, index=_index_on_main(config, context), only=only)
         seen = data.contents.fingerprint
         if not context.is_main and context.launch.local_rank == 0:
-            seen = open_forecast_data(config.data, *priors, only=only).contents.fingerprint
+            seen = open_forecast_data(config.data, *form, only=only).contents.fingerprint
     context.require_same({f"contents of data.path {config.data.path}": seen}, "with the data open")
     return data
 
@@ -101,7 +101,7 @@ def build_plan(config: Config, data: ForecastData, context: Context) -> BatchPla
             micro_batches = config.train.global_batch_size // config.train.micro_batch_size
             require_whole_subtrees(micro_batches, context.world_size)
         plan = BatchPlan(
-            num_samples=len(data.splits["train"].starts) * len(config.data.lead_times_hours),
+            num_samples=data.num_samples("train"),
             seed=config.run.seed,
             global_batch_size=config.train.global_batch_size,
             micro_batch_size=config.train.micro_batch_size,
@@ -175,6 +175,7 @@ def build_network(config: Config, grid: Grid, observed: np.ndarray | None = None
         seed=config.run.seed,
         activation_checkpointing=config.train.activation_checkpointing,
         flex_attention=config.train.flex_attention,
+        num_leads=len(config.data.lead_times_hours),
     )
     if config.model.tokens == "with_data" and observed is not None:
         model.keep_patches(observed)

@@ -170,6 +170,9 @@ class ModelConfig:
     """Forecast in closed form to which the network adds: damped persistence about the climatology of each cell by hour
     of day (damped), or by hour of day and season, where the training split covers the year (seasonal); ridge: a
     regression on past anomalies of the cell and its surroundings, about the climatology of seasonal."""
+    leads: Literal["conditioned", "joint"] = key("conditioned", alters=ORDER | CHANNELS | NETWORK | NAMES)
+    """conditioned: a sample is a start and a lead time, which the network is told; joint: a sample is a start, and one
+    pass forecasts all data.lead_times_hours. train.global_batch_size counts samples, so starts if joint."""
     tokens: Literal["all", "with_data"] = key("all", alters=NETWORK)
     """Patches that are computed. with_data: those with a cell where a target was observed in training (needs a base);
     elsewhere the forecast is the base's, and attention sees no such patch. Gridded stations train several times faster.

@@ -128,32 +128,37 @@ def evaluate_model(
     return records
 
 
-class PhysicalSamples(torch.utils.data.Dataset):
+class PhysicalSamples:
     """A ForecastDataset whose samples also contain the targets in the units of the data, NaN where missing.
 
-    `present` holds them at the start and `observed` at the lead, float32 [T, H, W] each, so that scores compare with
-    the measured values and not with values normalized and denormalized again. With a base, `mean` holds its forecast.
+    `present` holds them at the start, float32 [T, H, W], and `observed` at the lead, of the shape of y, so that scores
+    compare with the measured values and not with values normalized and denormalized again. With a base, `mean` holds
+    its forecast.
     """
 
     def __init__(self, dataset: ForecastDataset):
         self.dataset = dataset
-        shape = (len(dataset.target_names), *dataset.data.grid.shape)
-        names = ("present", "observed", *(("mean",) if dataset.base else ()))
-        self.layout: Layout = {**dataset.layout, **dict.fromkeys(names, (torch.float32, shape))}
+        names = ("observed", *(("mean",) if dataset.base else ()))
+        of_start = (torch.float32, (len(dataset.target_names), *dataset.data.grid.shape))
+        self.layout: Layout = {**dataset.layout, "present": of_start, **dict.fromkeys(names, dataset.layout["y"])}
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, i: int) -> Batch:
-        return {name: values[0] for name, values in make_batch(self, [i]).items()}
-
     def fill(self, indices: Sequence[int], batch: Batch) -> None:
         """Write the samples `indices` into `batch`."""
         self.dataset.fill(indices, {name: batch[name] for name in (*self.dataset.layout, "mean") if name in batch})
+        at, names, positions = self.dataset.data.at, self.dataset.target_names, self.dataset.positions
         for row, i in enumerate(indices):
-            start, target, _ = self.dataset.positions(i)
-            for name, position in (("present", start), ("observed", target)):
-                batch[name].numpy()[row] = self.dataset.data.at(self.dataset.target_names, position)
+            pairs = self.dataset.pairs(i)
+            batch["present"].numpy()[row] = at(names, positions(pairs[0])[0])
+            for observed, pair in zip(by_pair(batch["observed"][row]).numpy(), pairs, strict=True):
+                observed[:] = at(names, positions(pair)[1])
+
+
+def by_pair(fields: torch.Tensor) -> torch.Tensor:
+    """Return a view by (start, lead) pair, [pairs, T, H, W], of fields [..., T, H, W] of one or more samples."""
+    return fields.view(-1, *fields.shape[-3:])
 
 
 class HostCopy:
@@ -260,13 +265,13 @@ class Evaluator:
             progress = tqdm(loader, desc="evaluation", unit="batch", leave=False, disable=not shown)
             for batch, forecast in self.forecasts(batch for _, batch in progress):
                 self.report_progress_or_stop()
-                samples = batch["index"].numpy()
+                pairs = [pair for i in batch["index"].tolist() for pair in dataset.pairs(i)]
                 baseline_forecasts, filled = forecast_baselines(baselines, dataset, batch)
                 sums.add(
-                    samples,
+                    np.array(pairs),
                     scale * self.to_physical(forecast, batch),
-                    scale * batch["observed"].double().numpy(),
-                    batch["valid"].numpy(),
+                    scale * by_pair(batch["observed"]).double().numpy(),
+                    by_pair(batch["valid"]).numpy(),
                     {name: scale * values for name, values in baseline_forecasts.items()},
                     filled,
                 )
@@ -285,7 +290,7 @@ class Evaluator:
             yield before
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> HostCopy:
-        """Return normalized forecasts [B, T, H, W], without waiting for the device."""
+        """Return normalized forecasts, of the shape of y, without waiting for the device."""
         device, was_training = self.elevation_m.device, self.model.training
         x, lead_time_hours = (batch[name].to(device, non_blocking=True) for name in ("x", "lead_time_hours"))
         wind_ms = batch["wind_ms"].to(device, non_blocking=True) if "wind_ms" in batch else None
@@ -296,12 +301,12 @@ class Evaluator:
         return HostCopy(normalized)
 
     def to_physical(self, forecast: HostCopy, batch: Batch) -> np.ndarray:
-        """Return forecasts [B, T, H, W] of a batch in the units of the data, float64; waits for the copy.
+        """Return forecasts [pairs, T, H, W] of a batch in the units of the data, float64; waits for the copy.
 
         Negative concentrations are kept as the network gives them.
         """
-        mean = batch["mean"].double().numpy() if "mean" in batch else None
-        return self.dataset.denormalize(forecast.wait().double().numpy(), mean)
+        mean = by_pair(batch["mean"]).double().numpy() if "mean" in batch else None
+        return self.dataset.denormalize(by_pair(forecast.wait()).double().numpy(), mean)
 
     def select_case(self, baselines: Baselines, observed: np.ndarray) -> ForecastCase | None:
         """Return the forecast with the highest observed mean, None if the target was never observed.
@@ -316,10 +321,11 @@ class Evaluator:
         if count.max() == 0:
             return None
         row = int(np.where(count >= count.max() / 2, total / np.maximum(count, 1), -np.inf).argmax())
-        sample = PhysicalSamples(dataset)[row * len(leads) + k]
-        batch = torch.utils.data.default_collate([sample])
-        forecast = self.to_physical(self.forward(batch), batch)[0, t]
-        truth = np.where(sample["valid"][t].numpy(), sample["observed"][t].double().numpy(), np.nan)
+        i, number = divmod(row * len(leads) + k, dataset.pairs_per_sample)
+        batch = make_batch(PhysicalSamples(dataset), [i])
+        forecast = self.to_physical(self.forward(batch), batch)[number, t]
+        valid, observed_there = (by_pair(batch[name])[number, t].numpy() for name in ("valid", "observed"))
+        truth = np.where(valid, observed_there.astype(np.float64), np.nan)
         # leave out cells that the network could not learn: the target was never observed there in training
         known = data.mask & (baselines.hourly.climatology.filled[t] == 0).any(axis=0)
         variable, start = known_or_plain(names[t], data.units[names[t]]), int(dataset.starts[row])
@@ -340,12 +346,13 @@ class Evaluator:
 def forecast_baselines(
     baselines: Baselines, dataset: ForecastDataset, batch: Batch
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Return `Baselines.forecast` of each sample of a batch, stacked along a new first dimension."""
+    """Return `Baselines.forecast` of each (start, lead) pair of a batch, stacked along a new first dimension."""
     times, forecasts, filled = dataset.data.times, [], []
     for present, index in zip(batch["present"].double().numpy(), batch["index"].tolist(), strict=True):
-        start, target, _ = dataset.positions(index)
-        lead = index % len(dataset.lead_times_hours)
-        forecast, is_filled = baselines.forecast(present, times, start, target, lead)
-        forecasts.append(forecast)
-        filled.append(is_filled)
+        for pair in dataset.pairs(index):
+            start, target, _ = dataset.positions(pair)
+            lead = pair % len(dataset.lead_times_hours)
+            forecast, is_filled = baselines.forecast(present, times, start, target, lead)
+            forecasts.append(forecast)
+            filled.append(is_filled)
     return {name: np.stack([forecast[name] for forecast in forecasts]) for name in forecasts[0]}, np.stack(filled)

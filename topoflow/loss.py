@@ -31,8 +31,8 @@ def masked_squared_error(
     A value that is not finite where `valid` is True makes the sum not finite.
 
     Args:
-        prediction, y: [B, T, H, W], normalized; prediction of any float type.
-        valid: [B, T, H, W] bool.
+        prediction, y: [B, T, H, W] or [B, L, T, H, W] with L leads, normalized; prediction of any float type.
+        valid: bool, of the same shape.
 
     Returns:
         sums [T] float32, differentiable with respect to prediction, and counts [T] int64 of the valid values. The mean
@@ -41,4 +41,5 @@ def masked_squared_error(
     assert prediction.shape == y.shape == valid.shape, (prediction.shape, y.shape, valid.shape)
     # torch.where before the arithmetic, as NaN x 0 is NaN, also in the gradient
     error = torch.where(valid, prediction.float(), 0.0) - torch.where(valid, y.float(), 0.0)
-    return error.square().sum(dim=(0, 2, 3)), valid.sum(dim=(0, 2, 3))
+    others = (0, 2, 3) if y.dim() == 4 else (0, 1, 3, 4)
+    return error.square().sum(dim=others), valid.sum(dim=others)

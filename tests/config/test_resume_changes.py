@@ -43,6 +43,7 @@ def test_keys_that_alter_nothing_may_change(override):
         ("train.precision=bf16", Alters.ARITHMETIC),
         ("model.drop_rate=0.2", Alters.MATHEMATICS),
         ("model.terrain=none", Alters.NETWORK | Alters.NAMES),
+        ("model.leads=joint", Alters.ORDER | Alters.CHANNELS | Alters.NETWORK | Alters.NAMES),
         ("distributed.reduction=canonical", Alters.MATHEMATICS),
         ("train.tf32=true", Alters.ARITHMETIC),
         ("model.attn_drop_rate=0.1", Alters.MATHEMATICS),
@@ -52,6 +53,13 @@ def test_a_change_that_alters_the_run_is_listed_with_its_effect(override, alters
     [change] = changes(override)
     assert (change.key, change.alters) == (override.partition("=")[0], alters)
     assert str(change).startswith(f"{change.key}: ")
+
+
+def test_lead_times_are_channels_of_a_joint_network():
+    joint = {**TREE, "model": {"leads": "joint"}}
+    now = override_config(joint, ["data.lead_times_hours=[12, 24, 48, 72]"], "a test")
+    [change] = changed_keys(config_to_dict(config_from_dict(joint)), now)
+    assert change.alters == Alters.ORDER | Alters.RATES | Alters.CHANNELS | Alters.NETWORK
 
 
 def test_a_key_that_is_younger_than_the_checkpoint_has_its_default_there():

@@ -47,6 +47,13 @@ def test_from_config_to_samples(folder, make_config, make_fields):
     assert any("4 x 6 cells, latitude 20 to 50, longitude 80 to 130, 24 cells in the mask" in line for line in lines)
 
 
+def test_joint_samples_are_starts(folder, make_config):
+    data = open_forecast_data(make_config(folder, **SPLITS), with_wind=True, with_terrain=True, joint=True)
+    dataset = data.dataset("train", data.build_normalization())
+    assert len(dataset) == data.num_samples("train") == 45
+    assert any("validation: 17 start times, 17 samples" in line for line in data.summary())
+
+
 def test_only_what_is_needed_counts(folder, make_config):
     config = make_config(folder, variables=("co", "lat2d"), targets=("pm25",))
     data = open_forecast_data(config, with_wind=False, with_terrain=False)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 
 from tests.support.prepared import write_prepared
@@ -65,12 +66,12 @@ def fields():
 def build(fields, tmp_path):
     folder = write_prepared(fields, tmp_path / "data")
 
-    def build_dataset(starts, **changes):
+    def build_dataset(starts, joint=False, **changes):
         settings = {"train": (2019,), "variables": NAMES, "targets": TARGETS, "lead_times_hours": LEADS, **changes}
         config = DataConfig(path=str(folder), **settings)
         normalization = Normalization(CONSTANTS.mean, CONSTANTS.std, Linear())
         data = PreparedData(index_prepared(str(folder)))
-        return ForecastDataset(data, normalization, np.array(starts), config, with_wind=False)
+        return ForecastDataset(data, normalization, np.array(starts), config, with_wind=False, joint=joint)
 
     return build_dataset
 
@@ -129,6 +130,18 @@ def test_denormalized_targets_are_the_observations(build, fields):
         _, target, _ = dataset.positions(i)
         observed = np.stack([fields[name].values[target] for name in TARGETS])
         assert np.where(batch["valid"][i], values[i], np.nan) == pytest.approx(observed, rel=1e-5, nan_ok=True)
+
+
+def test_a_joint_sample_has_the_base_of_each_lead(build):
+    batches = []
+    for joint, indices in ((False, range(4)), (True, range(2))):
+        dataset = build([3, 30], joint=joint)
+        batch = dataset.batch(indices)
+        batch["mean"] = torch.empty_like(batch["y"])
+        dataset.fill(indices, batch)
+        batches.append(batch)
+    for name in ("mean", "y", "valid"):
+        assert torch.equal(batches[1][name].flatten(0, 1), batches[0][name]), name
 
 
 def test_other_lead_times_than_those_of_the_base_are_refused(build):

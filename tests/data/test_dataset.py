@@ -38,10 +38,11 @@ def fields(make_fields):
 
 @pytest.fixture
 def build(fields, make_config, tmp_path):
-    def build_dataset(mask=None, with_wind=False, dtype="float32", **changes):
+    def build_dataset(mask=None, with_wind=False, dtype="float32", joint=False, **changes):
         folder = tmp_path / f"data-{len(list(tmp_path.iterdir()))}"
         config = make_config(write_prepared(fields, folder, dtype, mask), **{"variables": INPUTS, **changes})
-        return ForecastDataset(PreparedData(index_prepared(str(folder))), NORMALIZATION, STARTS, config, with_wind)
+        data = PreparedData(index_prepared(str(folder)))
+        return ForecastDataset(data, NORMALIZATION, STARTS, config, with_wind, joint)
 
     return build_dataset
 
@@ -198,6 +199,24 @@ def test_a_batch_holds_its_samples_in_any_order(build, order, size):
             assert values.dtype == expected[name].dtype
             assert torch.equal(values, expected[name])
             values.zero_()  # the batch belongs to the caller: later ones do not use it
+
+
+def test_a_joint_sample_is_a_start_with_all_its_leads(build):
+    mask = np.random.default_rng(3).random((4, 6)) < 0.6
+    single, joint = build(mask=mask, with_wind=True), build(mask=mask, with_wind=True, joint=True)
+    assert (len(single), len(joint)) == (8, 4)
+    assert joint.sample_identity(1) == f"{single.sample_identity(2).partition('+')[0]}+1,3h"
+    batch, pairs = joint.batch([3, 0]), single.batch([6, 7, 0, 1])
+    for name in ("y", "valid", "lead_time_hours"):
+        assert torch.equal(batch[name].flatten(0, 1), pairs[name]), name
+    for name in ("x", "wind_ms"):
+        assert torch.equal(batch[name], pairs[name][::2]), name
+    assert batch["index"].tolist() == [3, 0]
+    for name, (dtype, shape) in joint.layout.items():
+        assert (batch[name].dtype, tuple(batch[name].shape[1:])) == (dtype, shape), name
+    for i in (4, -1):
+        with pytest.raises(IndexError):
+            joint[i]
 
 
 def test_inputs_of_one_start_are_read_once_for_all_leads(build, monkeypatch):

@@ -110,6 +110,13 @@ def test_a_run_directory_that_does_not_exist_is_not_made(place, tmp_path, capsys
     assert "does not exist: examined" in capsys.readouterr().out
 
 
+def test_the_trial_of_a_joint_network_has_its_lead_times(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+    assert cli.main(["doctor", "run.yaml", f"run.dir={tmp_path}", "model.leads=joint", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert findings(report, "model") == findings(report, "data") == []
+
+
 def test_a_stop_in_the_middle_leaves_nothing_behind(place, tmp_path):
     words = [sys.executable, "-m", "topoflow", "doctor", f"{place}/run.yaml", f"run.dir={tmp_path}"]
     doctor = subprocess.Popen(words, cwd=place, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE)

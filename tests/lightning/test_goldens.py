@@ -89,6 +89,7 @@ def test_what_a_file_has_and_the_network_lacks_is_refused_with_the_key_to_set(go
         ({"relative_position": False}, "model.relative_position=true"),
         ({"terrain": "none"}, "model.terrain=endpoint"),
         ({"depth": 2}, "a larger model.depth"),
+        ({"leads": "joint"}, "model.leads=conditioned"),
     ):
         with pytest.raises(ResumeRefused, match=needed):
             golden.run({**MODEL, **missing}).take(read_lightning(golden.file))

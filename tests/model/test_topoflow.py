@@ -12,12 +12,12 @@ TARGETS = ("pm25", "o3")
 SMALL = {"embed_dim": 32, "depth": 3, "num_heads": 4, "drop_rate": 0.0, "drop_path": 0.0}
 
 
-def build(img_size=(8, 12), activation_checkpointing=False, **options):
+def build(img_size=(8, 12), activation_checkpointing=False, num_leads=1, **options):
     config = ModelConfig(**{**SMALL, **options})
     rows, columns = img_size[0] // config.patch_size, img_size[1] // config.patch_size
     x_km = torch.arange(columns).repeat(rows) * 50.0
     y_km = torch.arange(rows).repeat_interleave(columns) * -50.0
-    return build_model(config, INPUTS, TARGETS, img_size, x_km, y_km, 0, activation_checkpointing)
+    return build_model(config, INPUTS, TARGETS, img_size, x_km, y_km, 0, activation_checkpointing, num_leads=num_leads)
 
 
 def randomize(model):
@@ -293,6 +293,49 @@ def test_keeping_no_patch_is_refused():
         build().keep_patches(torch.zeros(8, 12, dtype=torch.bool).numpy())
 
 
-def test_a_network_with_a_base_starts_at_zero(batch):
-    assert build(base="damped")(*batch).eq(0).all()
-    assert build()(*batch).ne(0).all()
+@pytest.mark.parametrize("leads", ["conditioned", "joint"])
+def test_a_network_with_a_base_starts_at_zero(batch, leads):
+    assert build(base="damped", leads=leads, num_leads=3)(*batch).eq(0).all()
+    assert build(leads=leads, num_leads=3)(*batch).ne(0).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"relative_position": True, "patch_norm": True}])
+def test_for_one_lead_a_conditioned_network_is_a_joint_one_with_the_lead_time_in_its_positions(batch, options):
+    x, _, elevation_m, wind = batch
+    conditioned = randomize(build(**options)).eval()
+    joint = build(leads="joint", num_leads=1, **options).eval()
+    weights = conditioned.state_dict()
+    weight, bias = (weights.pop(f"lead_time_embed.{name}") for name in ("weight", "bias"))
+    weights["pos_embed"] = weights["pos_embed"] + 24 * weight[:, 0] + bias
+    joint.load_state_dict(weights)
+    expected = conditioned(x, torch.full((3,), 24.0), elevation_m, wind)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(joint(x, None, elevation_m, wind), expected[:, None], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_rows_of_a_joint_head_are_the_network_of_one_lead(batch):
+    joint = randomize(build(leads="joint", num_leads=3)).eval()
+    joint.keep_patches(torch.arange(96).reshape(8, 12).numpy() < 50)
+    forecasts = joint(*batch)
+    assert forecasts.shape == (3, 3, 2, 8, 12)
+    for lead in range(3):
+        single = build(leads="joint", num_leads=1).eval()
+        single.keep_patches(torch.arange(96).reshape(8, 12).numpy() < 50)
+        weights = joint.state_dict()
+        for name in ("head.4.weight", "head.4.bias"):  # ordered (cell of the patch, lead, target)
+            weights[name] = weights[name].unflatten(0, (4, 3, 2))[:, lead].flatten(0, 1)
+        single.load_state_dict(weights)
+        torch.testing.assert_close(single(*batch)[:, 0], forecasts[:, lead], rtol=1e-4, atol=1e-5)
+
+
+def test_a_joint_network_has_other_parameters_in_its_head_alone():
+    shapes = [
+        {name: value.shape for name, value in build(leads=leads, num_leads=3).state_dict().items()}
+        for leads in ("conditioned", "joint")
+    ]
+    assert shapes[0].keys() - shapes[1].keys() == {"lead_time_embed.weight", "lead_time_embed.bias"}
+    different = {name for name in shapes[1] if shapes[0][name] != shapes[1][name]}
+    assert different == {"head.4.weight", "head.4.bias"}
+    assert shapes[1]["head.4.weight"] == (4 * 3 * 2, 32)

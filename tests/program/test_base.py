@@ -28,9 +28,12 @@ def same(one, other):
     )
 
 
-@pytest.mark.parametrize(("base", "baseline"), [(BASE, "damped_persistence"), (RIDGE, "ridge")])
-def test_before_its_first_update_a_network_is_its_base(program, base, baseline):
-    done = program.train(*base, TEST_SPLIT, "optim.learning_rate=1e-30", "train.max_steps=1")
+@pytest.mark.parametrize(
+    ("base", "leads", "baseline"), [(BASE, "conditioned", "damped_persistence"), (RIDGE, "joint", "ridge")]
+)
+def test_before_its_first_update_a_network_is_its_base(program, base, leads, baseline):
+    changes = ("optim.learning_rate=1e-30", "train.max_steps=1", f"model.leads={leads}")
+    done = program.train(*base, TEST_SPLIT, *changes)
     assert done.returncode == 0, done.stderr
     records = json.loads((program.folder / "run" / "evaluation" / "scores.json").read_text())
     assert len(records) == 12
@@ -60,9 +63,10 @@ def test_two_processes_fit_the_same_base_and_take_it_from_a_checkpoint(program):
     assert same(program.state(step=7)["data"]["base"], one)
 
 
-def test_a_resumed_run_takes_the_base_of_its_checkpoint(program):
-    assert program.train(*RIDGE, run="whole").returncode == 0
-    assert program.train(*RIDGE, "train.max_steps=12", "optim.schedule_length=20").returncode == 0
+@pytest.mark.parametrize("form", [(*BASE, "model.leads=joint"), RIDGE])
+def test_a_resumed_run_takes_the_base_of_its_checkpoint(program, form):
+    assert program.train(*form, run="whole").returncode == 0
+    assert program.train(*form, "train.max_steps=12", "optim.schedule_length=20").returncode == 0
 
     def fit(*_, **__):
         raise AssertionError("fitted again")
@@ -70,7 +74,7 @@ def test_a_resumed_run_takes_the_base_of_its_checkpoint(program):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bases, "fit_damped_persistence", fit)
         patch.setattr(bases, "fit_ridge", fit)
-        resumed = program.train(*RIDGE)
+        resumed = program.train(*form)
     assert resumed.returncode == 0, resumed.stderr
     assert program.losses() == program.losses("whole")
     for part in ("model", "optimizer", "scheduler"):

@@ -57,6 +57,18 @@ def test_two_processes_and_another_batch_size_give_the_same_scores(program, run)
             assert ours[key] == (pytest.approx(value, rel=1e-4, abs=1e-6) if isinstance(value, float) else value), key
 
 
+def test_the_lead_times_of_a_joint_network_are_those_of_its_training(program, capsys):
+    joint, elsewhere = "model.leads=joint", "data.lead_times_hours=[6, 18]"
+    assert program.train(joint, "train.max_steps=1").returncode == 0
+    run = program.folder / "run"
+    assert cli.main(["evaluate", str(run), elsewhere, TEST_SPLIT]) == 2
+    assert "data.lead_times_hours: [6, 12] -> [6, 18]: expected as in" in capsys.readouterr().err
+    for other, change in ((joint, elsewhere), ("model.leads=conditioned", "train.max_steps=1")):
+        refused = program.train(other, change, f"checkpoint.init_from={run}", run="tuned")
+        assert refused.returncode == 2
+    assert "model.leads: 'joint' -> 'conditioned': expected the same channels" in refused.stderr
+
+
 def test_a_checkpoint_and_a_split_can_be_chosen(program, run, capsys):
     checkpoint = run / "checkpoints" / "step-00000006"
     assert cli.main(["evaluate", str(checkpoint), "--split", "validation"]) == 0

@@ -29,6 +29,8 @@ class ForecastData:
     with_wind: bool
     needed: tuple[str, ...]
     """Variables that the physical priors need."""
+    joint: bool = False
+    """Whether a sample has the targets of all lead times."""
 
     @property
     def grid(self) -> Grid:
@@ -78,8 +80,12 @@ class ForecastData:
         """The samples of a split that the config gives ranges for. on_progress is called now and then."""
         starts, in_training = self.splits[split].starts, split == "train"
         return ForecastDataset(
-            self.source, normalization, starts, self.config, self.with_wind, in_training, on_progress
+            self.source, normalization, starts, self.config, self.with_wind, self.joint, in_training, on_progress
         )
+
+    def num_samples(self, split: str) -> int:
+        """Return the length of the `dataset` of a split."""
+        return len(self.splits[split].starts) * (1 if self.joint else len(self.config.lead_times_hours))
 
     def summary(self) -> list[str]:
         """Return lines for the log: extent, grid, and splits with the starts that were lost to gaps."""
@@ -88,8 +94,7 @@ class ForecastData:
             f"grid: {self.grid.describe()}, {int(self.source.mask.sum())} cells in the mask",
         ]
         for split, index in self.splits.items():
-            n_samples = len(index.starts) * len(self.config.lead_times_hours)
-            line = f"{split}: {len(index.starts)} start times, {n_samples} samples"
+            line = f"{split}: {len(index.starts)} start times, {self.num_samples(split)} samples"
             if index.dropped_for_gaps:
                 line += f"; {index.dropped_for_gaps} starts skipped because their windows cross a gap in time"
             lines.append(line)
@@ -106,6 +111,7 @@ def open_forecast_data(
     config: DataConfig,
     with_wind: bool,
     with_terrain: bool,
+    joint: bool = False,
     index: PreparedIndex | None = None,
     only: Sequence[str] = SPLITS,
 ) -> ForecastData:
@@ -113,6 +119,7 @@ def open_forecast_data(
 
     Args:
         with_wind, with_terrain: whether the model uses the wind field and the terrain height.
+        joint: whether it forecasts all lead times at once.
         index: of data.path, if this or another process has made it.
         only: the splits to find starts for.
 
@@ -124,4 +131,4 @@ def open_forecast_data(
     needed = (*(("u", "v") if with_wind else ()), *(("elevation",) if with_terrain else ()))
     check_channels(config, source, needed)
     splits = {split: find_starts(config, source, split) for split in only if getattr(config, split)}
-    return ForecastData(config, source, splits, with_wind, needed)
+    return ForecastData(config, source, splits, with_wind, needed, joint)

@@ -16,12 +16,15 @@ from topoflow.errors import ConfigError
 
 
 class ForecastDataset(torch.utils.data.Dataset):
-    """(start, lead) pairs: sample i is start i // n_leads with lead i % n_leads.
+    """Samples of (start, lead) pairs: pair p is start p // n_leads with lead p % n_leads.
+
+    A sample is one pair, sample i pair i; or, if joint, sample i is start i with the pairs of all its leads.
 
     Arguments: the data; the normalization of all inputs and targets; starts, int64 [n], positions in data.times, each
-    with a complete window about it; the data section; with_wind, to add the wind of the whole field in m/s;
+    with a complete window about it; the data section; with_wind, to add the wind of the whole field in m/s; joint;
     in_training, that the base was fitted to these starts; on_progress, called now and then. layout: of one sample, see
-    `__getitem__`. Raises ConfigError for other lead times than those of the base.
+    `__getitem__`. pairs_per_sample: 1, or n_leads if joint. Raises ConfigError for other lead times than those of the
+    base.
     """
 
     def __init__(
@@ -31,6 +34,7 @@ class ForecastDataset(torch.utils.data.Dataset):
         starts: np.ndarray,
         config: DataConfig,
         with_wind: bool,
+        joint: bool = False,
         in_training: bool = False,
         on_progress: Callable[[], None] = lambda: None,
     ):
@@ -39,6 +43,8 @@ class ForecastDataset(torch.utils.data.Dataset):
         self.starts = np.asarray(starts, np.int64)
         self.with_wind = with_wind
         self.lead_times_hours = tuple(config.lead_times_hours)
+        self.joint = joint
+        self.pairs_per_sample = len(self.lead_times_hours) if joint else 1
         self.input_names = input_names(config)
         self.target_names = tuple(config.targets)
         self.base = normalization.base
@@ -63,7 +69,7 @@ class ForecastDataset(torch.utils.data.Dataset):
         self.layout = self._sample_layout()
 
     def __len__(self) -> int:
-        return len(self.starts) * len(self.lead_times_hours)
+        return len(self.starts) * len(self.lead_times_hours) // self.pairs_per_sample
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         """Sample i, all on CPU.
@@ -71,7 +77,7 @@ class ForecastDataset(torch.utils.data.Dataset):
         x: float32 [V, H, W], normalized, 0 (the mean) where missing; y: float32 [T, H, W], normalized, 0 where not
         valid; valid: bool [T, H, W], the target has a value and the mask counts the cell; lead_time_hours: float32 [];
         wind_ms: float32 [2, H, W], m/s, if asked for, a missing value being the mean of those present (0 without any);
-        index: int64 [], which is i.
+        index: int64 [], which is i. If joint, y, valid and lead_time_hours have a first dimension more, the leads.
         """
         return {name: values[0] for name, values in self.batch([i]).items()}
 
@@ -82,29 +88,31 @@ class ForecastDataset(torch.utils.data.Dataset):
     def fill(self, indices: Sequence[int], batch: Batch) -> None:
         """Write the samples `indices` into `batch`, whose tensors are as `layout` says with a new first dimension.
 
-        Inputs of one start are made once for all its leads in the batch. If the batch has a `mean` [B, T, H, W] too, it
-        gets the forecast of the base, from which y is the difference.
+        Inputs of one start are made once for all its leads in the batch. If the batch has a `mean` of the shape of y
+        too, it gets the forecast of the base, from which y is the difference.
         """
         arrays = {name: values.numpy() for name, values in batch.items()}
-        x, y, valid, leads = (arrays[name] for name in ("x", "y", "valid", "lead_time_hours"))
-        wind = arrays["wind_ms"] if self.with_wind else np.empty((len(indices), 0), np.float32)
+        x, wind = arrays["x"], arrays["wind_ms"] if self.with_wind else np.empty((len(indices), 0), np.float32)
         arrays["index"][:] = indices
         made: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray | None]] = {}
         for row, i in enumerate(indices):
-            start, target, leads[row] = self.positions(i)
+            start, _, _ = self.positions(self.pairs(i)[0])
             if start in made:
                 x[row], wind[row], anomaly = made[start]
             else:
                 anomaly = None if self._anomalies is None else self._anomalies.at(start)
                 self._inputs.fill(start, x[row], wind[row], anomaly)
                 made[start] = x[row], wind[row], anomaly
-            mean = self._target_mean if anomaly is None else self._base_forecast(i, start, anomaly)
-            if "mean" in arrays:
-                arrays["mean"][row] = mean
-            self._fill_targets(target, mean, y[row], valid[row])
+            for number, pair in enumerate(self.pairs(i)):
+                place = (row, number) if self.joint else row
+                _, target, arrays["lead_time_hours"][place] = self.positions(pair)
+                mean = self._target_mean if anomaly is None else self._base_forecast(pair, start, anomaly)
+                if "mean" in arrays:
+                    arrays["mean"][place] = mean
+                self._fill_targets(target, mean, arrays["y"][place], arrays["valid"][place])
 
-    def _base_forecast(self, i: int, start: int, anomaly: np.ndarray) -> np.ndarray:
-        return self._forecasts.forecast(start, int(i) % len(self.lead_times_hours), anomaly)
+    def _base_forecast(self, pair: int, start: int, anomaly: np.ndarray) -> np.ndarray:
+        return self._forecasts.forecast(start, pair % len(self.lead_times_hours), anomaly)
 
     def denormalize(self, values: np.ndarray, mean: np.ndarray | None) -> np.ndarray:
         """Return what normalized `values` [B, T, H, W] are in the units of the data.
@@ -116,26 +124,31 @@ class ForecastDataset(torch.utils.data.Dataset):
         names, denormalize = self.target_names, self.normalization.denormalize
         return np.stack([denormalize(name, values[:, t]) for t, name in enumerate(names)], axis=1)
 
-    def positions(self, i: int) -> tuple[int, int, int]:
-        """Return the positions of start and target of sample i in the data's times, and its lead in hours."""
+    def pairs(self, i: int) -> range:
+        """Return the pairs of sample i."""
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
-        number, lead = divmod(int(i), len(self.lead_times_hours))
+        return range(int(i) * self.pairs_per_sample, (int(i) + 1) * self.pairs_per_sample)
+
+    def positions(self, pair: int) -> tuple[int, int, int]:
+        """Return the positions of start and target of a pair in the data's times, and its lead in hours."""
+        number, lead = divmod(pair, len(self.lead_times_hours))
         start, hours = int(self.starts[number]), self.lead_times_hours[lead]
         return start, start + hours // self.data.step_hours, hours
 
     def sample_identity(self, i: int) -> str:
-        """Return a name of the sample that does not depend on the split: "2019-01-01T05+12h"."""
-        start, _, lead = self.positions(i)
-        return f"{self.data.times[start]}+{lead}h"
+        """Return a name of the sample that does not depend on the split: "2019-01-01T05+12h", or "...+12,24,48h"."""
+        positions = [self.positions(pair) for pair in self.pairs(i)]
+        return f"{self.data.times[positions[0][0]]}+{','.join(str(hours) for _, _, hours in positions)}h"
 
     def _sample_layout(self) -> Layout:
-        targets = (len(self.target_names), *self.data.grid.shape)
+        leads = (len(self.lead_times_hours),) if self.joint else ()
+        targets = (*leads, len(self.target_names), *self.data.grid.shape)
         layout = {
             "x": (torch.float32, self._inputs.shape),
             "y": (torch.float32, targets),
             "valid": (torch.bool, targets),
-            "lead_time_hours": (torch.float32, ()),
+            "lead_time_hours": (torch.float32, leads),
             "index": (torch.int64, ()),
         }
         return {**layout, "wind_ms": (torch.float32, self._inputs.wind_shape)} if self.with_wind else layout

@@ -24,9 +24,9 @@ class TopoFlow(nn.Module):
     input_names and target_names are the channels of the input and of the output; img_size is (rows, columns) of the
     grid; patch_x_km, patch_y_km [N] are the patch centres in raster order, x east and y north, used if config.wind is
     rank. activation_checkpointing: recompute blocks in the backward pass. flex_attention: attend with biases by
-    FlexAttention on GPUs, else by torch's plain path. Weights are those of torch's layers: `build_model` sets the
-    initial ones. Raises ConfigError if the patch size does not divide the grid or the wind scan is not defined on it,
-    ValueError if the patch centres are not N finite numbers.
+    FlexAttention on GPUs, else by torch's plain path. num_leads: lead times of one forecast, if config.leads is joint.
+    Weights are those of torch's layers: `build_model` sets the initial ones. Raises ConfigError if the patch size does
+    not divide the grid or the wind scan is not defined on it, ValueError if the patch centres are not N finite numbers.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class TopoFlow(nn.Module):
         patch_y_km: Sequence[float] | np.ndarray,
         activation_checkpointing: bool = False,
         flex_attention: bool = True,
+        num_leads: int = 1,
     ):
         super().__init__()
         self.config = config
@@ -47,6 +48,8 @@ class TopoFlow(nn.Module):
         self.img_size = (img_size[0], img_size[1])
         self.activation_checkpointing = activation_checkpointing
         self.flex_attention = flex_attention
+        self.joint = config.leads == "joint"
+        self.num_leads = num_leads if self.joint else 1
         D, p = config.embed_dim, config.patch_size
         if any(cells % p for cells in self.img_size):
             raise ConfigError(f"model.patch_size: {p} does not divide the grid of {img_size[0]} x {img_size[1]} cells")
@@ -60,7 +63,8 @@ class TopoFlow(nn.Module):
         self.var_query = nn.Parameter(torch.empty(1, 1, D))
         self.var_agg = VariableAggregation(D, config.num_heads)
         self.pos_embed = nn.Parameter(torch.empty(1, self.num_patches, D))
-        self.lead_time_embed = nn.Linear(1, D)
+        if not self.joint:
+            self.lead_time_embed = nn.Linear(1, D)
         if config.wind == "mean":
             self.wind_mean = WindMean(D)
         if config.wind == "rank":
@@ -71,7 +75,7 @@ class TopoFlow(nn.Module):
         self.norm = nn.LayerNorm(D)
         self.kept: Tensor | None = None
         hidden = [layer for _ in range(config.decoder_depth) for layer in (nn.Linear(D, D), nn.GELU())]
-        self.head = nn.Sequential(*hidden, nn.Linear(D, len(self.target_names) * p * p))
+        self.head = nn.Sequential(*hidden, nn.Linear(D, p * p * self.num_leads * len(self.target_names)))
 
     @property
     def num_patches(self) -> int:
@@ -119,10 +123,11 @@ class TopoFlow(nn.Module):
     def forward(self, x: Tensor, lead_time_hours: Tensor, elevation_m: Tensor, wind_ms: Tensor | None = None) -> Tensor:
         """Forecast the targets.
 
-        x [B, V, H, W]: normalized inputs, channels as input_names, no NaN. lead_time_hours [B]. elevation_m [H, W]:
-        terrain height in metres, no NaN, used if config.terrain is endpoint.
+        x [B, V, H, W]: normalized inputs, channels as input_names, no NaN. lead_time_hours [B], used if config.leads is
+        conditioned. elevation_m [H, W]: terrain height in metres, no NaN, used if config.terrain is endpoint.
         wind_ms [B, 2, H, W]: (u, v) in m/s, used and required unless config.wind is none.
-        Returns [B, T, H, W], normalized, channels as target_names. Raises ValueError for other shapes.
+        Returns [B, T, H, W], normalized, channels as target_names; if config.leads is joint [B, L, T, H, W], the lead
+        times in the order of the data. Raises ValueError for other shapes.
         """
         self._check_shapes(x, lead_time_hours, elevation_m, wind_ms)
         x = self._embed(x, lead_time_hours, wind_ms)  # [B, N, D]
@@ -133,10 +138,11 @@ class TopoFlow(nn.Module):
                 x = checkpoint(block, x, *context, use_reentrant=False)
             else:
                 x = block(x, *context)
-        x = self.head(self.norm(x))  # [B, N, p*p*T]
+        x = self.head(self.norm(x))  # [B, N, p*p*L*T]
         if self.kept is not None:
             x = x.new_zeros(x.shape[0], self.num_patches, x.shape[2]).index_copy(1, self.kept, x)
-        return unpatchify(x, self.grid_size, self.config.patch_size)
+        fields = unpatchify(x, self.grid_size, self.config.patch_size)  # [B, L*T, H, W]
+        return fields.unflatten(1, (self.num_leads, -1)) if self.joint else fields
 
     def _embed(self, x: Tensor, lead_time_hours: Tensor, wind_ms: Tensor | None) -> Tensor:
         """Return the tokens [B, N, D] of the fields [B, V, H, W], in raster order; only those kept."""
@@ -149,8 +155,9 @@ class TopoFlow(nn.Module):
         if self.config.wind == "legacy_regional":
             assert wind_ms is not None  # by _check_shapes
             tokens = scan_regionally(tokens, wind_ms)  # all later code treats them as tokens in raster order
-        lead_time = self.lead_time_embed(lead_time_hours.unsqueeze(-1)).unsqueeze(1)  # [B, 1, D]
-        tokens = tokens + self._keep(self.pos_embed, 1) + lead_time
+        tokens = tokens + self._keep(self.pos_embed, 1)
+        if not self.joint:
+            tokens = tokens + self.lead_time_embed(lead_time_hours.unsqueeze(-1)).unsqueeze(1)  # [B, 1, D]
         if self.config.wind == "mean":
             tokens = tokens + self.wind_mean(wind_ms)
         if self.config.wind == "rank":
@@ -167,9 +174,10 @@ class TopoFlow(nn.Module):
         B, (H, W) = x.shape[0], self.img_size
         expected = {
             "x": (x, (B, len(self.input_names), H, W), f"[B, V, H, W] with the channels {', '.join(self.input_names)}"),
-            "lead_time_hours": (lead_time_hours, (B,), "[B]"),
             "elevation_m": (elevation_m, (H, W), "[H, W]"),
         }
+        if not self.joint:
+            expected["lead_time_hours"] = (lead_time_hours, (B,), "[B]")
         if self.config.wind != "none":
             expected["wind_ms"] = (wind_ms, (B, 2, H, W), "[B, 2, H, W]")
         for name, (tensor, shape, meaning) in expected.items():
@@ -187,6 +195,7 @@ def build_model(
     seed: int,
     activation_checkpointing: bool = False,
     flex_attention: bool = True,
+    num_leads: int = 1,
 ) -> TopoFlow:
     """Return a TopoFlow on CPU with its initial weights, a pure function of the arguments.
 
@@ -202,6 +211,7 @@ def build_model(
             patch_y_km,
             activation_checkpointing,
             flex_attention,
+            num_leads,
         )
     initialize_weights(model, model.grid_size, seed, zero_output=config.base != "none")
     return model

@@ -72,7 +72,8 @@ def check_data(process: Process, found: Found) -> None:
     if process.config is SMALL:
         found.summary = "no CONFIG: not examined"
         return
-    data = open_forecast_data(config, model.wind != "none", model.terrain != "none", only=("train",))
+    form = (model.wind != "none", model.terrain != "none", model.leads == "joint")
+    data = open_forecast_data(config, *form, only=("train",))
     names = (*(channel.variable for channel in input_channels(config)), *data.target_names)
     dataset = data.dataset("train", Normalization.from_dict(dict.fromkeys(names, (0.0, 1.0))))
     opened = time.monotonic()

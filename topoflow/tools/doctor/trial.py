@@ -42,10 +42,12 @@ def run_passes(process: Process, found: Found) -> None:
     if is_gpu:
         torch.cuda.set_device(device)  # each thread has a current device of its own
     draws = torch.Generator().manual_seed(config.run.seed)
+    leads = (len(data.lead_times_hours),) if config.model.leads == "joint" else ()
+    targets = (size, *leads, len(data.targets), *grid_shape)
     batch = {
         "x": torch.randn(size, len(input_names(data)), *grid_shape, generator=draws),
-        "y": torch.randn(size, len(data.targets), *grid_shape, generator=draws),
-        "valid": torch.ones(size, len(data.targets), *grid_shape, dtype=torch.bool),
+        "y": torch.randn(targets, generator=draws),
+        "valid": torch.ones(targets, dtype=torch.bool),
         "lead_time_hours": torch.full((size,), float(data.lead_times_hours[0])),
         "wind_ms": 5 * torch.randn(size, 2, *grid_shape, generator=draws),
     }

@@ -36,6 +36,7 @@ NEEDS = {
     r"blocks\.0\.attn\.(elevation_alpha|H_scale)": "model.terrain=endpoint",
     r"blocks\.\d+\.(norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12])\.": "a larger model.depth",
     r"head\.\d+\.": "a larger model.decoder_depth",
+    r"lead_time_embed\.": "model.leads=conditioned",
     "": "only weights that the two programs have",
 }
 """{pattern of a name: the config key that gives a network such a weight}; the first that matches the beginning."""
