@@ -7,10 +7,13 @@ import xarray as xr
 
 from tests.support.prepared import write_prepared
 from topoflow.config import DataConfig
+from topoflow.data.anomalies import PresentAnomalies
 from topoflow.data.dataset import ForecastDataset
 from topoflow.data.normalization import Normalization
 from topoflow.data.prepared.reader import PreparedData, index_prepared
 from topoflow.errors import ConfigError
+from topoflow.physics.climatology import ANNUAL_TERMS
+from topoflow.physics.persistence import DampedPersistence
 
 HOURS, SHAPE, LEADS = 60, (2, 3), (6, 12)
 TARGETS = ("o3", "pm25")
@@ -25,9 +28,11 @@ class Linear:
     known = np.ones(SHAPE, bool)
     lead_times_hours = np.array(LEADS, np.float32)
 
-    def usual(self, time, places=None):
-        values = np.stack([np.full(SHAPE, level + hours_of(time)) for level in (100, 50)]).astype(np.float32)
-        return values if places is None else values.ravel()[places]
+    def usual(self, time):
+        return np.stack([np.full(SHAPE, level + hours_of(time)) for level in (100, 50)]).astype(np.float32)
+
+    def usual_at_places(self, times, places):
+        return np.array([self.usual(time).ravel()[places] for time in times]).reshape(len(times), len(places))
 
     def forecasts_from(self, source, targets, starts, in_training, on_progress):
         self.times = source.times
@@ -99,6 +104,32 @@ def test_targets_are_differences_from_the_base(build, fields, start):
                 base = level + 0.5 ** (k + 1) * present_anomaly(fields, name, start, cell)
                 expected = 0.0 if np.isnan(observed) else (observed - base) / (4.0, 5.0)[t]
                 assert sample["y"][t][cell].item() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(("start", "hours"), [(0, 0), (30, 12), (43, 4), (41, 3), (50, 11)])
+def test_a_missing_present_value_is_the_mean_anomaly_of_the_hours_before(fields, tmp_path, start, hours):
+    """Over a seasonal climatology, in float64; nine hours are missing after position 38."""
+    fields = fields.isel(time=[*range(39), *range(48, HOURS)])
+    data = PreparedData(index_prepared(str(write_prepared(fields, tmp_path / "data"))))
+    rng = np.random.default_rng(3)
+    terms = rng.standard_normal((len(TARGETS), 24 + ANNUAL_TERMS, *SHAPE)).astype(np.float32)
+    arrays = {"hourly": 50 + terms[:, :24], "annual": terms[:, 24:], "slope": np.ones((len(TARGETS), 2, *SHAPE))}
+    arrays |= {"filled": np.zeros_like(terms), "squares": np.ones((len(TARGETS), 2)), "lead_times_hours": LEADS}
+    base = DampedPersistence.from_arrays(arrays)
+    found = PresentAnomalies(data, TARGETS, base).at(start)
+    values = np.stack([fields[name].values for name in TARGETS], axis=1).astype(np.float64)
+    usual = np.stack([base.climatology.hourly[:, hour % 24] for hour in fields.time.dt.hour.values])
+    angle = 2 * np.pi * ((fields.time - np.datetime64("2019-01-01")) / np.timedelta64(1, "D")).values / 365.25
+    turn = 2 * np.pi * fields.time.dt.hour.values / 24
+    of_day = [1 + 0 * turn, np.cos(turn), np.sin(turn), np.cos(2 * turn), np.sin(2 * turn)]
+    of_year = [np.cos(angle), np.sin(angle), np.cos(2 * angle), np.sin(2 * angle)]
+    factors = np.stack([year * day for year in of_year for day in of_day], axis=1)
+    anomalies = values - usual - np.einsum("nk,tkyx->ntyx", factors, base.climatology.annual.astype(np.float64))
+    recent = anomalies[start - hours : start]
+    count = np.isfinite(recent).sum(axis=0)
+    expected = np.where(np.isnan(anomalies[start]), np.nansum(recent, axis=0) / np.maximum(count, 1), anomalies[start])
+    assert np.isnan(anomalies[start]).any()
+    assert found == pytest.approx(expected, abs=2e-4)
 
 
 def test_inputs_are_normalized_as_ever_unless_anomalies_are_asked_for(build, fields):

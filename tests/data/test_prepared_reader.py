@@ -59,6 +59,17 @@ def test_float16_is_read_back_as_float32_near_the_values(fields, tmp_path):
             np.testing.assert_array_equal(data.at((name,), position)[0], values[position])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_some_places_of_consecutive_hours_are_those_of_the_whole_fields(fields, tmp_path, dtype):
+    data = open_prepared(write_prepared(fields, tmp_path / "out", dtype=dtype))
+    names, hours, places = ("co", "u", "v"), range(44, 52), np.array([71, 0, 23, 24, 30])  # over New Year
+    whole = np.stack([data.at(names, hour) for hour in hours])
+    found = data.at_places(names, hours, places)
+    np.testing.assert_array_equal(found, whole.reshape(8, -1)[:, places])
+    assert found.dtype == np.float32
+    assert data.at_places(names, range(5, 5), places).shape == (0, 5)
+
+
 def test_reading_costs_no_memory_that_grows_with_the_data(prepared):
     data = open_prepared(prepared)
     data.at(("u", "v"), 0), data.at(("u", "v"), 99)

@@ -48,6 +48,8 @@ def test_seasonal_climatology_is_the_shrunk_least_squares(block, monkeypatch):
         rows, right = np.concatenate([terms[seen], penalty]), np.concatenate([values[seen], np.zeros(20)])
         expected = design(shown) @ np.linalg.lstsq(rows, right, rcond=None)[0]
         assert [fitted.at(time)[0][*cell] for time in shown] == pytest.approx(expected, rel=1e-9)
+        place = np.ravel_multi_index(cell, mask.shape)
+        assert fitted.at_places(shown, np.array([0, place]))[:, 1] == pytest.approx(expected, rel=1e-9)
     assert np.all(fitted.at(shown[0])[0][~mask] == 0)
 
 

@@ -15,34 +15,31 @@ class PresentAnomalies:
     """Reads the differences of the targets from what is usual."""
 
     def __init__(self, data: PreparedData, targets: Sequence[str], base: Base):
-        self._data, self._base = data, base
+        self._data, self._base, self._targets = data, base, tuple(targets)
         # in the order in which they lie, so that the data may give a view of them
         self._names = tuple(name for name in data.dynamic if name in targets)
         self._order = [self._names.index(name) for name in targets]
-        self._cells = data.grid.lat2d.size
 
     def at(self, start: int) -> np.ndarray:
         """Return the anomalies [T, H, W] at position `start` of the data's times, in the units of the data, float32.
 
         A missing value is replaced by the mean over the last RECENT_HOURS hours, or by 0 if those have no value.
         """
-        times = self._data.times
-        present = self._data.at(self._names, start)[self._order]
-        present -= self._base.usual(times[start])
-        missing = np.flatnonzero(np.isnan(present))
+        anomaly = self._base.usual(self._data.times[start])
+        fields = self._data.at(self._names, start)
+        for usual, field in zip(anomaly, self._order, strict=True):
+            np.subtract(fields[field], usual, out=usual)
+        missing = np.flatnonzero(np.isnan(anomaly))
         if len(missing):
-            total, count = np.zeros((2, len(missing)), np.float32)
-            stored = np.array(self._order)[missing // self._cells] * self._cells + missing % self._cells
-            for position in self._recent(start):
-                values = self._data.at(self._names, position).reshape(-1)[stored]
-                anomaly = values - self._base.usual(times[position], missing)
-                total += np.nan_to_num(anomaly)
-                count += ~np.isnan(anomaly)
-            present.reshape(-1)[missing] = total / np.maximum(count, 1)
-        return present
+            anomaly.reshape(-1)[missing] = self._recent_mean(start, missing)
+        return anomaly
 
-    def _recent(self, start: int) -> range:
-        times, first = self._data.times, start
-        while first > 0 and times[start] - times[first - 1] <= np.timedelta64(RECENT_HOURS, "h"):
-            first -= 1
-        return range(first, start)
+    def _recent_mean(self, start: int, places: np.ndarray) -> np.ndarray:
+        """Return the mean anomalies [len(places)] of the hours before `start`; places: in the T * H * W values."""
+        times, earliest = self._data.times, max(0, start - RECENT_HOURS)
+        since = times[start] - np.timedelta64(RECENT_HOURS, "h")
+        recent = range(earliest + int(np.searchsorted(times[earliest:start], since)), start)
+        values = self._data.at_places(self._targets, recent, places)
+        values -= self._base.usual_at_places(times[recent.start : start], places)
+        exists = ~np.isnan(values)
+        return np.where(exists, values, 0).sum(axis=0) / np.maximum(exists.sum(axis=0, dtype=np.float32), 1)

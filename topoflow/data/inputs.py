@@ -50,7 +50,10 @@ class InputReader:
         self._available = names.index("available") if "available" in names else None
         self._clock = [(row, name) for row, name in enumerate(names) if name.startswith(("hour_", "day_"))]
         self._static = [row for row, name in enumerate(names) if name in data.static_fields]
+        # anomalies are written in a way of their own; `available` counts their gaps with those of the others
+        plain = [row for row in dynamic if self._available is not None or names[row] not in as_anomalies]
         self._base = normalization.base if as_anomalies else None
+        self._deviation = self._base.deviation.astype(np.float32) if self._base is not None else np.empty(0, np.float32)
         # by hour: rows of a sample, the variables in them, and their places among the targets
         self._anomalies: dict[int, tuple[list[int], tuple[str, ...], list[int]]] = {}
         for row, channel in enumerate(channels):
@@ -64,11 +67,11 @@ class InputReader:
         # by hour: what is read, in the order in which it lies, so that it may be a view, and where it goes
         self._reads: list[tuple[int, tuple[str, ...], Runs]] = []
         self._wind: list[int] = []
-        for hours in sorted({channels[row].hours for row in dynamic} | ({0} if with_wind else set())):
-            wanted = {names[row] for row in dynamic if channels[row].hours == hours}
+        for hours in sorted({channels[row].hours for row in plain} | ({0} if with_wind else set())):
+            wanted = {names[row] for row in plain if channels[row].hours == hours}
             wind = ("u", "v") if with_wind and hours == 0 else ()
             read = tuple(name for name in data.dynamic if name in wanted or name in wind)
-            fields = {row: read.index(names[row]) for row in dynamic if channels[row].hours == hours}
+            fields = {row: read.index(names[row]) for row in plain if channels[row].hours == hours}
             self._reads.append((hours // data.step_hours, read, runs(fields, data.grid.lat2d.size)))
             if wind:
                 self._wind = [read.index(name) for name in wind]
@@ -93,25 +96,29 @@ class InputReader:
                 if self._available is not None:
                     absent = absent + np.isnan(values).sum(axis=0, dtype=np.float32)
                 zero_nan(values)
-            if steps * self._data.step_hours in self._anomalies:
-                self._fill_anomalies(start, steps, x, anomaly)
             if steps == 0:
                 for component, field in zip(wind, self._wind, strict=False):
                     _fill_wind(fields[field], component)
+        for hours in self._anomalies:
+            self._fill_anomalies(start, hours, x, anomaly)
         if self._available is not None:
             x[self._available] = 1 - absent / np.float32(self._n_dynamic)
         for row, name in self._clock:
             x[row] = _clock_value(name, self._data.times[start])
 
-    def _fill_anomalies(self, start: int, steps: int, x: np.ndarray, present: np.ndarray | None) -> None:
+    def _fill_anomalies(self, start: int, hours: int, x: np.ndarray, present: np.ndarray | None) -> None:
         assert self._base is not None
         assert present is not None
-        rows, names, places = self._anomalies[steps * self._data.step_hours]
-        anomaly = present[places]
-        if steps != 0:
-            usual = self._base.usual(self._data.times[start + steps])[places]
-            anomaly = np.nan_to_num(self._data.at(names, start + steps) - usual)
-        x[rows] = anomaly / self._base.deviation[places, None, None]
+        rows, names, places = self._anomalies[hours]
+        position = start + hours // self._data.step_hours
+        usual = self._base.usual(self._data.times[position]) if hours else None
+        for row, name, place in zip(rows, names, places, strict=True):
+            if usual is None:
+                np.divide(present[place], self._deviation[place], out=x[row])
+            else:
+                np.subtract(self._data.at((name,), position)[0], usual[place], out=x[row])
+                x[row] /= self._deviation[place]
+                zero_nan(x[row])
 
 
 def runs(fields: dict[int, int], cells: int) -> Runs:

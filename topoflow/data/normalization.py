@@ -42,11 +42,12 @@ class Base(Protocol):
     @property
     def known(self) -> np.ndarray: ...
 
-    def usual(self, time: np.datetime64, places: np.ndarray | None = None) -> np.ndarray:
-        """Return the values [T, H, W] about which there are anomalies at a time.
+    def usual(self, time: np.datetime64) -> np.ndarray:
+        """Return the values [T, H, W] about which there are anomalies at a time, as a new array."""
+        ...
 
-        places: positions in the T * H * W values; only those are returned.
-        """
+    def usual_at_places(self, times: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Return only some of them, [n, len(places)] at `times` [n]; places: positions in the T * H * W values."""
         ...
 
     def forecasts_from(

@@ -62,8 +62,8 @@ class Climatology:
         hourly: [T, 24, H, W] by hour of day. A cell without training values at an hour has its mean over all hours; a
             cell without any has the mean over cells at that hour, or over everything if there is none either. NaN only
             for a target without any training value.
-        annual: [T, K, H, W], coefficients of the annual terms in the order of `annual_terms`; K is 0 if the climatology
-            is hourly.
+        annual: [T, K, H, W], coefficients of the annual terms: for cosine and sine of each harmonic in turn those times
+            1, cosine and sine of the daily ones; K is 0 if the climatology is hourly.
         filled: [T, 24, H, W] 1 where `hourly` is not the cell's own at that hour, else 0.
     """
 
@@ -87,17 +87,29 @@ class Climatology:
             table.append(summed.reshape(HOURS, 2 * ANNUAL, -1))
         return np.ascontiguousarray(np.concatenate(table, axis=1))
 
-    def at(self, time: np.datetime64, places: np.ndarray | None = None) -> np.ndarray:
-        """Return the usual values [T, H, W] at a time, in the precision of `hourly`.
+    @functools.cached_property
+    def _by_place(self) -> np.ndarray:
+        """[T * H * W, 24 + K], `hourly` and `annual`: what is known of a place is one stretch of memory."""
+        terms = np.concatenate([self.hourly, self.annual], axis=1)
+        return np.ascontiguousarray(np.moveaxis(terms, 1, -1)).reshape(-1, terms.shape[1])
 
-        places: positions in the T * H * W values; only those are computed, and returned in their order.
-        """
+    def at(self, time: np.datetime64) -> np.ndarray:
+        """Return the usual values [T, H, W] at a time, in the precision of `hourly`; a new array."""
         hour = int(time.astype("datetime64[h]").astype(np.int64))
         table = self._by_hour[hour % HOURS]
         weights = _weights_of(hour)[: len(table)].astype(table.dtype)
-        if places is not None:
-            return weights @ table[:, places]
-        return (weights @ table).reshape(-1, *self.hourly.shape[2:])
+        # a matrix product would start the threads of numpy's BLAS, which take the processors of the training step
+        return np.einsum("k,kn->n", weights, table).reshape(-1, *self.hourly.shape[2:])
+
+    def at_places(self, times: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Return values [n, len(places)] of `at` at `times` [n]; places: positions in its T * H * W values."""
+        terms = np.ascontiguousarray(self._by_place.take(places, axis=0).T)  # [24 + K, len(places)]
+        hours = times.astype("datetime64[h]").astype(np.int64)
+        values = terms[hours % HOURS]
+        if self.is_seasonal and len(hours):
+            factors = np.stack([_annual_terms_of(hour) for hour in hours.tolist()])
+            values += np.einsum("nk,kp->np", factors.astype(terms.dtype), terms[HOURS:])
+        return values
 
     def filled_at(self, time: np.datetime64) -> np.ndarray:
         """Return where the values of `at` are not the cell's own: bool [T, H, W]."""
@@ -219,6 +231,12 @@ def _annual_harmonics(times: np.ndarray | np.datetime64) -> np.ndarray:
 def _weights_of(hour: int) -> np.ndarray:
     """Return the weights of the terms in `Climatology._by_hour` at an hour since 1970: [1 + 2 * ANNUAL]."""
     return np.concatenate([[1.0], _annual_harmonics(np.datetime64(hour, "h"))])
+
+
+@functools.lru_cache(2**16)
+def _annual_terms_of(hour: int) -> np.ndarray:
+    """Return the factors of `Climatology.annual` at an hour since 1970: [ANNUAL_TERMS]."""
+    return np.outer(_weights_of(hour)[1:], _daily_terms(np.array(hour % HOURS))).ravel()
 
 
 def _daily_terms(hours: np.ndarray) -> np.ndarray:

@@ -60,14 +60,19 @@ class DampedPersistence:
         climatology = Climatology(arrays["hourly"], arrays["annual"], arrays["filled"])
         return cls(climatology, arrays["slope"], arrays["squares"], arrays["lead_times_hours"])
 
-    def usual(self, time: np.datetime64, places: np.ndarray | None = None) -> np.ndarray:
-        """Return the values [T, H, W] of the climatology at a time, or those at `places` of all T * H * W."""
-        return self.climatology.at(time, places)
+    def usual(self, time: np.datetime64) -> np.ndarray:
+        """Return the values [T, H, W] of the climatology at a time."""
+        return self.climatology.at(time)
+
+    def usual_at_places(self, times: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Return its values [n, len(places)] at `times` [n]; places: positions in the T * H * W values of `usual`."""
+        return self.climatology.at_places(times, places)
 
     def forecast(self, anomaly: np.ndarray, target: np.datetime64, lead: int) -> np.ndarray:
         """Return the forecast [T, H, W] for the time `target`, the lead with index `lead`; anomaly: at the start."""
-        forecast = self.slope[:, lead] * anomaly
-        forecast += self.climatology.at(target)
+        forecast = self.climatology.at(target)
+        for usual, slope, present in zip(forecast, self.slope[:, lead], anomaly, strict=True):
+            usual += slope * present  # target by target, so that the product stays in the processor's cache
         return forecast
 
     def forecasts_from(

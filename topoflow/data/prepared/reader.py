@@ -1,5 +1,6 @@
 """A prepared data set: each hour is one stretch of a file that is mapped into memory."""
 
+import bisect
 import hashlib
 import io
 import mmap
@@ -125,14 +126,8 @@ class PreparedData:
         It may be a view of the file, so it must not be changed. Names in the order of `dynamic` are read fastest.
         IndexError for an index outside `times`.
         """
-        if not 0 <= index < len(self.times):
-            raise IndexError(f"position {index} of {len(self.times)} times")
-        number = self._year_of(index)
-        places, year = self._select(names), self._maps[number]
-        position = index - int(self._first[number])
-        if names:
-            year.expect(position, places)
-        fields = year.array[position, places]
+        places = self._select(names)
+        fields = self._hour(index, places)[places]
         if not self._is_scaled:
             return fields
         # torch converts float16 several times as fast as numpy; the copy is because it needs a writable array
@@ -141,6 +136,22 @@ class PreparedData:
             piece.copy_(halves)
         values *= self._scale[places]
         values += self._offset[places]
+        return values
+
+    def at_places(self, names: tuple[str, ...], indices: range, places: np.ndarray) -> np.ndarray:
+        """float32 [len(indices), len(places)]: what `at` returns at `indices` of `times`, but only some of its values.
+
+        places: positions in the len(names) * H * W values of an hour.
+        """
+        cells, selected = self.grid.lat2d.size, self._select(names)
+        columns = np.array([self.dynamic.index(name) for name in names])[places // cells]
+        stored = columns * cells + places % cells
+        values = np.empty((len(indices), len(places)), np.float32)
+        for row, index in zip(values, indices, strict=True):
+            row[:] = self._hour(index, selected).reshape(-1).take(stored)
+        if self._is_scaled:
+            values *= self._scale[columns, 0, 0]
+            values += self._offset[columns, 0, 0]
         return values
 
     def static(self, name: str) -> np.ndarray:
@@ -188,8 +199,18 @@ class PreparedData:
             self._places[names] = slice(places[0], places[-1] + 1) if in_a_row else places
         return self._places[names]
 
-    def _year_of(self, index: int) -> int:
-        return int(np.searchsorted(self._first, index, side="right")) - 1
+    def _hour(self, index: int, places: slice | list[int]) -> np.ndarray:
+        """[V, H, W], all that is stored at `index` of `times`, of which the variables at `places` are about to be read.
+
+        IndexError for an index outside `times`.
+        """
+        if not 0 <= index < len(self.times):
+            raise IndexError(f"position {index} of {len(self.times)} times")
+        number = bisect.bisect_right(self._first, index) - 1
+        year, position = self._maps[number], index - int(self._first[number])
+        if places:
+            year.expect(position, places)
+        return year.array[position]
 
     def _map(self, number: int) -> "_Map":
         year, manifest = self._manifest.years[number], self._manifest
