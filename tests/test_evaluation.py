@@ -17,12 +17,14 @@ from tests.support.prepared import write_prepared
 from topoflow import evaluation, plots
 from topoflow.config import DataConfig, TrainConfig
 from topoflow.data.assembly import open_forecast_data
+from topoflow.data.forecast_error import ForecastSkill
 from topoflow.data.normalization import Normalization
 from topoflow.errors import ConfigError, StopRequested, TrainingDiverged
 from topoflow.evaluation import Evaluator, evaluate_model
 from topoflow.launch import Launch
 from topoflow.ranks import Context
 from topoflow.run_dir import StopFlag
+from topoflow.tools.evaluate import fit_weather_errors
 
 HOURS, SHAPE, LEADS = 24 * 10, (4, 6), (12, 24)
 TEST_DAYS = ("2019-01-07", "2019-01-10")
@@ -112,6 +114,29 @@ def test_weather_after_the_start_is_said_to_be_perfect(tmp_path, caplog):
         caplog.clear()
         evaluate(open_fields(make_fields(wind=True), folder, **variables), folder / "scores", model=Damped())
         assert ("perfect prognosis: inputs after the start (u+12h, v+24h)" in caplog.text) is said
+
+
+def test_weather_with_errors_changes_the_scores_of_the_model_alone_and_on_any_number_of_ranks(tmp_path, caplog):
+    order = {"variables": ("u", "v", "pm25", "co", "elevation"), "hours": {"u": (12,), "v": (24, 0)}}
+    data = open_fields(make_fields(wind=True), tmp_path, **order)  # the model's forecasts are u+12h and v+24h
+
+    def score(context, skill):
+        errors = None if skill is None else fit_weather_errors(context, data, ForecastSkill.parse(skill), seed=3)
+        config = TrainConfig(max_steps=1, global_batch_size=4, micro_batch_size=4)
+        return evaluate_model(context, Damped(), data, NORMALIZATION, "test", config, tmp_path / "out", errors)
+
+    perfect = score(single_process(), None)
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="topoflow"):
+        wrong = score(single_process(), "0:1,12:0.9,36:0.5")
+    assert "(u+12h, v+24h) are correlated with those of the data by 0.9 at 12 h, 0.7 at 24 h" in caplog.text
+    assert "perfect" not in caplog.text
+    assert score(single_process(), "24:1") == perfect
+    assert ThreadRanks(2).run(lambda context: score(context, "0:1,12:0.9,36:0.5")) == [wrong, wrong]
+    for one, other in zip(perfect, wrong, strict=True):
+        changed = {name for name in one if one[name] != other[name]}
+        assert {"rmse", "correlation"} <= changed
+        assert not [name for name in changed if name.startswith(("persist", "climat", "damped", "ridge_"))]
 
 
 def expected_pairs(fields, name, lead, scale):

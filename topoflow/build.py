@@ -210,8 +210,8 @@ def build_train_data(
     report, with_validation = context.watch.tick, "validation" in data.splits
     with context.together("samples"):
         return TrainData(
-            train=data.dataset("train", normalization, report),
-            validation=data.dataset("validation", normalization, report) if with_validation else None,
+            train=data.dataset("train", normalization, on_progress=report),
+            validation=data.dataset("validation", normalization, on_progress=report) if with_validation else None,
             plan=plan,
             elevation_m=torch.from_numpy(data.source.heights_m()).to(context.device),
             threads=config.data.threads,

@@ -98,6 +98,11 @@ def _add_evaluate(commands) -> None:
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="default: test")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: the run's evaluation folder")
+    parser.add_argument(
+        "--forecast-error",
+        metavar="H:R,...",
+        help="hours ahead and correlation with the truth of the weather after the start, such as 0:1,24:0.95,96:0.65",
+    )
     parser.set_defaults(run=_evaluate)
 
 
@@ -117,7 +122,9 @@ def _evaluate(options: argparse.Namespace) -> int:
             stop = stack.enter_context(StopFlag().listening())
             context = stack.enter_context(distributed_context(launch, DistributedConfig(), device, stop=stop))
             setup_logging(None, context.is_main)
-            score_checkpoint(context, options.source, options.split, options.overrides, options.output)
+            score_checkpoint(
+                context, options.source, options.split, options.overrides, options.output, options.forecast_error
+            )
 
     return run_to_exit(run, launch)
 

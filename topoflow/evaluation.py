@@ -20,6 +20,7 @@ from topoflow.data.assembly import ForecastData
 from topoflow.data.batch import Batch, Layout, make_batch
 from topoflow.data.channels import input_channels
 from topoflow.data.dataset import ForecastDataset
+from topoflow.data.forecast_error import WeatherErrors
 from topoflow.data.normalization import Normalization
 from topoflow.data.sampling import build_eval_loader
 from topoflow.data.variables import known_or_plain
@@ -73,13 +74,14 @@ def evaluate_model(
     split: str,
     config: TrainConfig,
     output: Path,
+    errors: WeatherErrors | None = None,
 ) -> list[Record]:
     """Score `model` on a split; rank 0 writes scores.json, scores.csv, skill.png and case.png to `output`.
 
     Call it on all ranks, with the model itself (not wrapped by DDP: ranks may have different numbers of batches).
     Every rank gets the same records, one per target and lead (see `topoflow.metrics`). Batches have
     config.micro_batch_size samples, the precision is config.precision. Scores do not depend on the number of ranks,
-    and on the batch size only as far as the network's own rounding does.
+    and on the batch size only as far as the network's own rounding does. `errors`: of the weather after the start.
 
     Raises:
         ConfigError: the config gives no range for `split`.
@@ -90,7 +92,7 @@ def evaluate_model(
     if split not in data.splits:
         raise ConfigError(f"data.{split}: no range is configured: expected at least one to score")
     with context.together("samples"):
-        dataset = data.dataset(split, normalization, context.watch.tick)
+        dataset = data.dataset(split, normalization, errors, context.watch.tick)
     evaluator = Evaluator(
         context=context,
         model=model,
@@ -102,7 +104,13 @@ def evaluate_model(
     )
     log.info("evaluation of the %s split: %d samples from %d start times", split, len(dataset), len(dataset.starts))
     ahead = [channel.name for channel in input_channels(data.config) if channel.hours > 0]
-    if ahead:
+    if errors is not None:
+        log.info(
+            "forecast error: inputs after the start (%s) are correlated with those of the data by %s",
+            shorten(ahead, 4),
+            errors.skill.describe(errors.hours),
+        )
+    elif ahead:
         log.warning(
             "perfect prognosis: inputs after the start (%s) come from the data, as if forecast without error",
             shorten(ahead, 4),

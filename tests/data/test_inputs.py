@@ -2,13 +2,16 @@
 
 import numpy as np
 import pytest
+import xarray as xr
 
 from tests.support.prepared import write_prepared
 from topoflow.data.assembly import open_forecast_data
 from topoflow.data.channels import Channel, input_channels, input_names, window_hours
+from topoflow.data.forecast_error import ForecastSkill, WeatherErrors
 from topoflow.data.inputs import InputReader
 from topoflow.data.normalization import Normalization
 from topoflow.data.prepared.reader import PreparedData, index_prepared
+from topoflow.errors import ConfigError, DataError
 
 HOURS = {"u": (0, 6, 12), "pm25": (0, -24), "co": (-3,)}
 NAMES = ("u", "u+6h", "u+12h", "elevation", "pm25", "pm25-24h", "co-3h", "hour_sin", "v")
@@ -92,3 +95,94 @@ def test_a_further_variable_is_an_input_and_a_target_like_any_other(make_fields,
     expected = np.nan_to_num((fields.blh.values[start + 3] - mean) / std)
     np.testing.assert_allclose(dataset[1]["x"][1], expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(dataset[1]["valid"][0], ~np.isnan(fields.nh3.values[target]))
+
+
+SKILL = ForecastSkill.parse("6:0.9,24:0.3")
+DAY = np.timedelta64(1, "D")
+
+
+def usual(time):
+    """Return a cycle of the day and a trend that `make_weather` has, for u and co."""
+    hours = int((time - np.datetime64("2018-12-01")) / np.timedelta64(1, "h"))
+    return np.full((2, 4, 6), 10.0 * (hours % 24) + 0.1 * hours)
+
+
+@pytest.fixture
+def make_weather(make_fields, tmp_path):
+    """Return noise about `usual`, 120 days of every sixth hour, 7 of which are missing, and their errors."""
+
+    def make(hours=(6, 12, 24), skill=SKILL, seed=0, days=120):
+        fields = make_fields(names=("u", "v", "co"), hours=4 * days, step_hours=6, start="2018-12-01")
+        for name in ("u", "co"):
+            fields[name] += xr.DataArray([usual(time)[0, 0, 0] - 50 for time in fields.time.values], dims="time")
+        fields = fields.isel(time=[*range(280), *range(287, 480)] if days == 120 else slice(None))
+        data = PreparedData(index_prepared(str(write_prepared(fields, tmp_path / f"{days}", step_hours=6))))
+        return data, WeatherErrors(data, ("u", "co"), usual, hours, skill, seed)
+
+    return make
+
+
+@pytest.mark.parametrize(("steps", "r"), [(1, 0.9), (2, 0.7), (4, 0.3)])
+def test_weather_with_errors_has_the_correlation_asked_for_and_the_variance_of_the_truth(make_weather, steps, r):
+    data, errors = make_weather()
+    starts = [*range(276), *range(280, 460)]
+    forecast, truth, other = (np.empty((len(starts), 2, 4, 6)) for _ in range(3))
+    for row, start in enumerate(starts):
+        forecast[row] = errors.at(("u", "co"), start, start + steps) - usual(data.times[start + steps])
+        truth[row] = data.at(("u", "co"), start + steps) - usual(data.times[start + steps])
+        other[row] = data.at(("u", "co"), errors.other_time(start) + steps)
+    both = np.isfinite(forecast)
+    np.testing.assert_array_equal(both, np.isfinite(truth) & np.isfinite(other))
+    assert both.sum() > 17_000  # the sampling error of a correlation is below 0.01
+    assert np.corrcoef(forecast[both], truth[both])[0, 1] == pytest.approx(r, abs=0.03)
+    assert forecast[both].std() == pytest.approx(truth[both].std(), rel=0.03)
+
+
+def test_errors_of_a_start_are_the_anomalies_of_one_other_time_of_the_season(make_weather):
+    data, errors = make_weather()
+    values = {name: data.read(name, slice(None)) for name in ("u", "co")}
+    cycle, shifts = np.stack([usual(time)[0] for time in data.times]), []
+    for start in range(0, 270, 9):
+        found = {}
+        for steps, r in ((1, 0.9), (2, 0.7), (4, 0.3)):
+            now = cycle[start + steps]
+            for name, field in zip(("u", "co"), errors.at(("u", "co"), start, start + steps), strict=True):
+                error = (field - now - r * (values[name][start + steps] - now)) / np.sqrt(1 - r**2)
+                residuals = np.nanmax(np.abs(values[name] - cycle - error), axis=(1, 2))
+                found[steps, name] = data.times[int(residuals.argmin())] - data.times[start + steps]
+                assert residuals.min() < 1e-2
+        [shift] = set(found.values())
+        assert shift % DAY == 0
+        assert 5 * DAY <= abs(shift) <= 30 * DAY
+        shifts.append(shift)
+    assert len(set(shifts)) > 15
+    draws = [make_weather(seed=seed)[1].other_time(50) for seed in range(4)]
+    assert draws[0] == errors.other_time(50)
+    assert len(set(draws)) > 1
+
+
+def test_without_error_and_before_the_start_inputs_are_those_of_the_data(make_weather, make_config):
+    data, errors = make_weather(hours=(6, 24), skill=ForecastSkill.parse("0:0.5,6:1,12:1,24:0"))
+    config = make_config(data.folder, variables=("u", "co"), targets=("v",), hours={"u": (-6, 0, 6), "co": (24, 0)})
+    x, wind = {}, {}
+    for given in (None, errors):
+        reader = InputReader(data, NORMALIZATION, input_channels(config), with_wind=True, errors=given)
+        x[given], wind[given] = np.empty(reader.shape, np.float32), np.empty(reader.wind_shape, np.float32)
+        reader.fill(50, x[given], wind[given])
+    np.testing.assert_array_equal(wind[None], wind[errors])
+    for row, name in enumerate(input_names(config)):
+        assert np.array_equal(x[None][row], x[errors][row]) is (name != "co+24h")
+
+
+def test_data_without_another_time_of_the_season_have_no_errors(make_weather):
+    _, errors = make_weather(days=5)
+    with pytest.raises(DataError, match="--forecast-error: no other time for 2018-12-02T06: expected data at the same"):
+        errors.other_time(5)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "24", "0:1,x:0.5", "24:0.5,12:0.9", "0:1,0:0.5", "-1:1", "0:1.1", "0:nan", "1:2:3"]
+)
+def test_unusable_correlations_are_refused(text):
+    with pytest.raises(ConfigError, match=r"--forecast-error: .* expected HOURS:CORRELATION"):
+        ForecastSkill.parse(text)

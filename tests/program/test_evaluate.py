@@ -113,6 +113,20 @@ def test_model_options_that_the_checkpoint_does_not_fit_are_refused(program, run
     for override in ("model.depth=3", "data.targets=[o3, co, no2, so2, pm10, pm25]", "data.availability=false"):
         assert cli.main(["evaluate", str(run), override]) == 2
         assert override.partition("=")[0] in capsys.readouterr().err
+    for correlations, expected in (("24:2", "HOURS:CORRELATION"), ("24:0.9", "hours > 0 in data.hours")):
+        assert cli.main(["evaluate", str(run), "--forecast-error", correlations]) == 2
+        assert expected in capsys.readouterr().err
+
+
+def test_weather_with_errors_is_scored_in_a_folder_of_its_own(program, capsys):
+    done = program.train("train.max_steps=2", TEST_SPLIT, "data.hours={u: [0, 6], v: [6]}", "model.wind=none")
+    assert done.returncode == 0, done.stderr
+    folder = program.folder / "run" / "evaluation"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert cli.main(["evaluate", str(folder.parent), "--forecast-error", "0:1,12:0"]) == 0
+    assert "(u+6h, v+6h) are correlated with those of the data by 0.5 at 6 h" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    assert [record["rmse"] for record in scores(folder / "forecast-error")] != [r["rmse"] for r in scores(folder)]
 
 
 def test_an_output_that_cannot_be_created_is_refused_before_the_work(program, run, capsys):

@@ -10,6 +10,7 @@ from topoflow.config import DataConfig
 from topoflow.data.channels import check_channels, input_channels, input_names, window_hours
 from topoflow.data.contents import Contents, contents_of
 from topoflow.data.dataset import ForecastDataset
+from topoflow.data.forecast_error import WeatherErrors
 from topoflow.data.grid import Grid
 from topoflow.data.normalization import Normalization, compute_normalization, configured_normalization
 from topoflow.data.prepared.reader import PreparedData, PreparedIndex, index_prepared
@@ -75,12 +76,26 @@ class ForecastData:
         return compute_normalization(self.source, names, self.times("train"), on_progress)
 
     def dataset(
-        self, split: str, normalization: Normalization, on_progress: Callable[[], None] = lambda: None
+        self,
+        split: str,
+        normalization: Normalization,
+        errors: WeatherErrors | None = None,
+        on_progress: Callable[[], None] = lambda: None,
     ) -> ForecastDataset:
-        """The samples of a split that the config gives ranges for. on_progress is called now and then."""
-        starts, in_training = self.splits[split].starts, split == "train"
+        """The samples of a split that the config gives ranges for.
+
+        errors: of the weather after the start. on_progress is called now and then.
+        """
         return ForecastDataset(
-            self.source, normalization, starts, self.config, self.with_wind, self.joint, in_training, on_progress
+            self.source,
+            normalization,
+            self.splits[split].starts,
+            self.config,
+            self.with_wind,
+            joint=self.joint,
+            in_training=split == "train",
+            errors=errors,
+            on_progress=on_progress,
         )
 
     def num_samples(self, split: str) -> int:

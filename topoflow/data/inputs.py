@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from topoflow.data.channels import Channel
+from topoflow.data.forecast_error import WeatherErrors
 from topoflow.data.normalization import Normalization
 from topoflow.data.prepared.reader import PreparedData, serial_pieces
 
@@ -26,6 +27,7 @@ class InputReader:
         channels: in the order of the network.
         with_wind: whether to read the wind of the whole field in m/s.
         as_anomalies: targets whose channels are anomalies over their deviation, by the base of the normalization.
+        errors: of the weather after the start; None: it is as the data have it.
 
     Attributes:
         shape: of the inputs of one start, (V, H, W).
@@ -39,8 +41,9 @@ class InputReader:
         channels: Sequence[Channel],
         with_wind: bool,
         as_anomalies: Sequence[str] = (),
+        errors: WeatherErrors | None = None,
     ):
-        self._data, self._normalization = data, normalization
+        self._data, self._normalization, self._errors = data, normalization, errors
         self.shape = (len(channels), *data.grid.shape)
         self.wind_shape = (2 if with_wind else 0, *data.grid.shape)
         names = tuple(channel.variable for channel in channels)
@@ -88,7 +91,10 @@ class InputReader:
             x[row] = self._template[row]
         absent: np.ndarray | int = 0
         for steps, names, rows_of_fields in self._reads:
-            fields = self._data.at(names, start + steps)
+            if self._errors is not None and steps > 0:
+                fields = self._errors.at(names, start, start + steps)
+            else:
+                fields = self._data.at(names, start + steps)
             for rows, of_fields in rows_of_fields:
                 values = x[rows]
                 np.subtract(fields[of_fields], self._mean[rows], out=values)

@@ -57,8 +57,11 @@ class RidgeBase:
     def known(self) -> np.ndarray:
         return self.persistence.known
 
-    def usual(self, time: np.datetime64, places: np.ndarray | None = None) -> np.ndarray:
-        return self.persistence.usual(time, places)
+    def usual(self, time: np.datetime64) -> np.ndarray:
+        return self.persistence.usual(time)
+
+    def usual_at_places(self, times: np.ndarray, places: np.ndarray) -> np.ndarray:
+        return self.persistence.usual_at_places(times, places)
 
     def forecasts_from(
         self,

@@ -4,17 +4,23 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from topoflow.build import build_network, observed_cells, open_data, restore_normalization
 from topoflow.checkpoint.directory import find_checkpoint
 from topoflow.checkpoint.state import load_weights, read_everywhere
-from topoflow.config import CHANNELS, NETWORK, Config
+from topoflow.config import CHANNELS, NETWORK, Config, DataConfig
 from topoflow.config_io import changed_keys, override_config, without_replaced
+from topoflow.data.assembly import ForecastData
+from topoflow.data.channels import input_channels
 from topoflow.data.contents import Contents
+from topoflow.data.forecast_error import ForecastSkill, WeatherErrors
 from topoflow.data.grid import Grid
 from topoflow.errors import ConfigError
 from topoflow.evaluation import evaluate_model
 from topoflow.files import require_writable
 from topoflow.metrics import Record
+from topoflow.physics.climatology import Climatology, covers_the_year, fit_climatologies
 from topoflow.ranks import Context
 from topoflow.reproducibility import set_deterministic, set_tf32
 
@@ -27,11 +33,13 @@ def score_checkpoint(
     split: str,
     overrides: Sequence[str] = (),
     output: Path | None = None,
+    forecast_error: str | None = None,
 ) -> list[Record]:
     """Score a checkpoint, or the best (else the last) one of a run, on a split; call on all ranks.
 
     Scores and plots are written to `output`, by default to `evaluation` in the run directory or, without one, in the
-    folder that holds the checkpoint. Splits other than test get a subfolder named after the split.
+    folder that holds the checkpoint. Splits other than test get a subfolder named after the split, and scores with
+    `forecast_error` (see `ForecastSkill.parse`) one named forecast-error: the weather after the start has such errors.
 
     Raises:
         MissingPath, ResumeRefused: the checkpoint is missing or damaged.
@@ -39,17 +47,24 @@ def score_checkpoint(
         StopRequested: a signal arrived on any rank.
     """
     context.watch.enter("evaluation")
+    with context.together("options"):
+        skill = None if forecast_error is None else ForecastSkill.parse(forecast_error)
     path, saved = read_everywhere(context, lambda: find_checkpoint(source), ("model", "data", "config"))
     if output is None:
         in_run = path.parent.name == "checkpoints"
         output = (path.parent.parent if in_run else path.parent) / "evaluation"
         output = output if split == "test" else output / split
+        output = output if skill is None else output / "forecast-error"
     with context.together("output"):
         if context.is_main:
             require_writable(output)  # before the work
     with context.together("config"):
         config = override_config(without_replaced(saved["config"]), overrides, f"the checkpoint {path}")
         _require_same_network(saved["config"], config, path)
+        if skill is not None and not weather_ahead(config.data):
+            raise ConfigError(
+                f"--forecast-error: {path} has no input after the start: expected hours > 0 in data.hours"
+            )
         set_deterministic(config.run)
         set_tf32(config.train.tf32)
     data = open_data(config, context, only=(split,))
@@ -73,8 +88,32 @@ def score_checkpoint(
     with context.together("model"):
         model = build_network(config, data.grid, observed_cells(data, normalization.base)).to(context.device)
     load_weights(context, model, saved["model"])
+    errors = None if skill is None else fit_weather_errors(context, data, skill, config.run.seed)
     log.info("scoring %s on the %s split", path, split)
-    return evaluate_model(context, model, data, normalization, split, config.train, output)
+    return evaluate_model(context, model, data, normalization, split, config.train, output, errors)
+
+
+def weather_ahead(config: DataConfig) -> dict[str, list[int]]:
+    """Return the hours of each variable that is an input after the start."""
+    channels = [channel for channel in input_channels(config) if channel.hours > 0]
+    return {c.variable: [other.hours for other in channels if other.variable == c.variable] for c in channels}
+
+
+def fit_weather_errors(context: Context, data: ForecastData, skill: ForecastSkill, seed: int) -> WeatherErrors:
+    """Fit the climatology of the weather after the start on the training split: the seasonal one if that covers a year.
+
+    Every rank fits all of it. Cells outside the mask are inputs too.
+    """
+    source, times, ahead = data.source, data.times("train"), weather_ahead(data.config)
+    everywhere, seasonal = np.ones(data.grid.shape, bool), covers_the_year(source.times[times])
+    with context.together("climatology of the weather"):
+        fitted = [
+            fit_climatologies(source, name, times, everywhere, seasonal, context.watch.tick)[-1] for name in ahead
+        ]
+    parts = {part: [getattr(one, part) for one in fitted] for part in ("hourly", "annual", "filled")}
+    climatology = Climatology(**{part: np.concatenate(arrays).astype(np.float32) for part, arrays in parts.items()})
+    hours = sorted({hour for of_variable in ahead.values() for hour in of_variable})
+    return WeatherErrors(source, tuple(ahead), climatology.at, hours, skill, seed)
 
 
 def _require_same_network(saved: dict, config: Config, path: Path) -> None:
