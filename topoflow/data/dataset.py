@@ -117,9 +117,9 @@ class ForecastDataset(torch.utils.data.Dataset):
         return self._forecasts.forecast(start, pair % len(self.lead_times_hours), anomaly)
 
     def denormalize(self, values: np.ndarray, mean: np.ndarray | None) -> np.ndarray:
-        """Return what normalized `values` [B, T, H, W] are in the units of the data.
+        """Return what normalized `values` [pairs, T, H, W] are in the units of the data.
 
-        mean: that of the batch, as `fill` writes it; needed with a base only.
+        mean: that of the same pairs, as `fill` writes it; needed with a base only.
         """
         if self.base is not None:
             return values * self.base.deviation[:, None, None] + mean
