@@ -35,7 +35,7 @@ LAYERS = [
     ["ranks", "data", "model", "optim"],
     ["watch_server"],
     ["watch", "run_dir", "reproducibility"],
-    ["data.variables", "config_io", "logs", "launch", "lease", "activity"],
+    ["data.variables", "physics.advection", "config_io", "logs", "launch", "lease", "activity"],
     ["config", "files", "slurm"],
     ["terminal", "environment"],
     ["errors", "text"],

@@ -105,6 +105,10 @@ class DataConfig:
     hours: dict[str, tuple[int, ...]] = key(default_factory=dict, alters=CHANNELS)
     """{variable: hours relative to the start} at which it is an input channel, such as `{u: [0, 12, 24], pm25: [0,
     -24]}`; [0] for a variable that is not listed. Hours after the start are forecast or analysed weather."""
+    advect: tuple[str, ...] = key((), alters=CHANNELS)
+    """Variables of which there is an input for each lead time, carried along the wind of the forecast: the value at the
+    start where the air that arrives at the cell then comes from; of a field that does not change, the mean along its
+    path. data.hours must give u and v at 0 and up to the longest lead time."""
     targets: tuple[str, ...] = key(("pm25", "pm10", "so2", "no2", "co", "o3"), alters=CHANNELS)
     """Variables to forecast."""
     lead_times_hours: tuple[int, ...] = key((12, 24, 48, 96), alters=ORDER | RATES)
@@ -131,6 +135,9 @@ class DataConfig:
             ahead = name in self.targets and max(hours) > 0
             _require(self, "hours", not ahead, f"for {name}: hours <= 0, because it is forecast (data.targets)")
         leads = list(self.lead_times_hours)
+        for name in self.advect:
+            once = name in self.variables and self.advect.count(name) == 1
+            _require(self, "advect", once, "names of data.variables, none twice")
         _require(self, "lead_times_hours", min(leads) >= 1 and leads == sorted(leads), "increasing hours, each >= 1")
         _require(self, "threads", self.threads >= 0, "an integer >= 0")
         if isinstance(self.normalization, dict):

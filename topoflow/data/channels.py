@@ -1,4 +1,4 @@
-"""Input channels of the network: a variable at an hour relative to the start of the forecast."""
+"""Input channels of the network: a variable at an hour relative to the start of the forecast, or carried to it."""
 
 import difflib
 from collections.abc import Sequence
@@ -15,20 +15,30 @@ COMPUTED = tuple(name for name, variable in VARIABLES.items() if variable.kind =
 
 @dataclass(frozen=True)
 class Channel:
-    """`variable` at so many `hours` after the start (before it, if negative). Of fields that do not change, 0."""
+    """`variable` at so many `hours` after the start (before it, if negative). Of fields that do not change, 0.
+
+    advected: what the wind carries from the start to that hour, see `data.advect`.
+    """
 
     variable: str
     hours: int = 0
+    advected: bool = False
 
     @property
     def name(self) -> str:
-        """As in `u`, `u+12h`, `pm25-24h`."""
+        """As in `u`, `u+12h`, `pm25-24h`, `pm25_advected+12h`."""
+        if self.advected:
+            return f"{self.variable}_advected{self.hours:+d}h"
         return f"{self.variable}{self.hours:+d}h" if self.hours else self.variable
 
 
 def input_channels(config: DataConfig) -> tuple[Channel, ...]:
-    """Return the network's inputs: data.variables at the hours of data.hours, then `available` if it is configured."""
+    """Return the network's inputs, in order.
+
+    data.variables at the hours of data.hours, those of data.advect at the lead times, and `available`, if configured.
+    """
     channels = [Channel(name, hours) for name in config.variables for hours in config.hours.get(name, (0,))]
+    channels += [Channel(name, hours, advected=True) for name in config.advect for hours in config.lead_times_hours]
     return (*channels, *([Channel("available")] if config.availability else ()))
 
 
@@ -41,6 +51,12 @@ def window_hours(config: DataConfig) -> tuple[int, int]:
     """Return the first and last hour, relative to the start, that a sample reads: (<= 0, >= the longest lead)."""
     hours = [channel.hours for channel in input_channels(config)]
     return min(0, *hours), max(*hours, *config.lead_times_hours)
+
+
+def wind_hours(channels: Sequence[Channel]) -> tuple[int, ...]:
+    """Return the hours from the start on, increasing, at which both u and v are inputs: the wind of data.advect."""
+    given = {(channel.variable, channel.hours) for channel in channels if not channel.advected and channel.hours >= 0}
+    return tuple(sorted(hours for name, hours in given if name == "u" and ("v", hours) in given))
 
 
 def check_channels(config: DataConfig, data: PreparedData, needed: Sequence[str]) -> None:
@@ -67,6 +83,15 @@ def check_channels(config: DataConfig, data: PreparedData, needed: Sequence[str]
     for name in config.targets:
         if name not in data.dynamic:
             raise ConfigError(f"data.targets: {name!r} does not change in time: expected variables that do")
+    for name in config.advect:
+        if name not in held:
+            raise ConfigError(f"data.advect: {name!r} is computed: expected variables of the data")
+    hours, longest = wind_hours(input_channels(config)), max(config.lead_times_hours)
+    if config.advect and not (len(hours) > 1 and hours[0] == 0 and hours[-1] >= longest):
+        raise ConfigError(
+            f"data.advect: both u and v are inputs at the hours {list(hours)}: expected 0 to {longest}, the longest "
+            f"lead time, as in data.hours={{u: [0, {longest}], v: [0, {longest}]}}"
+        )
     for name in config.hours:
         if name not in data.dynamic:
             raise ConfigError(f"data.hours: {name!r} does not change in time: expected variables that do")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from topoflow.data.advected import AdvectedChannels
 from topoflow.data.channels import Channel
 from topoflow.data.forecast_error import WeatherErrors
 from topoflow.data.normalization import Normalization
@@ -48,11 +49,13 @@ class InputReader:
         self.wind_shape = (2 if with_wind else 0, *data.grid.shape)
         names = tuple(channel.variable for channel in channels)
         self._mean, self._std = normalization.constants(names)
-        dynamic = [row for row, name in enumerate(names) if name in data.dynamic]
+        carried = [row for row, channel in enumerate(channels) if channel.advected]
+        self._advected = AdvectedChannels(data, normalization, channels, as_anomalies) if carried else None
+        dynamic = [row for row, name in enumerate(names) if name in data.dynamic and row not in carried]
         self._n_dynamic = len(dynamic)
         self._available = names.index("available") if "available" in names else None
         self._clock = [(row, name) for row, name in enumerate(names) if name.startswith(("hour_", "day_"))]
-        self._static = [row for row, name in enumerate(names) if name in data.static_fields]
+        self._static = [row for row, name in enumerate(names) if name in data.static_fields and row not in carried]
         # anomalies are written in a way of their own; `available` counts their gaps with those of the others
         plain = [row for row in dynamic if self._available is not None or names[row] not in as_anomalies]
         self._base = normalization.base if as_anomalies else None
@@ -60,7 +63,7 @@ class InputReader:
         # by hour: rows of a sample, the variables in them, and their places among the targets
         self._anomalies: dict[int, tuple[list[int], tuple[str, ...], list[int]]] = {}
         for row, channel in enumerate(channels):
-            if channel.variable in as_anomalies:
+            if channel.variable in as_anomalies and row not in carried:
                 rows, held, places = self._anomalies.get(channel.hours, ([], (), []))
                 place = list(as_anomalies).index(channel.variable)
                 self._anomalies[channel.hours] = [*rows, row], (*held, channel.variable), [*places, place]
@@ -90,6 +93,8 @@ class InputReader:
         for row in self._static:
             x[row] = self._template[row]
         absent: np.ndarray | int = 0
+        path_hours = () if self._advected is None else self._advected.wind_hours
+        path_wind = np.empty((len(path_hours), 2, *x.shape[1:]), np.float32)
         for steps, names, rows_of_fields in self._reads:
             if self._errors is not None and steps > 0:
                 fields = self._errors.at(names, start, start + steps)
@@ -105,6 +110,12 @@ class InputReader:
             if steps == 0:
                 for component, field in zip(wind, self._wind, strict=False):
                     _fill_wind(fields[field], component)
+            if steps * self._data.step_hours in path_hours:
+                path = path_wind[path_hours.index(steps * self._data.step_hours)]
+                _fill_wind(fields[names.index("u")], path[0])
+                _fill_wind(fields[names.index("v")], path[1])
+        if self._advected is not None:
+            self._advected.fill(start, path_wind, anomaly, x)
         for hours in self._anomalies:
             self._fill_anomalies(start, hours, x, anomaly)
         if self._available is not None:
