@@ -51,7 +51,9 @@ class ForecastData:
     @functools.cached_property
     def contents(self) -> Contents:
         """What the hours of `splits` hold, as far as the run reads it."""
-        names = (*self.config.variables, *self.config.targets, *self.needed)
+        advected = [channel.name for channel in input_channels(self.config) if channel.advected]
+        prepared = [name for name in advected if name in self.source.dynamic]
+        names = (*self.config.variables, *self.config.targets, *self.needed, *prepared)
         hours = [self.times(split) for split in self.splits]
         return contents_of(self.source, names, np.unique(np.concatenate([np.empty(0, np.int64), *hours])))
 

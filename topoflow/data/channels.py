@@ -1,7 +1,7 @@
 """Input channels of the network: a variable at an hour relative to the start of the forecast, or carried to it."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from topoflow.config import DataConfig
@@ -59,6 +59,13 @@ def wind_hours(channels: Sequence[Channel]) -> tuple[int, ...]:
     return tuple(sorted(hours for name, hours in given if name == "u" and ("v", hours) in given))
 
 
+def needs_paths(config: DataConfig, held: Collection[str]) -> bool:
+    """Return whether channels of data.advect are not among the prepared variables `held`, or are anomalies."""
+    anomalies = config.targets if config.anomalies else ()
+    advected = [channel for channel in input_channels(config) if channel.advected]
+    return any(channel.name not in held or channel.variable in anomalies for channel in advected)
+
+
 def check_channels(config: DataConfig, data: PreparedData, needed: Sequence[str]) -> None:
     """Check that `data` have what the config asks for.
 
@@ -87,7 +94,7 @@ def check_channels(config: DataConfig, data: PreparedData, needed: Sequence[str]
         if name not in held:
             raise ConfigError(f"data.advect: {name!r} is computed: expected variables of the data")
     hours, longest = wind_hours(input_channels(config)), max(config.lead_times_hours)
-    if config.advect and not (len(hours) > 1 and hours[0] == 0 and hours[-1] >= longest):
+    if needs_paths(config, data.dynamic) and not (len(hours) > 1 and hours[0] == 0 and hours[-1] >= longest):
         raise ConfigError(
             f"data.advect: both u and v are inputs at the hours {list(hours)}: expected 0 to {longest}, the longest "
             f"lead time, as in data.hours={{u: [0, {longest}], v: [0, {longest}]}}"

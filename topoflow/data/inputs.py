@@ -115,7 +115,9 @@ class InputReader:
                 _fill_wind(fields[names.index("u")], path[0])
                 _fill_wind(fields[names.index("v")], path[1])
         if self._advected is not None:
-            self._advected.fill(start, path_wind, anomaly, x)
+            carried = x[self._advected.rows]
+            self._advected.fill(start, path_wind, anomaly, carried)
+            zero_nan(carried)
         for hours in self._anomalies:
             self._fill_anomalies(start, hours, x, anomaly)
         if self._available is not None:

@@ -12,6 +12,7 @@ import numpy as np
 from topoflow.data.prepared.manifest import Manifest, read_manifest
 from topoflow.errors import ConfigError, DataError
 from topoflow.terminal import print_output
+from topoflow.tools.prepare.advected import WithAdvected
 from topoflow.tools.prepare.findings import Findings
 from topoflow.tools.prepare.joined import JoinedSource
 from topoflow.tools.prepare.provenance import describe
@@ -21,7 +22,7 @@ from topoflow.tools.prepare.report import finding_lines, write_report
 from topoflow.tools.prepare.scan import Opener, Scan, scan
 from topoflow.tools.prepare.target import DEFAULT_DEGREES, Statics, build_target
 from topoflow.tools.prepare.verification import verify
-from topoflow.tools.prepare.writing import write
+from topoflow.tools.prepare.writing import Fields, write
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,9 @@ def prepare(recipe: Recipe, output: Path | None, progress: bool = True) -> Prepa
             return _undecided(recipe, findings)
         recipe = _completed(recipe, found)
         statics = Statics(recipe, target, found.pieces, opener, findings).build()
-        source = JoinedSource(recipe, found, target, opener, findings)
+        source: Fields = JoinedSource(recipe, found, target, opener, findings)
+        if recipe.advect is not None:
+            source = WithAdvected(source, statics, recipe.advect)
         how = {n: next(p.readers[n].text for p in found.pieces if n in p.readers) for n in found.names}
         manifest = None
 
@@ -74,7 +77,7 @@ def prepare(recipe: Recipe, output: Path | None, progress: bool = True) -> Prepa
         if output is None:
             _look(source, progress)
         else:
-            paths, settings = [piece.path for piece in found.pieces], _settings(recipe, found, target, statics)
+            paths, settings = [piece.path for piece in found.pieces], _settings(recipe, source, target, statics)
             provenance = partial(describe, recipe, paths)
             manifest = write(source, statics, settings, provenance, output, progress, report)
     finally:
@@ -97,7 +100,7 @@ def _undecided(recipe: Recipe, findings: Findings) -> Prepared:
     return Prepared(recipe, lines, not findings.open(), [finding.line() for finding in found])
 
 
-def _look(source: JoinedSource, progress: bool) -> None:
+def _look(source: Fields, progress: bool) -> None:
     """Read and check everything."""
     from tqdm import tqdm
 
@@ -120,12 +123,12 @@ def _completed(recipe: Recipe, found: Scan) -> Recipe:
     return dataclasses.replace(recipe, grid=grid, frequency=frequency, variables=recipe.variables or found.names)
 
 
-def _settings(recipe: Recipe, found: Scan, target: Target, statics: dict[str, np.ndarray]) -> dict[str, str]:
+def _settings(recipe: Recipe, source: Fields, target: Target, statics: dict[str, np.ndarray]) -> dict[str, str]:
     """What must stay the same in data that are appended."""
     mask = statics.get("mask")
     return {
-        "variables": ", ".join(f"{name} {found.units[name]}" for name in found.names),
-        "frequency": f"{found.step_hours}h",
+        "variables": ", ".join(f"{name} {unit}" for name, unit in source.units.items()),
+        "frequency": f"{source.step_hours}h",
         "grid": f"{target.shape[0]}x{target.shape[1]} {recipe.grid.method}",
         "dtype": recipe.dtype,
         "mask": "none" if mask is None else hashlib.sha256(mask.tobytes()).hexdigest()[:16],

@@ -96,6 +96,16 @@ class Rules:
 
 
 @dataclass(frozen=True)
+class Advect:
+    """Variables to carry along the wind, in advance for `data.advect`."""
+
+    tracers: tuple[str, ...]
+    """Variables that change in time, and fields that do not."""
+    leads: tuple[int, ...]
+    """Lead times in hours, increasing."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole recipe. Built by `read_recipe` or `recipe_of_paths`."""
 
@@ -111,6 +121,8 @@ class Recipe:
     """File with the number of people in each cell; by default that of a source."""
     mask: str | None = None
     """File with the cells that count; by default all."""
+    advect: Advect | None = None
+    """Further variables, `pm25_advected+12h` and so on, that `data.advect` then does not compute while training."""
     dtype: Literal["float32", "float16"] = "float32"
     """float32 holds values exactly; float16 takes half the space, and the report states the error."""
     rules: Rules = Rules()
