@@ -130,6 +130,7 @@ def test_a_channel_depends_on_no_batch_and_no_thread(build, fields):
         ({"hours": {"u": (0, 6), "v": (0, 6)}}, r"\[0, 6\]: expected 0 to 12"),
         ({"hours": {"u": (6, 12), "v": (6, 12)}}, r"\[6, 12\]: expected 0 to 12"),
         ({"hours": {"u": (0, 12)}}, r"\[0\]: expected 0 to 12"),
+        ({"hours": {}, "advect": ("u", "v")}, r"\[0\]: expected 0 to 12"),
         ({"variables": ("pm25", "co"), "hours": {}, "advect": ("pm25",)}, r"\[\]: expected 0 to 12"),
         ({"advect": ("hour_sin",)}, "'hour_sin' is computed: expected variables of the data"),
         ({"advect": ("o3",)}, r"\['o3'\] is not usable: expected names of data.variables"),
