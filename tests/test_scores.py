@@ -49,7 +49,7 @@ def test_table_has_the_seasonal_baseline_where_there_is_one():
 
 
 def test_table_says_where_the_network_adds_nothing_to_the_ridge():
-    line = "times the ridge regression's: less than 1 % better"
+    line = "The network adds less than 1 %: its RMSE is"
     assert line in format_scores([record(ridge_rmse=19.1), record(lead=24, ridge_rmse=19.1)])
     assert line not in format_scores([record(ridge_rmse=19.3), record(lead=24, ridge_rmse=19.3)])
     assert line not in format_scores([record(), record(lead=24)])

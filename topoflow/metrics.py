@@ -279,7 +279,7 @@ def format_scores(records: Sequence[Record]) -> str:
         lines.append(f"RMSE of the model over that of damped persistence, mean over targets and leads: {ratio:.3f}")
     over_ridge = mean_ratio(records, "ridge_rmse")
     if over_ridge is not None and over_ridge > 1 - WORTHWHILE:
-        lines.append(f"The model's RMSE is {over_ridge:.3f} times the ridge regression's: less than 1 % better.")
+        lines.append(f"The network adds less than 1 %: its RMSE is {over_ridge:.3f} times the ridge regression's.")
     return "\n".join(lines)
 
 

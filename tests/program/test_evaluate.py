@@ -1,5 +1,6 @@
 """`topoflow evaluate` on a run of train.py."""
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -14,6 +15,8 @@ import xarray as xr
 from tests.support.prepared import prepare_world
 from topoflow import cli
 from topoflow.checkpoint.directory import CheckpointDirectory
+from topoflow.tools.prepare.command import load_recipe, prepare
+from topoflow.tools.prepare.recipe import Advect
 
 TEST_SPLIT = "data.test=[[2018-10-09, 2018-10-10]]"
 
@@ -118,15 +121,22 @@ def test_model_options_that_the_checkpoint_does_not_fit_are_refused(program, run
         assert expected in capsys.readouterr().err
 
 
-def test_weather_with_errors_is_scored_in_a_folder_of_its_own(program, capsys):
-    done = program.train("train.max_steps=2", TEST_SPLIT, "data.hours={u: [0, 6], v: [6]}", "model.wind=none")
+def test_weather_with_errors_is_scored_in_a_folder_of_its_own(program, world, capsys):
+    wind = "data.hours={u: [0, 6, 12], v: [0, 6, 12]}"
+    done = program.train("train.max_steps=2", TEST_SPLIT, wind, "data.advect=[o3, population]", "model.wind=none")
     assert done.returncode == 0, done.stderr
     folder = program.folder / "run" / "evaluation"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert cli.main(["evaluate", str(folder.parent), "--forecast-error", "0:1,12:0"]) == 0
-    assert "(u+6h, v+6h) are correlated with those of the data by 0.5 at 6 h" in capsys.readouterr().err
+    assert "are correlated with those of the data by 0.5 at 6 h, 0 at 12 h" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
     assert [record["rmse"] for record in scores(folder / "forecast-error")] != [r["rmse"] for r in scores(folder)]
+    recipe = load_recipe([str(world.with_name("data-raw"))])
+    recipe = dataclasses.replace(recipe, advect=Advect(("o3",), (6, 12)))
+    assert prepare(recipe, program.folder / "carried", progress=False).is_decided
+    carried = f"data.path={program.folder / 'carried'}"
+    assert cli.main(["evaluate", str(folder.parent), carried, "--forecast-error", "0:1,12:0"]) == 2
+    assert "carried holds o3_advected+6h, made with wind that has no error" in capsys.readouterr().err
 
 
 def test_an_output_that_cannot_be_created_is_refused_before_the_work(program, run, capsys):

@@ -48,12 +48,16 @@ class ForecastData:
         """Names of the forecast variables, in order."""
         return self.config.targets
 
+    @property
+    def prepared_advected(self) -> tuple[str, ...]:
+        """Names of the channels of data.advect that `prepare` has made."""
+        advected = [channel.name for channel in input_channels(self.config) if channel.advected]
+        return tuple(name for name in advected if name in self.source.dynamic)
+
     @functools.cached_property
     def contents(self) -> Contents:
         """What the hours of `splits` hold, as far as the run reads it."""
-        advected = [channel.name for channel in input_channels(self.config) if channel.advected]
-        prepared = [name for name in advected if name in self.source.dynamic]
-        names = (*self.config.variables, *self.config.targets, *self.needed, *prepared)
+        names = (*self.config.variables, *self.config.targets, *self.needed, *self.prepared_advected)
         hours = [self.times(split) for split in self.splits]
         return contents_of(self.source, names, np.unique(np.concatenate([np.empty(0, np.int64), *hours])))
 

@@ -69,6 +69,11 @@ def score_checkpoint(
         set_tf32(config.train.tf32)
     data = open_data(config, context, only=(split,))
     with context.together("model"):
+        if skill is not None and data.prepared_advected:
+            raise ConfigError(
+                f"--forecast-error: {config.data.path} holds {data.prepared_advected[0]}, made with wind that has no "
+                "error: expected data prepared without advect"
+            )
         if split not in data.splits:
             raise ConfigError(f"data.{split}: no range is configured: expected at least one to score")
         expected = tuple(config.model.img_size or ())
@@ -94,8 +99,8 @@ def score_checkpoint(
 
 
 def weather_ahead(config: DataConfig) -> dict[str, list[int]]:
-    """Return the hours of each variable that is an input after the start."""
-    channels = [channel for channel in input_channels(config) if channel.hours > 0]
+    """Return the hours of each variable that is an input after the start; inputs of data.advect follow its wind."""
+    channels = [channel for channel in input_channels(config) if channel.hours > 0 and not channel.advected]
     return {c.variable: [other.hours for other in channels if other.variable == c.variable] for c in channels}
 
 
