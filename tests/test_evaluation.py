@@ -268,8 +268,10 @@ class ThreadContext:
 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(1, 1), (1, 7), (1, 144), (2, 4), (3, 5), (5, 60)])
 def test_records_do_not_depend_on_batch_size_nor_on_the_number_of_ranks(tmp_path, world_size, batch_size):
-    data = open_fields(make_fields(), tmp_path)
+    splits = {"train": (("2019-01-01", "2019-01-04"),), "validation": (("2019-01-05", "2019-01-06"),)}
+    data = open_fields(make_fields(), tmp_path, **splits)
     reference = evaluate(data, tmp_path / "one", batch_size=4)
+    assert all(0.5 < item["coverage_80"] < 0.95 and 0 < item["crps"] < item["mae"] for item in reference)
     results = ThreadRanks(world_size).run(
         lambda context: evaluate(data, tmp_path / f"rank{context.rank}", batch_size=batch_size, context=context)
     )

@@ -29,7 +29,7 @@ LAYERS = [
     ["build", "plots"],
     ["bases"],
     ["certificate", "baselines"],
-    ["train_state", "metrics", "forecast_case"],
+    ["train_state", "metrics", "forecast_case", "spread"],
     ["checkpoint", "reduction", "loss", "rendezvous"],
     ["physics"],
     ["ranks", "data", "model", "optim"],

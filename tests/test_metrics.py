@@ -154,7 +154,8 @@ def test_no_observation_gives_none_and_never_nan(world):
     world["valid"][:, 1] = False
     world["observed"][:, 1] = np.nan
     mean = np.array([[np.mean(pairs(world, 0, k)[1]) for k in range(len(LEADS))], [0.0] * len(LEADS)])
-    records = add_batches(ScoreSums(STARTS, TARGETS, LEADS, UNITS, mean, DAMPED), world, cut(4)).finish()
+    sums = ScoreSums(STARTS, TARGETS, LEADS, UNITS, mean, DAMPED, with_spread=True)
+    records = add_batches(sums, world, cut(4)).finish()
     for record in records[len(LEADS) :]:
         assert record["n"] == record["n_where_present"] == record["n_climatology_filled"] == 0
         assert {key for key, value in record.items() if value is None} == set(record) - {

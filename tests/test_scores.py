@@ -16,6 +16,8 @@ def record(target="pm25", lead=12, unit="ug m-3", **scores):
         "damped_persistence_rmse": 18.5,
         "seasonal_damped_persistence_rmse": None,
         "ridge_rmse": None,
+        "crps": None,
+        "coverage_80": None,
     }
     return {"target": target, "lead_hours": lead, "unit": unit, "n": 7, **numbers, **scores}
 
@@ -53,6 +55,12 @@ def test_table_says_where_the_network_adds_nothing_to_the_ridge():
     assert line in format_scores([record(ridge_rmse=19.1), record(lead=24, ridge_rmse=19.1)])
     assert line not in format_scores([record(ridge_rmse=19.3), record(lead=24, ridge_rmse=19.3)])
     assert line not in format_scores([record(), record(lead=24)])
+
+
+def test_table_says_what_the_intervals_hold():
+    lines = format_scores([record(coverage_80=0.75), record(lead=24, coverage_80=0.85)])
+    assert "hold 80.0% of the observations (75.0% to 85.0% by target and lead)" in lines
+    assert "intervals" not in format_scores([record()])
 
 
 def test_undefined_scores_are_null_and_an_empty_field(tmp_path):

@@ -2,8 +2,8 @@
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ from topoflow.physics.climatology import BLOCK_HOURS, contiguous_blocks
 from topoflow.physics.ridge_base import RidgeForecasts
 from topoflow.ranks import Context
 from topoflow.run_dir import RunDirectory
+from topoflow.spread import ErrorCounts, Spread
 from topoflow.text import shorten
 
 log = logging.getLogger(__name__)
@@ -118,7 +119,12 @@ def evaluate_model(
     validation = data.starts("validation").starts if data.config.validation else None
     baselines = evaluator.fit_baselines(data.times("train"), data.starts("train").starts, validation)
     observed = evaluator.sum_observations()
-    records = evaluator.score(baselines, observed)
+    spread = None
+    if data.config.validation and split != "validation":
+        with context.together("samples"):
+            calibration = data.dataset("validation", normalization, errors, context.watch.tick)
+        spread = replace(evaluator, dataset=calibration).measure_spread()
+    records = evaluator.score(baselines, observed, spread)
     if context.is_main:
         # imported here because matplotlib takes 0.4 s and hundreds of files, and only rank 0 draws
         from topoflow.plots import plot_case, plot_skill
@@ -251,7 +257,20 @@ class Evaluator:
         context.all_reduce_sum(torch.from_numpy(sums))
         return sums[:, position.reshape(at_lead.shape)]
 
-    def score(self, baselines: Baselines, observed: np.ndarray) -> list[Record]:
+    def measure_spread(self) -> Spread | None:
+        """Return the spread of the errors on this split, the same on every rank; None if a target has none."""
+        dataset, leads = self.dataset, len(self.dataset.lead_times_hours)
+        constants = dataset.normalization
+        mean, std = (np.array([of[name] for name in dataset.target_names]) for of in (constants.mean, constants.std))
+        errors = ErrorCounts(mean, std, leads)
+        with self.context.together("errors on the validation split"):
+            for batch, forecast in self.forecasts("validation"):
+                observed, valid = by_pair(batch["observed"]).double().numpy(), by_pair(batch["valid"]).numpy()
+                errors.add(self.pairs(batch) % leads, self.to_physical(forecast, batch), observed, valid)
+        self.context.all_reduce_sum(torch.from_numpy(errors.counts))
+        return Spread.measured(errors)
+
+    def score(self, baselines: Baselines, observed: np.ndarray, spread: Spread | None = None) -> list[Record]:
         """Return the records of `ScoreSums.finish`, the same on every rank; `observed`: from `sum_observations`.
 
         Raises:
@@ -264,32 +283,45 @@ class Evaluator:
         total, count = observed.sum(axis=1)  # [leads, targets]
         mean = scale[:, :, 0] * (total / np.maximum(count, 1)).T
         leads = dataset.lead_times_hours
-        sums = ScoreSums(len(dataset.starts), dataset.target_names, leads, units, mean, baselines.damped)
-        loader = build_eval_loader(
-            PhysicalSamples(dataset), self.batch_size, context.rank, context.world_size, self.threads
+        sums = ScoreSums(
+            len(dataset.starts), dataset.target_names, leads, units, mean, baselines.damped, spread is not None
         )
-        shown = context.is_main and sys.stderr.isatty()
         with context.together("evaluation"):
-            progress = tqdm(loader, desc="evaluation", unit="batch", leave=False, disable=not shown)
-            for batch, forecast in self.forecasts(batch for _, batch in progress):
-                self.report_progress_or_stop()
-                pairs = [pair for i in batch["index"].tolist() for pair in dataset.pairs(i)]
+            for batch, normalized in self.forecasts("evaluation"):
+                pairs, forecast = self.pairs(batch), self.to_physical(normalized, batch)
+                observations = by_pair(batch["observed"]).double().numpy()
+                inside, crps = 0.0, 0.0
+                if spread is not None:
+                    inside, crps = spread.judge(pairs % len(leads), forecast, observations)
                 baseline_forecasts, filled = forecast_baselines(baselines, dataset, batch)
                 sums.add(
-                    np.array(pairs),
-                    scale * self.to_physical(forecast, batch),
-                    scale * by_pair(batch["observed"]).double().numpy(),
+                    pairs,
+                    scale * forecast,
+                    scale * observations,
                     by_pair(batch["valid"]).numpy(),
                     {name: scale * values for name, values in baseline_forecasts.items()},
                     filled,
+                    inside,
+                    scale * crps,
                 )
         context.all_reduce_sum(torch.from_numpy(sums.rows))
         return sums.finish()
 
-    def forecasts(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, HostCopy]]:
-        """Yield each batch and its forecast after the next one was queued: a GPU computes while the host scores."""
+    def pairs(self, batch: Batch) -> np.ndarray:
+        """Return the (start, lead) pairs of a batch, int64 [B], or [B * leads] if its samples have all leads."""
+        return np.array([pair for i in batch["index"].tolist() for pair in self.dataset.pairs(i)])
+
+    def forecasts(self, what: str) -> Iterator[tuple[Batch, HostCopy]]:
+        """Yield this rank's batches, each with its forecast after the next was queued: a GPU computes meanwhile.
+
+        what: is done, for the progress bar.
+        """
+        samples, context = PhysicalSamples(self.dataset), self.context
+        loader = build_eval_loader(samples, self.batch_size, context.rank, context.world_size, self.threads)
+        shown = context.is_main and sys.stderr.isatty()
         before = None
-        for batch in batches:
+        for _, batch in tqdm(loader, desc=what, unit="batch", leave=False, disable=not shown):
+            self.report_progress_or_stop()
             queued = batch, self.forward(batch)
             if before is not None:
                 yield before

@@ -36,6 +36,8 @@ COLUMNS = (
     "squared_error",
     "potential_error",  # (|f - mean(o)| + |o - mean(o)|)^2, Willmott's denominator
     "within_factor_2",
+    "inside",  # this and the next: only if there is a spread
+    "crps",
     "climatology_n",
     "climatology_squared_error",
     "climatology_filled",
@@ -66,16 +68,19 @@ class ScoreSums:
         units: Mapping[str, str],
         observed_mean: np.ndarray,
         damped: Sequence[str] = DAMPED[:1],
+        with_spread: bool = False,
     ):
         """Start at zero.
 
         Args:
             observed_mean: [targets, leads], mean of all observations that count, in `units`.
             damped: those of DAMPED that there are.
+            with_spread: `add` gets intervals and CRPS.
         """
         assert observed_mean.shape == (len(targets), len(lead_times_hours)), observed_mean.shape
         self.targets, self.lead_times_hours, self.units = tuple(targets), tuple(lead_times_hours), dict(units)
         self.observed_mean, self.damped = observed_mean.astype(np.float64), tuple(damped)
+        self.with_spread = with_spread
         self.rows = np.zeros((num_starts * len(self.lead_times_hours), len(self.targets), len(COLUMNS)))
 
     def add(
@@ -86,6 +91,8 @@ class ScoreSums:
         valid: np.ndarray,
         baselines: Mapping[str, np.ndarray],
         filled: np.ndarray,
+        inside: np.ndarray | float = 0.0,
+        crps: np.ndarray | float = 0.0,
     ) -> None:
         """Add a batch.
 
@@ -95,6 +102,8 @@ class ScoreSums:
             valid: [B, T, H, W] bool, which observations count.
             baselines: {persistence, climatology and those of `damped`}: [B, T, H, W] float64 each, NaN where missing.
             filled: [B, T, H, W] bool, where the climatology is not the cell's own.
+            inside: [B, T, H, W] bool, whether the 80 % interval holds the observation.
+            crps: [B, T, H, W], the continuous ranked probability score.
         """
         shift = self.observed_mean[:, samples % len(self.lead_times_hours)].T[:, :, None, None]
         finite = np.isfinite(forecast)
@@ -123,6 +132,8 @@ class ScoreSums:
             "squared_error": error**2,
             "potential_error": (np.abs(f_deviation) + np.abs(o_deviation)) ** 2,
             "within_factor_2": counts & within_factor_2(f, o),
+            "inside": counts * inside,
+            "crps": np.where(counts, crps, 0.0),
             "climatology_n": has_climatology,
             "climatology_squared_error": squared_error_of("climatology", has_climatology),
             "climatology_filled": has_climatology & filled,
@@ -157,7 +168,9 @@ class ScoreSums:
                     )
                 head = {"target": target, "lead_hours": lead, "unit": self.units[target]}
                 scores = scores_of(sums, float(self.observed_mean[t, k]))
-                records.append(head | scores | {f"{name}_rmse": None for name in DAMPED if name not in self.damped})
+                absent = [f"{name}_rmse" for name in DAMPED if name not in self.damped]
+                absent += [] if self.with_spread else ["crps", "coverage_80"]
+                records.append(head | scores | dict.fromkeys(absent))
         return records
 
 
@@ -187,6 +200,8 @@ def scores_of(sums: Mapping[str, float], observed_mean: float) -> dict[str, obje
         "correlation": _correlation(sums),
         "ioa": None if agreement is None else 1.0 - agreement,
         "fac2": _ratio(sums["within_factor_2"], n),
+        "crps": _ratio(sums["crps"], n),
+        "coverage_80": _ratio(sums["inside"], n),
         "persistence_rmse": _root(_ratio(sums["persistence_squared_error"], present)),
         "climatology_rmse": _root(_ratio(sums["climatology_squared_error"], sums["climatology_n"])),
         **{f"{name}_rmse": _root(_ratio(sums[f"{name}_squared_error"], both)) for name in DAMPED},
@@ -277,6 +292,13 @@ def format_scores(records: Sequence[Record]) -> str:
     ratio = mean_ratio(records)
     if ratio is not None:
         lines.append(f"RMSE of the model over that of damped persistence, mean over targets and leads: {ratio:.3f}")
+    coverage = [record["coverage_80"] for record in records if record["coverage_80"] is not None]
+    if coverage:
+        mean = math.fsum(coverage) / len(coverage)
+        lines.append(
+            f"80 % intervals, from errors on the validation split, hold {mean:.1%} of the observations "
+            f"({min(coverage):.1%} to {max(coverage):.1%} by target and lead)"
+        )
     over_ridge = mean_ratio(records, "ridge_rmse")
     if over_ridge is not None and over_ridge > 1 - WORTHWHILE:
         lines.append(f"The network adds less than 1 %: its RMSE is {over_ridge:.3f} times the ridge regression's.")

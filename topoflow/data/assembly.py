@@ -88,14 +88,14 @@ class ForecastData:
         errors: WeatherErrors | None = None,
         on_progress: Callable[[], None] = lambda: None,
     ) -> ForecastDataset:
-        """The samples of a split that the config gives ranges for.
+        """The samples of a split that the config gives ranges for, one of `splits` or another.
 
         errors: of the weather after the start. on_progress is called now and then.
         """
         return ForecastDataset(
             self.source,
             normalization,
-            self.splits[split].starts,
+            self.starts(split).starts,
             self.config,
             self.with_wind,
             joint=self.joint,
