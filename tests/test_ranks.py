@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.multiprocessing import spawn
+from torch.multiprocessing.spawn import start_processes
 
+from tests.support.forked_runs import start_fork_server
 from topoflow.checkpoint import state as broadcast
 from topoflow.checkpoint.file import named_tensors
 from topoflow.checkpoint.fingerprint import state_fingerprints
@@ -27,7 +28,8 @@ WORLD = 3
 
 def run_on_ranks(port, body, *arguments):
     """Call `body(context, *arguments)` on every rank; a failing assertion of any rank fails the test."""
-    spawn(_enter, (port, body, arguments), nprocs=WORLD)
+    start_fork_server()
+    start_processes(_enter, (port, body, arguments), nprocs=WORLD, start_method="forkserver")
 
 
 def _enter(rank, port, body, arguments):

@@ -50,6 +50,7 @@ class Program:
 
     folder: Path
     config: Path
+    forked: ForkedRuns
 
     def command(self, *overrides, run="run", processes=1):
         launcher = [sys.executable]
@@ -68,14 +69,18 @@ class Program:
         )
 
     def train(self, *overrides, processes=1, **options):
-        """Train; return status and output. A single process is this one, which is faster to start."""
-        command = self.command(*overrides, processes=processes, **options)
+        """Train; return status and output, with several processes those of torchrun.
+
+        A single process is this one, several are forked from one that has imported torch: both start fast.
+        """
+        arguments = self.command(*overrides, **options)[2:]
         if processes > 1:
-            return subprocess.run(command, capture_output=True, text=True, env=self.environment())
+            ending = self.forked.run(arguments, processes)
+            return subprocess.CompletedProcess(arguments, 0 if ending.done else 1, stderr=ending.output)
         output = io.StringIO()
         with contextlib.redirect_stderr(output):
-            status = train_script.main(command[2:])
-        return subprocess.CompletedProcess(command, status, stderr=output.getvalue())
+            status = train_script.main(arguments)
+        return subprocess.CompletedProcess(arguments, status, stderr=output.getvalue())
 
     def topoflow(self, *arguments):
         """Run a command of `python -m topoflow`; return the finished process."""
@@ -109,13 +114,13 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def make_program(world):
+def make_program(world, forked):
     """A function that returns a program with its run directories in a given folder."""
 
     def make(folder):
         config = folder / "run.yaml"
         config.write_text(yaml.safe_dump({**CONFIG, "data": {**CONFIG["data"], "path": str(world)}}))
-        return Program(folder, config)
+        return Program(folder, config, forked)
 
     return make
 

@@ -58,7 +58,7 @@ def run_failing(program, store_port):
 @pytest.mark.parametrize(
     ("failure", "statuses", "words"),
     [
-        ("raises:data:2", [5, 5, 1], f"rank 2 on {HOST}, set-up (model): ZeroDivisionError: an injected failure"),
+        ("raises:data:2", [5, 5, 1], f"rank 2 on {HOST}, set-up (samples): ZeroDivisionError: an injected failure"),
         ("killed:reduced:1", [5, -9, 5], f"rank 1 on {HOST}: lost while rank 0 was in step 3 (forward and backward)"),
         ("exits:validation:2", [5, 5, 0], f"rank 2 on {HOST}: lost while rank 0 was in validation after step 3"),
         ("raises:save:0", [1, 5, 5], "an injected failure"),

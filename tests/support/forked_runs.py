@@ -69,16 +69,22 @@ class Attack:
         return f"rank {self.rank}{' and all others' if self.everyone else ''} {when}"
 
 
+def start_fork_server() -> Any:
+    """Return the context of processes that are forked from one that has imported torch and the program."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with mock.patch.dict(os.environ, ENVIRONMENT):
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
 class ForkedRuns:
     """Starts runs; their output and the notes of killed ranks are in `folder`."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self.log, self.note = folder / "output.log", folder / "killed.json"
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOADED)
-        with mock.patch.dict(os.environ, ENVIRONMENT):
-            multiprocessing.forkserver.ensure_running()
+        self._context = start_fork_server()
 
     def run(
         self,
