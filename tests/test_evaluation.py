@@ -197,11 +197,11 @@ def test_the_table_is_logged(tmp_path, caplog):
 
 
 class JointDamped(Damped):
-    """Returns the forecasts of Damped for all leads, [B, L, T, H, W]."""
+    """Returns the forecasts of Damped for all leads, [B, L, T, H, W], in memory in another order, as a network may."""
 
     def forward(self, x, lead_time_hours, *rest):
         leads = [super(JointDamped, self).forward(x, torch.full((len(x),), float(lead)), *rest) for lead in LEADS]
-        return torch.stack(leads, dim=1)
+        return torch.stack(leads).transpose(0, 1)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

@@ -172,7 +172,7 @@ class PhysicalSamples:
 
 def by_pair(fields: torch.Tensor) -> torch.Tensor:
     """Return a view by (start, lead) pair, [pairs, T, H, W], of fields [..., T, H, W] of one or more samples."""
-    return fields.view(-1, *fields.shape[-3:])
+    return fields.reshape(-1, *fields.shape[-3:])
 
 
 class HostCopy:
