@@ -19,8 +19,8 @@ esac
 
 # The first of two halves that run concurrently: it mostly waits for SLURM, and none of its tests measures time. Bash
 # starts it in the background with SIGINT ignored, so none of its tests sends Ctrl-C.
-half=(tests/slurm tests/data tests/model tests/physics tests/lightning tests/checkpoint tests/test_{benchmarks,evaluation}.py
-  tests/doctor/test_doctor.py tests/program/test_{base,canonical,durability,evaluate,faults,refusals,training}.py)
+half=(tests/slurm tests/data tests/model tests/physics tests/lightning tests/checkpoint
+  tests/test_{benchmarks,evaluation,gpu_benchmark}.py tests/doctor/test_doctor.py tests/program/test_{base,canonical,durability,evaluate,faults,refusals,training}.py)
 log=$(mktemp)
 trap 'kill $(jobs -p) 2>/dev/null || true; rm -f -- "$log"' EXIT
 trap 'exit 130' INT
