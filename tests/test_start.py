@@ -18,6 +18,9 @@ NOT_AT_THE_START = {
 IMPORT = """
 import json, sys, time
 began = time.process_time()
+if sys.argv[1] == "train":
+    from topoflow.terminal import prepare_process
+    prepare_process()  # as train.py does when it is run
 __import__(sys.argv[1])
 print(json.dumps({"cpu": time.process_time() - began, "modules": sorted(sys.modules)}))
 """

@@ -1,5 +1,6 @@
 """How a program starts and ends on a terminal: closed streams, Ctrl-C, and lines on stderr. Imports nothing heavy."""
 
+import gc
 import os
 import signal
 import sys
@@ -14,8 +15,10 @@ def prepare_process() -> None:
 
     A standard stream that the caller has closed becomes /dev/null: otherwise the next file that is opened would get its
     number, and with it what libraries print. Ctrl-C during an import ends the process with one line and status 130,
-    because an exception inside the import of torch is a traceback or an abort.
+    because an exception inside the import of torch is a traceback or an abort. `run_program` lets garbage be collected:
+    during the imports three full collections would find none and take 0.3 s.
     """
+    gc.disable()
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for as long as the process lives)
@@ -35,6 +38,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def run_program(main: Callable[[], int]) -> int:
     """Return the exit status of `main`; Ctrl-C is one line and status 130."""
+    gc.freeze()  # what was imported stays
+    gc.enable()
     try:
         return main()
     except KeyboardInterrupt:
