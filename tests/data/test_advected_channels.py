@@ -102,9 +102,8 @@ def test_targets_are_carried_as_anomalies_where_the_other_inputs_are(build, fiel
     fields["v"] *= 0
     base = Linear()
     base.lead_times_hours, base.known = np.array(LEADS, np.float32), np.ones((5, 6), bool)
-    base.usual = lambda time, places=None: (
-        np.full((2, 5, 6), 40, np.float32) if places is None else np.full(len(places), 40, np.float32)
-    )
+    base.usual = lambda time: np.full((2, 5, 6), 40, np.float32)
+    base.usual_at_places = lambda times, places: np.full((len(times), len(places)), 40, np.float32)
     constants = {name: (50.0, 7.0) for name in VARIABLES if name != "hour_sin"}
     dataset = build(fields, base, anomalies=True, normalization=constants)
     x, found = dataset[9]["x"].numpy(), advected(dataset, 9)

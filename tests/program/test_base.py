@@ -48,7 +48,8 @@ def test_before_its_first_update_a_network_is_its_base(program, base, leads, bas
 
 
 def test_two_processes_fit_the_same_base_and_take_it_from_a_checkpoint(program):
-    done = program.train(*RIDGE, "train.max_steps=6")
+    form = (*RIDGE, "model.leads=joint")
+    done = program.train(*form, "train.max_steps=6")
     assert done.returncode == 0, done.stderr
     one = program.state(step=6)["data"]["base"]
     ridge = {f"ridge_{name}" for name in ("pooled", "own", "strengths", "known", "blocks")}
@@ -56,7 +57,7 @@ def test_two_processes_fit_the_same_base_and_take_it_from_a_checkpoint(program):
     assert one["slope"].abs().min() > 0
     assert one["ridge_pooled"].abs().amax(dim=(1, 2, 3)).min() > 0
     for overrides in (("run.dir=" + str(program.folder / "two"),), ()):
-        done = program.train(*RIDGE, "train.max_steps=7", *overrides, processes=2)
+        done = program.train(*form, "train.max_steps=7", *overrides, processes=2)
         assert done.returncode == 0, done.stderr
     assert same(program.state("two", 7)["data"]["base"], one)
     assert "resume from" in done.stderr

@@ -73,7 +73,7 @@ def test_data_that_are_missing_end_with_2_and_not_with_torchruns_1(torchrun):
 
 
 # SLURM sends SIGUSR1 before a time limit; it would kill torchrun itself
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_script_ends_in_a_checkpoint_and_75(program, torchrun, undisturbed, number):
     process = torchrun("train.max_steps=100000")
     wait_for_step(program, 4, process)
