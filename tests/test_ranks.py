@@ -117,6 +117,8 @@ def host_memory_of_the_others_stays_flat(context):
     state = {str(n): torch.full((length,), float(n)) for n in range(count)} if context.is_main else None
     destination = torch.zeros(count, length)
     destination.fill_(-1.0)  # its pages exist
+    first = share_outline(context, {"first": torch.zeros(10)} if context.is_main else None)
+    deliver(context, [(first["first"], torch.zeros(10))])  # a forked process counts the code it touches, once
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     outline = share_outline(context, state)
     deliver(context, [(outline[name], destination[int(name)]) for name in outline])
