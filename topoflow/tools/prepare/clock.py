@@ -3,7 +3,7 @@
 import datetime
 import re
 import zoneinfo
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,7 @@ import xarray as xr
 from topoflow.errors import DataError
 from topoflow.tools.prepare.findings import Findings
 from topoflow.tools.prepare.recipe import Source, Stamp
-from topoflow.tools.prepare.stamps import bounds_name, find_time, read_stamps
+from topoflow.tools.prepare.stamps import bounds_name, find_time, read_ahead, read_stamps
 
 _HOUR, _MINUTE, _SECOND = (np.timedelta64(1, unit).astype("m8[ns]") for unit in ("h", "m", "s"))
 _HALF_HOUR = 30 * _MINUTE
@@ -48,6 +48,7 @@ def read_times(
     findings: Findings,
     file: object,
     duplicates: Literal["refuse", "first", "last", "mean"] = "refuse",
+    step: int | None = None,
 ) -> Clock | None:
     """Return when the values of a file are, or None after a finding that says why that is unknown.
 
@@ -59,22 +60,25 @@ def read_times(
         file: names the file in findings.
         duplicates: which value counts where the file has several for one hour. refuse: add a decision, and go on with
             the first.
+        step: of forecasts: only what is so many hours after the issue counts, and its time is that of issue (so is
+            `time_in_name`). None, without a finding, where the file has nothing of it.
     """
-    if source.time_in_name is None:
+    in_name = None if source.time_in_name is None else _time_in_name(str(file), source.time_in_name)
+    if source.time_in_name is not None and in_name is None:
+        found = f"no time like {source.time_in_name!r} in its name"
+        findings.add("error", file, "", found, "time_in_name with %Y, %m, %d, %H, as strptime has them")
+        return None
+    if in_name is None or step is not None:
         name = find_time(dataset, source, findings, file)
     else:
         name = "time in the name"
-        stamp = _time_in_name(str(file), source.time_in_name)
-        if stamp is None:
-            found = f"no time like {source.time_in_name!r} in its name"
-            findings.add("error", file, "", found, "time_in_name with %Y, %m, %d, %H, as strptime has them")
-            return None
-        dataset = dataset.assign_coords({name: stamp})
+        dataset = dataset.assign_coords({name: in_name})
     if name is None:
         return None
     try:
         stamps, dims, is_utc = read_stamps(dataset, name)
         place_in_bounds = _place_in_bounds(dataset, name, stamps)
+        ahead = None if step is None else read_ahead(dataset, name, stamps, dims)
     except (DataError, OSError, RuntimeError, ValueError, TypeError, OverflowError) as error:
         findings.add("error", file, name, " ".join(str(error).split()), "CF times in the Gregorian calendar")
         return None
@@ -93,7 +97,20 @@ def read_times(
     if utc is None:
         return None
     hours = _to_hours(utc, stamps.ravel(), name, source, findings, file)
-    return None if hours is None else _sort(hours, dims, name, duplicates, findings, file)
+    if hours is None or step is None:
+        return None if hours is None else _sort(hours, dims, name, duplicates, findings, file)
+    if in_name is not None:
+        ahead = stamps - in_name
+    if ahead is None:
+        found, expected = "no time of issue", "forecast_period or forecast_reference_time (CF)"
+        findings.add("error", file, name, found, expected, "time_in_name: ..._%Y%m%d%H, that of issue")
+        return None
+    issued = utc - ahead.ravel()
+    at_step = np.flatnonzero(np.abs(hours - issued - step * _HOUR) <= _MINUTE)
+    if not len(at_step):
+        return None
+    clock = _sort(hours[at_step] - step, dims, name, duplicates, findings, file)
+    return replace(clock, order=at_step[clock.order])
 
 
 def _place_in_bounds(dataset: xr.Dataset, name: str, stamps: np.ndarray) -> Stamp | None:

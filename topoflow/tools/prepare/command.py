@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from topoflow.data.channels import Channel
 from topoflow.data.prepared.manifest import Manifest, read_manifest
 from topoflow.errors import ConfigError, DataError
 from topoflow.terminal import print_output
 from topoflow.tools.prepare.advected import WithAdvected
+from topoflow.tools.prepare.by_step import ByStep, require_steps
 from topoflow.tools.prepare.findings import Findings
 from topoflow.tools.prepare.joined import JoinedSource
 from topoflow.tools.prepare.provenance import describe
@@ -59,16 +61,25 @@ def prepare(recipe: Recipe, output: Path | None, progress: bool = True) -> Prepa
     findings = Findings()
     opener = Opener(recipe, findings)
     try:
-        found = scan(recipe, opener, findings)
-        target = None if found is None else build_target(recipe.grid, found.pieces, opener, findings)
-        if found is None or target is None:
+        steps = require_steps(recipe) if recipe.steps is not None else (None,)
+        scans = [found for step in steps if (found := scan(recipe, opener, findings, step)) is not None]
+        target = build_target(recipe.grid, scans[0].pieces, opener, findings) if len(scans) == len(steps) else None
+        if target is None:
             return _undecided(recipe, findings)
-        recipe = _completed(recipe, found)
-        statics = Statics(recipe, target, found.pieces, opener, findings).build()
-        source: Fields = JoinedSource(recipe, found, target, opener, findings)
-        if recipe.advect is not None:
+        recipe = _completed(recipe, scans)
+        pieces = scans[0].pieces
+        statics = Statics(recipe, target, pieces, opener, findings).build()
+        joined = [JoinedSource(recipe, found, target, opener, findings) for found in scans]
+        source: Fields = joined[0]
+        if recipe.steps is not None:
+            source = ByStep(recipe.steps, joined, findings)
+        elif recipe.advect is not None:
             source = WithAdvected(source, statics, recipe.advect)
-        how = {n: next(p.readers[n].text for p in found.pieces if n in p.readers) for n in found.names}
+        how = {
+            Channel(name, step or 0).name: next(p.readers[name].text for p in found.pieces if name in p.readers)
+            for step, found in zip(steps, scans, strict=True)
+            for name in found.names
+        }
         manifest = None
 
         def report(folder: Path, manifest: Manifest) -> None:
@@ -77,7 +88,8 @@ def prepare(recipe: Recipe, output: Path | None, progress: bool = True) -> Prepa
         if output is None:
             _look(source, progress)
         else:
-            paths, settings = [piece.path for piece in found.pieces], _settings(recipe, source, target, statics)
+            paths = sorted({piece.path for found in scans for piece in found.pieces})
+            settings = _settings(recipe, source, target, statics)
             provenance = partial(describe, recipe, paths)
             manifest = write(source, statics, settings, provenance, output, progress, report)
     finally:
@@ -113,14 +125,15 @@ def _look(source: Fields, progress: bool) -> None:
     source.finish()
 
 
-def _completed(recipe: Recipe, found: Scan) -> Recipe:
+def _completed(recipe: Recipe, scans: list[Scan]) -> Recipe:
     """With what was chosen by default, as it is to be kept."""
     grid = recipe.grid
-    kinds = {piece.place.kind for piece in found.pieces if piece.readers}
+    kinds = {piece.place.kind for piece in scans[0].pieces if piece.readers}
     if grid == type(grid)() and kinds == {"stations"}:
         grid = dataclasses.replace(grid, degrees=DEFAULT_DEGREES)
-    frequency = recipe.frequency or f"{found.step_hours}h"
-    return dataclasses.replace(recipe, grid=grid, frequency=frequency, variables=recipe.variables or found.names)
+    frequency = recipe.frequency or (f"{scans[0].step_hours}h" if recipe.steps is None else None)
+    variables = recipe.variables or tuple(dict.fromkeys(name for found in scans for name in found.names))
+    return dataclasses.replace(recipe, grid=grid, frequency=frequency, variables=variables)
 
 
 def _settings(recipe: Recipe, source: Fields, target: Target, statics: dict[str, np.ndarray]) -> dict[str, str]:

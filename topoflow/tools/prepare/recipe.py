@@ -121,6 +121,9 @@ class Recipe:
     """File with the number of people in each cell; by default that of a source."""
     mask: str | None = None
     """File with the cells that count; by default all."""
+    steps: tuple[int, ...] | None = None
+    """For weather forecasts (`data.forecast`): the hours after the issue to write, such as [0, 6, 12]. The times are
+    then those of issue, and `u+6h` is u 6 hours later."""
     advect: Advect | None = None
     """Further variables, `pm25_advected+12h` and so on, that `data.advect` then does not compute while training."""
     dtype: Literal["float32", "float16"] = "float32"

@@ -103,31 +103,39 @@ class Scan:
     missing_hours: int = 0
 
 
-def scan(recipe: Recipe, opener: Opener, findings: Findings) -> Scan | None:
-    """Look at every file of `recipe`; None where nothing can be written, for which `findings` has the reason."""
+def scan(recipe: Recipe, opener: Opener, findings: Findings, step: int | None = None) -> Scan | None:
+    """Look at every file of `recipe`; None where nothing can be written, for which `findings` has the reason.
+
+    step: of forecasts, what is so many hours after the issue; times are then those of issue.
+    """
     pieces = []
     for number, spec in enumerate(recipe.sources):
         for path in find_files(spec.path, findings):
-            piece = _look(number, spec, path, opener, findings)
+            piece = _look(number, spec, path, opener, findings, step)
             if piece is not None:
                 pieces.append(piece)
     changing = [piece for piece in pieces if piece.clock is not None and piece.readers]
     if not changing:
         if not findings.open():
-            findings.add("error", _files(recipe), "", "no variable that changes in time", "pollutants or weather")
+            found = "no variable that changes in time" if step is None else f"nothing {step} h after an issue (steps)"
+            findings.add("error", _files(recipe), "", found, "pollutants or weather")
         return None
-    step = _step(recipe, changing, findings)
-    times, missing = _times(recipe, changing, step, findings)
+    if step is None:
+        step_hours = _step(recipe, changing, findings)
+        times, missing = _times(recipe, changing, step_hours, findings)
+    else:
+        times, missing = np.unique(np.concatenate([piece.clock.times for piece in changing if piece.clock])), 0
+        step_hours = int(np.gcd.reduce([24, *np.diff(times).astype(int)]))
     names = _names(recipe, changing, findings)
     units = {name: next(p.readers[name].unit for p in changing if name in p.readers) for name in names}
-    return Scan(pieces, step, times, names, units, missing)
+    return Scan(pieces, step_hours, times, names, units, missing)
 
 
 def _files(recipe: Recipe) -> str:
     return ", ".join(str(source.path) for source in recipe.sources)
 
 
-def _look(number: int, spec: Source, path: Path, opener: Opener, findings: Findings) -> Piece | None:
+def _look(number: int, spec: Source, path: Path, opener: Opener, findings: Findings, step: int | None) -> Piece | None:
     given, dataset = spec, opener.open(path, spec)
     if dataset is None:
         return None
@@ -151,7 +159,7 @@ def _look(number: int, spec: Source, path: Path, opener: Opener, findings: Findi
         for need in reader.needs if leading else ():
             sizes = dataset[need].encoding.get("preferred_chunks") or {}
             chunk = max(chunk, int(sizes.get(leading[0], 1)))
-    clock = read_times(dataset, spec, findings, str(path), opener.rules.duplicates) if changing else None
+    clock = read_times(dataset, spec, findings, str(path), opener.rules.duplicates, step) if changing else None
     if changing and clock is None:
         return None
     if clock is not None and set(clock.dims) & set(place.dims):

@@ -1,6 +1,7 @@
 """Stamps of a file as it has them: which variable is the time, and what its dates, texts or numbers mean."""
 
 import re
+from collections.abc import Hashable, Sequence
 
 import cf_xarray  # noqa: F401 (registers Dataset.cf)
 import numpy as np
@@ -97,6 +98,43 @@ def read_stamps(dataset: xr.Dataset, name: str) -> tuple[np.ndarray, tuple[str, 
     return values, dims, is_utc or array.attrs.get("time_zone") == "UTC"
 
 
+def read_ahead(dataset: xr.Dataset, name: str, stamps: np.ndarray, dims: tuple[str, ...]) -> np.ndarray | None:
+    """Return how long after the issue of their forecast stamps are, timedelta64[ns] of their shape.
+
+    None where the file does not say: neither lead times, nor a time of issue (CF, or WRF's start of the simulation).
+
+    Args:
+        dataset: the file.
+        name: of its time.
+        stamps, dims: as `read_stamps` returned them.
+    """
+    added = _find_period(dataset, dataset[name])
+    others = [dataset[other] for other in dataset.variables if other != name]
+    periods = [array for array in others if _is_period(array)] if added is None else [added]
+    for period in periods:
+        if set(period.dims) <= set(dims):
+            return _along(_read_period(period), period.dims, dims, stamps.shape)
+    for array in others:
+        is_issue = array.attrs.get("standard_name") == "forecast_reference_time"
+        if is_issue and set(array.dims) <= set(dims):
+            issued, own, _ = read_stamps(dataset.drop_vars([p.name for p in periods]), str(array.name))
+            return stamps - _along(issued, own, dims, stamps.shape)
+    base = re.search(r"time from (\d{8})", str(dataset[name].attrs.get("long_name", "")))  # see _parse_numbers
+    text = f"{base[1][:4]}-{base[1][4:6]}-{base[1][6:]}" if base else dataset.attrs.get("SIMULATION_START_DATE")
+    return None if text is None else stamps - np.datetime64(str(text).replace("_", "T"), "ns")
+
+
+def _along(values: np.ndarray, own: Sequence[Hashable], dims: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """Return `values` over the dimensions `own`, repeated over those of `dims` that they lack."""
+    ordered = np.transpose(values, [list(own).index(dim) for dim in dims if dim in own])
+    sizes = [size if dim in own else 1 for dim, size in zip(dims, shape, strict=True)]
+    return np.broadcast_to(ordered.reshape(sizes), shape)
+
+
+def _is_period(array: xr.DataArray) -> bool:
+    return array.attrs.get("standard_name") == "forecast_period" or str(array.name).lower() in _PERIODS
+
+
 def _read_tflag(array: xr.DataArray) -> tuple[np.ndarray, tuple[str, ...]]:
     """Return CMAQ's times, which are UTC: TFLAG (TSTEP, VAR, 2) holds YYYYDDD and HHMMSS (Models-3 I/O API)."""
     if array.ndim != 3 or 0 in array.shape or array.shape[2] != 2 or array.dtype.kind not in "iu":
@@ -147,8 +185,11 @@ def _find_period(dataset: xr.Dataset, time: xr.DataArray) -> xr.DataArray | None
     """Return the lead times of forecasts, where `time` is when they start."""
     is_start = time.attrs.get("standard_name") == "forecast_reference_time"
     for name, array in dataset.variables.items():
-        is_period = array.attrs.get("standard_name") == "forecast_period" or str(name).lower() in _PERIODS
-        if is_period and str(time.name).lower() != "valid_time" and not set(array.dims) & set(time.dims):
+        if (
+            _is_period(dataset[name])
+            and str(time.name).lower() != "valid_time"
+            and not set(array.dims) & set(time.dims)
+        ):
             return dataset[name] if is_start or array.ndim else None
     return None
 
