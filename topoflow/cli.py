@@ -45,6 +45,7 @@ def _add_demo_data(commands) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="seed of terrain, towns and weather (default 0)"
     )
+    parser.add_argument("--forecasts", action="store_true", help="also the weather as it was forecast every 12 hours")
     parser.set_defaults(run=_demo_data)
 
 
@@ -53,7 +54,14 @@ def _demo_data(options: argparse.Namespace) -> int:
 
     _log_to_terminal()
     rows, columns = options.grid
-    make_demo_data(options.out, options.days, options.grid, options.seed, progress=sys.stderr.isatty())
+    make_demo_data(
+        options.out,
+        options.days,
+        options.grid,
+        options.seed,
+        progress=sys.stderr.isatty(),
+        forecasts=options.forecasts,
+    )
     print_output(f"{options.out}: {options.days} days on {rows} x {columns} cells, seed {options.seed}")
     return 0
 

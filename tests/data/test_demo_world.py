@@ -14,7 +14,7 @@ from topoflow.errors import ConfigError
 from topoflow.tools.demo import world as demo_world
 from topoflow.tools.demo.geography import Geography, build_flow, build_geography
 from topoflow.tools.demo.transport import advect, diffuse
-from topoflow.tools.demo.weather import WeatherFields, draw_weather
+from topoflow.tools.demo.weather import WeatherFields, draw_weather, forecast_weather
 from topoflow.tools.demo.world import TRACERS, build_world, make_demo_data, near_ground, react, remove
 from topoflow.tools.prepare.command import load_recipe, prepare
 
@@ -200,6 +200,34 @@ def test_wind_turns_over_days_through_all_directions_at_a_varying_rate():
     assert 3 < days_a_turn.mean() < 9
     assert days_a_turn.std() > 0.5
     assert np.hypot(*np.diff(weather.steering_ms, axis=0).T).max() < 4  # m/s per hour
+
+
+def test_forecasts_begin_as_the_weather_is_and_lose_their_skill_in_days():
+    times = np.datetime64("2018-10-01T00", "h") + np.arange(24 * 300) * np.timedelta64(1, "h")
+    weather, generator = draw_weather(times, np.random.default_rng(1)), np.random.default_rng(2)
+    issues = range(24, len(times) - 97, 12)
+    winds = np.array([forecast_weather(weather, issue, 97, generator).steering_ms for issue in issues])
+    truth = np.array([weather.steering_ms[issue : issue + 97] for issue in issues])
+    np.testing.assert_allclose(winds[:, 0], truth[:, 0], atol=1e-9)
+    r = [np.corrcoef(winds[:, hour].ravel(), truth[:, hour].ravel())[0, 1] for hour in (24, 48, 96)]
+    assert r == pytest.approx([0.97, 0.92, 0.73], abs=0.03)
+    # errors are of the same size as the weather: forecasts do not fade
+    assert winds[:, 96].std() == pytest.approx(truth[:, 96].std(), rel=0.1)
+
+
+def test_forecasts_are_written_by_issue_and_step_and_leave_the_world_as_it_is(tmp_path):
+    make_demo_data(tmp_path / "with", days=7, grid=(8, 12), progress=False, forecasts=True)
+    make_demo_data(tmp_path / "without", days=7, grid=(8, 12), progress=False)
+    name = "world_2018.nc"
+    assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
+    world = xr.open_dataset(tmp_path / "with" / name)
+    issued = xr.open_dataset(tmp_path / "with/forecasts/issued_2018.nc", decode_timedelta=False)
+    assert issued.sizes == {"time": 4, "step": 21, "lat": 8, "lon": 12}
+    for variable in ("u", "v", "temp", "rh", "psfc"):
+        at_issue = world[variable].sel(time=issued.time)
+        np.testing.assert_allclose(issued[variable].sel(step=0), at_issue, rtol=1e-5, atol=1e-4)
+        ahead = world[variable].sel(time=issued.time[0] + np.timedelta64(120, "h"))
+        assert np.abs(issued[variable][0].sel(step=120) - ahead).max() > 0.1
 
 
 def test_towns_emit_by_the_hour_of_day():

@@ -14,11 +14,18 @@ from topoflow.tools.prepare.writing import write
 
 
 def prepare_world(
-    folder: Path, days: int, grid: tuple[int, int] = (8, 12), seed: int = 0, mask: np.ndarray | None = None
+    folder: Path,
+    days: int,
+    grid: tuple[int, int] = (8, 12),
+    seed: int = 0,
+    mask: np.ndarray | None = None,
+    forecasts: Path | None = None,
 ) -> Path:
-    """Simulate the demo world, prepare it as `folder`, and return that."""
+    """Simulate the demo world, prepare it as `folder`, and return that; `forecasts`: folder of those of its weather."""
     raw = folder.with_name(f"{folder.name}-raw")
-    make_demo_data(raw, days=days, grid=grid, seed=seed, progress=False)
+    make_demo_data(raw, days=days, grid=grid, seed=seed, progress=False, forecasts=forecasts is not None)
+    if forecasts is not None:
+        assert prepare(load_recipe([str(raw / "forecasts.yaml")]), forecasts, progress=False).is_decided
     recipe = load_recipe([str(raw)])
     if mask is not None:
         np.save(raw.with_suffix(".npy"), mask)

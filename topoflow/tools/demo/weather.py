@@ -10,6 +10,10 @@ TURN_HOURS = 132.0
 """Time of a full turn of the wind under a disturbance of typical strength."""
 WAVE_M = 1.6e6
 """Wavelength of the disturbances."""
+VIGOUR_HOURS, HASTE_HOURS = 96.0, 72.0
+"""Memory of the red noise in the strength and in the pace of the disturbances."""
+ERROR_HOURS = 150.0
+"""Time in which forecasts of both lose their skill."""
 GRAVITY, GAS_CONSTANT, LAPSE_K_PER_M = 9.80665, 287.05, 6.5e-3
 """m s-2; J kg-1 K-1 of dry air; lapse rate of the standard atmosphere (ISO 2533)."""
 
@@ -20,6 +24,10 @@ class Weather:
 
     times: np.ndarray
     """datetime64[h] [T], local solar time."""
+    vigour: np.ndarray
+    """Red noise from which the strength follows [T]."""
+    haste: np.ndarray
+    """Red noise from which the pace of the disturbance follows, with its strength [T]."""
     strength: np.ndarray
     """Strength of the disturbance relative to the typical one [T]."""
     phase: np.ndarray
@@ -62,12 +70,33 @@ def draw_weather(times: np.ndarray, generator: np.random.Generator) -> Weather:
     the next two days can be predicted from the present fields, later ones less and less.
     """
     hours = len(times)
-    strength = np.exp(0.4 * red_noise(hours, 96.0, generator)[:, 0])
-    pace = (0.55 + 0.45 * strength) * (1 + 0.15 * red_noise(hours, 72.0, generator)[:, 0])
-    phase = generator.uniform(0, 2 * np.pi) + np.cumsum(2 * np.pi / TURN_HOURS * pace)
+    vigour, haste = red_noise(hours, VIGOUR_HOURS, generator)[:, 0], red_noise(hours, HASTE_HOURS, generator)[:, 0]
+    return _weather(times, vigour, haste, generator.uniform(0, 2 * np.pi))
+
+
+def _weather(times: np.ndarray, vigour: np.ndarray, haste: np.ndarray, phase: float) -> Weather:
+    """The weather of a disturbance whose strength and pace vary as two series of red noise, from a phase on."""
+    strength = np.exp(0.4 * vigour)
+    pace = (0.55 + 0.45 * strength) * (1 + 0.15 * haste)
+    phases = phase + np.cumsum(2 * np.pi / TURN_HOURS * pace)
     speed = 3.2 * strength
-    steering = np.stack([0.5 + speed * np.cos(phase), 0.9 * speed * np.sin(phase)], axis=1)
-    return Weather(times, strength, phase, steering)
+    steering = np.stack([0.5 + speed * np.cos(phases), 0.9 * speed * np.sin(phases)], axis=1)
+    return Weather(times, vigour, haste, strength, phases, steering)
+
+
+def forecast_weather(weather: Weather, issue: int, hours: int, generator: np.random.Generator) -> Weather:
+    """Draw a forecast of `weather` for its hours from `issue` on, at most `hours`.
+
+    It begins as the weather is; strength and pace then follow it with a correlation that falls to 1/e in ERROR_HOURS,
+    and errors of the phase add up: the wind's correlation is 0.97, 0.92, 0.84 and 0.73 after 1, 2, 3 and 4 days.
+    """
+    ahead = slice(issue, issue + hours)
+    r = np.exp(-np.arange(len(weather.times[ahead])) / ERROR_HOURS)
+    others = (red_noise(len(r), memory, generator)[:, 0] for memory in (VIGOUR_HOURS, HASTE_HOURS))
+    series = zip((weather.vigour[ahead], weather.haste[ahead]), others, strict=True)
+    vigour, haste = (r * truth + np.sqrt(1 - r**2) * other for truth, other in series)
+    phase = float(weather.phase[issue - 1])
+    return _weather(weather.times[ahead], vigour, haste, phase)
 
 
 def weather_fields(weather: Weather, hours: slice, geography: Geography) -> WeatherFields:

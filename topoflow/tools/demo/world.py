@@ -15,7 +15,14 @@ from topoflow.errors import ConfigError
 from topoflow.files import require_writable
 from topoflow.tools.demo.geography import LAYER_M, Geography, build_geography
 from topoflow.tools.demo.transport import advect, diffuse
-from topoflow.tools.demo.weather import Weather, WeatherFields, draw_weather, red_noise, weather_fields
+from topoflow.tools.demo.weather import (
+    Weather,
+    WeatherFields,
+    draw_weather,
+    forecast_weather,
+    red_noise,
+    weather_fields,
+)
 
 START = np.datetime64("2018-10-01T00", "h")
 SPIN_UP_HOURS = 96
@@ -37,6 +44,9 @@ DEPOSITION_M_S = np.array([0.0, 4e-3, 1e-3, 4e-3, 1.5e-3, 6e-3])
 WASHOUT_PER_MM = np.array([0.0, 0.15, 0.03, 0.0, 0.25, 0.35])
 MISSING_FRACTION = 0.02
 MISSING_HOURS = 6
+ISSUE_HOURS, FORECAST_STEPS = 12, tuple(range(0, 121, 6))
+"""Hours between two weather forecasts, and hours after the issue that they reach."""
+FORECAST = ("u", "v", "temp", "rh", "psfc")
 BLOCK_HOURS = 720
 """Hours that are held in memory and written at once; gaps are drawn for each block."""
 
@@ -52,7 +62,12 @@ class World:
 
 
 def make_demo_data(
-    output: Path, days: int = 180, grid: tuple[int, int] = (24, 32), seed: int = 0, progress: bool = True
+    output: Path,
+    days: int = 180,
+    grid: tuple[int, int] = (24, 32),
+    seed: int = 0,
+    progress: bool = True,
+    forecasts: bool = False,
 ) -> None:
     """Simulate the demo world and write it as yearly NetCDF files, the same values for the same arguments.
 
@@ -67,6 +82,8 @@ def make_demo_data(
         grid: rows and columns of 0.25 degree, at least 8 x 8.
         seed: of terrain, towns, weather and gaps.
         progress: show a progress bar.
+        forecasts: also write forecasts/issued_YYYY.nc, the weather as it was forecast every ISSUE_HOURS, with errors
+            that grow, and the recipe to prepare them, forecasts.yaml.
 
     Raises:
         ConfigError: `output` exists and is not empty, or cannot be written, or a number is out of range.
@@ -84,6 +101,8 @@ def make_demo_data(
         partial.mkdir(parents=True)
         try:
             _write_years(partial, world, seed, progress)
+            if forecasts:
+                _write_forecasts(partial, world, seed, progress)
             partial.rename(output)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -128,25 +147,62 @@ def _write_years(folder: Path, world: World, seed: int, progress: bool) -> None:
                         file[name][first : first + len(block)] = values.astype(np.float32)
 
 
+def _write_forecasts(folder: Path, world: World, seed: int, progress: bool) -> None:
+    """Write the forecasts of each year, and their recipe."""
+    generator, weather = np.random.default_rng([seed, 4]), world.weather
+    reach = FORECAST_STEPS[-1] + 1
+    issues = np.arange(SPIN_UP_HOURS, len(weather.times) - reach + 1, ISSUE_HOURS)
+    years = weather.times[issues].astype("datetime64[Y]").astype(int) + 1970
+    (folder / "forecasts").mkdir()
+    with tqdm(total=len(issues), desc="forecasts", unit="issue", disable=not progress) as bar:
+        for year in np.unique(years):
+            of_year = issues[years == year]
+            with netCDF4.Dataset(folder / "forecasts" / f"issued_{year}.nc", "w") as file:
+                _add_axes(file, world.geography, seed, weather.times[of_year], "forecast_reference_time")
+                _add_axis(file, "step", np.array(FORECAST_STEPS), "hours", "forecast_period")
+                for name in FORECAST:
+                    _add_variable(file, name, ("time", "step", "lat", "lon"))
+                for row, issue in enumerate(of_year):
+                    forecast = forecast_weather(weather, int(issue), reach, generator)
+                    fields = weather_fields(forecast, slice(None, None, FORECAST_STEPS[1]), world.geography)
+                    for name in FORECAST:
+                        file[name][row] = getattr(fields, name).astype(np.float32)
+                    bar.update()
+    (folder / "forecasts.yaml").write_text(
+        "# python -m topoflow prepare THIS_FILE -o OUT, for data.forecast\n"
+        f"sources: [{{path: forecasts}}]\nsteps: {list(FORECAST_STEPS)}\n",
+        encoding="utf-8",
+    )
+
+
 def _describe(file: netCDF4.Dataset, geography: Geography, times: np.ndarray, seed: int) -> None:
     """Define the dimensions and variables of a year, and write those that do not change."""
-    file.setncatts({"title": f"TopoFlow demo world, seed {seed}", "Conventions": "CF-1.8"})
-    axes = {
-        "time": ((times - START).astype(np.int64), f"hours since {str(START).replace('T', ' ')}:00:00", "time"),
-        "lat": (geography.lat, "degrees_north", "latitude"),
-        "lon": (geography.lon, "degrees_east", "longitude"),
-    }
-    for name, (values, unit, standard_name) in axes.items():
-        file.createDimension(name, len(values))
-        variable = file.createVariable(name, values.dtype, (name,))
-        variable.setncatts({"units": unit, "standard_name": standard_name})
-        variable[:] = values
+    _add_axes(file, geography, seed, times, "time")
     for name in (*_STATIC, *_DYNAMIC):
-        dimensions = ("lat", "lon") if name in _STATIC else ("time", "lat", "lon")
-        variable = file.createVariable(name, np.float32, dimensions, fill_value=np.float32(np.nan))
-        variable.setncatts({"units": VARIABLES[name].unit, "long_name": VARIABLES[name].long_name})
+        _add_variable(file, name, ("lat", "lon") if name in _STATIC else ("time", "lat", "lon"))
     for name, attribute in _STATIC.items():
         file[name][:] = getattr(geography, attribute)
+
+
+def _add_axes(file: netCDF4.Dataset, geography: Geography, seed: int, times: np.ndarray, standard_name: str) -> None:
+    """Define and write time, lat and lon. standard_name: of the time."""
+    file.setncatts({"title": f"TopoFlow demo world, seed {seed}", "Conventions": "CF-1.8"})
+    hours = (times - START).astype(np.int64)
+    _add_axis(file, "time", hours, f"hours since {str(START).replace('T', ' ')}:00:00", standard_name)
+    _add_axis(file, "lat", geography.lat, "degrees_north", "latitude")
+    _add_axis(file, "lon", geography.lon, "degrees_east", "longitude")
+
+
+def _add_axis(file: netCDF4.Dataset, name: str, values: np.ndarray, unit: str, standard_name: str) -> None:
+    file.createDimension(name, len(values))
+    variable = file.createVariable(name, values.dtype, (name,))
+    variable.setncatts({"units": unit, "standard_name": standard_name})
+    variable[:] = values
+
+
+def _add_variable(file: netCDF4.Dataset, name: str, dimensions: tuple[str, ...]) -> None:
+    variable = file.createVariable(name, np.float32, dimensions, fill_value=np.float32(np.nan))
+    variable.setncatts({"units": VARIABLES[name].unit, "long_name": VARIABLES[name].long_name})
 
 
 _STATIC = {"elevation": "elevation_m", "population": "population"}
