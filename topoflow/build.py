@@ -68,7 +68,11 @@ def open_data(config: Config, context: Context, only: Sequence[str] = SPLITS) ->
     """
     form = (config.model.wind != "none", config.model.terrain != "none", config.model.leads == "joint")
     with context.together("data"):
-        data = open_forecast_data(config.data, *form, index=_index_on_main(config, context), only=only)
+        index = _index_on_main(config.data.path, "data.path", context)
+        forecasts = None
+        if config.data.forecast is not None:
+            forecasts = _index_on_main(config.data.forecast, "data.forecast", context)
+        data = open_forecast_data(config.data, *form, index=index, forecast_index=forecasts, only=only)
         seen = data.contents.fingerprint
         if not context.is_main and context.launch.local_rank == 0:
             seen = open_forecast_data(config.data, *form, only=only).contents.fingerprint
@@ -76,11 +80,11 @@ def open_data(config: Config, context: Context, only: Sequence[str] = SPLITS) ->
     return data
 
 
-def _index_on_main(config: Config, context: Context) -> PreparedIndex:
+def _index_on_main(path: str, key: str, context: Context) -> PreparedIndex:
     index, refusal = None, None
     if context.is_main:
         try:
-            index = index_prepared(config.data.path)
+            index = index_prepared(path, key)
         except Refusal as error:
             refusal = error
     index, refusal = context.broadcast_object((index, refusal))

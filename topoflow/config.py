@@ -105,6 +105,12 @@ class DataConfig:
     hours: dict[str, tuple[int, ...]] = key(default_factory=dict, alters=CHANNELS)
     """{variable: hours relative to the start} at which it is an input channel, such as `{u: [0, 12, 24], pm25: [0,
     -24]}`; [0] for a variable that is not listed. Hours after the start are forecast or analysed weather."""
+    forecast: str | None = key(None, alters=CHANNELS)
+    """Folder of prepared weather forecasts (`steps` of the recipe), of which inputs after the start are read: from the
+    latest one that was there at the start, linear between its steps. Absent: they are those of data.path, as if
+    forecast without error. Another folder is no change, for contents are compared."""
+    forecast_delay_hours: int = key(6, alters=ORDER | RATES)
+    """Hours after which a forecast of data.forecast is there, counted from when it was issued."""
     advect: tuple[str, ...] = key((), alters=CHANNELS)
     """Variables of which there is an input for each lead time, carried along the wind of the forecast: the value at the
     start where the air that arrives at the cell then comes from; of a field that does not change, the mean along its
@@ -140,6 +146,9 @@ class DataConfig:
             _require(self, "advect", once, "names of data.variables, none twice")
         _require(self, "lead_times_hours", min(leads) >= 1 and leads == sorted(leads), "increasing hours, each >= 1")
         _require(self, "threads", self.threads >= 0, "an integer >= 0")
+        _require(self, "forecast_delay_hours", self.forecast_delay_hours >= 0, "an integer >= 0")
+        has_ahead = any(max(hours) > 0 for hours in self.hours.values())
+        _require(self, "forecast", self.forecast is None or has_ahead, "hours after the start in data.hours, or null")
         if isinstance(self.normalization, dict):
             deviations = [deviation for _, deviation in self.normalization.values()]
             _require(self, "normalization", all(d > 0 for d in deviations), "[mean, deviation > 0] for each name")

@@ -218,6 +218,8 @@ def changed_keys(saved: dict, config: Config) -> list[Change]:
         was, now, alters = old.get(key, "absent"), new.get(key, "absent"), alters_of(key)
         if key == "data.lead_times_hours" and config.model.leads == "joint":
             alters |= Alters.CHANNELS | Alters.NETWORK  # each lead time has outputs of its own
+        if key == "data.forecast" and was and now:
+            alters = Alters(0)  # as with data.path, contents are compared
         if was != now and alters:
             changes.append(Change(key, was, now, alters))
     return changes

@@ -111,6 +111,8 @@ def evaluate_model(
             shorten(ahead, 4),
             errors.skill.describe(errors.hours),
         )
+    elif data.forecasts is not None:
+        log.info("inputs after the start (%s) are forecasts of %s", shorten(ahead, 4), data.config.forecast)
     elif ahead:
         log.warning(
             "perfect prognosis: inputs after the start (%s) come from the data, as if forecast without error",

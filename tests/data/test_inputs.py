@@ -166,7 +166,7 @@ def test_without_error_and_before_the_start_inputs_are_those_of_the_data(make_we
     config = make_config(data.folder, variables=("u", "co"), targets=("v",), hours={"u": (-6, 0, 6), "co": (24, 0)})
     x, wind = {}, {}
     for given in (None, errors):
-        reader = InputReader(data, NORMALIZATION, input_channels(config), with_wind=True, errors=given)
+        reader = InputReader(data, NORMALIZATION, input_channels(config), with_wind=True, ahead=given)
         x[given], wind[given] = np.empty(reader.shape, np.float32), np.empty(reader.wind_shape, np.float32)
         reader.fill(50, x[given], wind[given])
     np.testing.assert_array_equal(wind[None], wind[errors])

@@ -2,19 +2,22 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from topoflow.config import DataConfig
-from topoflow.data.channels import check_channels, input_channels, input_names, window_hours
+from topoflow.data.channels import check_channels, hours_ahead, input_channels, input_names, window_hours
 from topoflow.data.contents import Contents, contents_of
 from topoflow.data.dataset import ForecastDataset
 from topoflow.data.forecast_error import WeatherErrors
 from topoflow.data.grid import Grid
+from topoflow.data.moments import day_pieces
 from topoflow.data.normalization import Normalization, compute_normalization, configured_normalization
 from topoflow.data.prepared.reader import PreparedData, PreparedIndex, index_prepared
 from topoflow.data.splits import StartIndex, check_disjoint, split_starts, split_times
+from topoflow.data.weather_forecasts import OLDEST_HOURS, WeatherForecasts
+from topoflow.errors import ConfigError, DataError
 
 SPLITS = ("train", "validation", "test")
 
@@ -32,6 +35,8 @@ class ForecastData:
     """Variables that the physical priors need."""
     joint: bool = False
     """Whether a sample has the targets of all lead times."""
+    forecasts: WeatherForecasts | None = None
+    """The weather after the start; None: that of `source`."""
 
     @property
     def grid(self) -> Grid:
@@ -58,8 +63,12 @@ class ForecastData:
     def contents(self) -> Contents:
         """What the hours of `splits` hold, as far as the run reads it."""
         names = (*self.config.variables, *self.config.targets, *self.needed, *self.prepared_advected)
-        hours = [self.times(split) for split in self.splits]
-        return contents_of(self.source, names, np.unique(np.concatenate([np.empty(0, np.int64), *hours])))
+        hours = np.unique(np.concatenate([np.empty(0, np.int64), *(self.times(split) for split in self.splits)]))
+        found = contents_of(self.source, names, hours)
+        if self.forecasts is None:
+            return found
+        forecasts = self.forecasts.contents(day_pieces(self.source.times, hours))
+        return replace(found, hashes={**found.hashes, **forecasts})
 
     def times(self, split: str) -> np.ndarray:
         """Return the positions of a split's hours in source.times."""
@@ -68,7 +77,9 @@ class ForecastData:
 
     def starts(self, split: str) -> StartIndex:
         """Return where a forecast of a split can start, one of `splits` or another."""
-        return self.splits[split] if split in self.splits else find_starts(self.config, self.source, split)
+        if split in self.splits:
+            return self.splits[split]
+        return find_starts(self.config, self.source, split, self.forecasts)
 
     def build_normalization(self, on_progress: Callable[[], None] = lambda: None) -> Normalization:
         """From the constants of data.normalization, or computed over the training split.
@@ -100,7 +111,7 @@ class ForecastData:
             self.with_wind,
             joint=self.joint,
             in_training=split == "train",
-            errors=errors,
+            ahead=errors or self.forecasts,
             on_progress=on_progress,
         )
 
@@ -114,18 +125,34 @@ class ForecastData:
             f"data: {self.source.describe()}",
             f"grid: {self.grid.describe()}, {int(self.source.mask.sum())} cells in the mask",
         ]
+        if self.forecasts is not None:
+            lines.append(f"weather after the start: forecasts of {self.forecasts.issued.describe()}")
         for split, index in self.splits.items():
             line = f"{split}: {len(index.starts)} start times, {self.num_samples(split)} samples"
             if index.dropped_for_gaps:
                 line += f"; {index.dropped_for_gaps} starts skipped because their windows cross a gap in time"
+            if index.without_forecast:
+                line += f"; {index.without_forecast} starts skipped for which data.forecast has no forecast"
             lines.append(line)
         return lines
 
 
-def find_starts(config: DataConfig, source: PreparedData, split: str) -> StartIndex:
-    """Return where a forecast of a split can start; raises as `split_starts` does."""
+def find_starts(
+    config: DataConfig, source: PreparedData, split: str, forecasts: WeatherForecasts | None = None
+) -> StartIndex:
+    """Return where a forecast of a split can start; raises as `split_starts` does, and if no weather is forecast."""
     window, ranges = window_hours(config), getattr(config, split)
-    return split_starts(source.times, ranges, window, source.step_hours, key=f"data.{split}")
+    index = split_starts(source.times, ranges, window, source.step_hours, key=f"data.{split}")
+    if forecasts is None:
+        return index
+    kept = index.starts[forecasts.cover(index.starts)]
+    if len(kept) == 0:
+        times = forecasts.issued.times
+        raise DataError(
+            f"data.forecast: {config.forecast} has no forecast for any start of data.{split}: its forecasts were "
+            f"issued from {times[0]} to {times[-1]}, and are used up to {OLDEST_HOURS} h after they are there"
+        )
+    return StartIndex(kept, index.dropped_for_gaps, len(index.starts) - len(kept))
 
 
 def open_forecast_data(
@@ -134,6 +161,7 @@ def open_forecast_data(
     with_terrain: bool,
     joint: bool = False,
     index: PreparedIndex | None = None,
+    forecast_index: PreparedIndex | None = None,
     only: Sequence[str] = SPLITS,
 ) -> ForecastData:
     """Open the data of a config.
@@ -141,7 +169,7 @@ def open_forecast_data(
     Args:
         with_wind, with_terrain: whether the model uses the wind field and the terrain height.
         joint: whether it forecasts all lead times at once.
-        index: of data.path, if this or another process has made it.
+        index, forecast_index: of data.path and data.forecast, if this or another process has made them.
         only: the splits to find starts for.
 
     Raises:
@@ -151,5 +179,17 @@ def open_forecast_data(
     source = PreparedData(index_prepared(config.path) if index is None else index)
     needed = (*(("u", "v") if with_wind else ()), *(("elevation",) if with_terrain else ()))
     check_channels(config, source, needed)
-    splits = {split: find_starts(config, source, split) for split in only if getattr(config, split)}
-    return ForecastData(config, source, splits, with_wind, needed, joint)
+    forecasts = None
+    if config.forecast is not None:
+        if forecast_index is None:
+            forecast_index = index_prepared(config.forecast, "data.forecast")
+        issued, hours = PreparedData(forecast_index), hours_ahead(config)
+        forecasts = WeatherForecasts(issued, source, hours, config.forecast_delay_hours)
+        made = [channel.name for channel in input_channels(config) if channel.advected]
+        if set(made) & set(source.dynamic):
+            raise ConfigError(
+                f"data.forecast: {config.path} holds {made[0]}, made with the wind of the data: expected data prepared "
+                "without advect"
+            )
+    splits = {split: find_starts(config, source, split, forecasts) for split in only if getattr(config, split)}
+    return ForecastData(config, source, splits, with_wind, needed, joint, forecasts)

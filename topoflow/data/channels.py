@@ -48,9 +48,19 @@ def input_names(config: DataConfig) -> tuple[str, ...]:
 
 
 def window_hours(config: DataConfig) -> tuple[int, int]:
-    """Return the first and last hour, relative to the start, that a sample reads: (<= 0, >= the longest lead)."""
-    hours = [channel.hours for channel in input_channels(config)]
+    """Return the first and last hour, relative to the start, that a sample reads: (<= 0, >= the longest lead).
+
+    Inputs after the start do not count where data.forecast has them.
+    """
+    has_forecasts = config.forecast is not None
+    hours = [channel.hours for channel in input_channels(config) if channel.hours <= 0 or not has_forecasts]
     return min(0, *hours), max(*hours, *config.lead_times_hours)
+
+
+def hours_ahead(config: DataConfig) -> dict[str, list[int]]:
+    """Return the hours after the start of each variable that is an input there; advected channels follow its wind."""
+    ahead = {name: [hour for hour in hours if hour > 0] for name, hours in config.hours.items()}
+    return {name: hours for name, hours in ahead.items() if hours}
 
 
 def wind_hours(channels: Sequence[Channel]) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 from topoflow.data.moments import day_pieces
 from topoflow.data.prepared.reader import PreparedData
 
-_DIGITS = 16
+DIGITS = 16
 """Hexadecimal digits that are kept of the hash of a day and variable: 64 bits."""
 
 
@@ -21,7 +21,7 @@ class Contents:
 
     fixed: {name: hash} of the fields that do not change, the place of the cells among them, and of how the numbers of
     each variable are to be understood. days: in order, each with the number of its hours. hashes: {variable: digits},
-    _DIGITS for each day.
+    DIGITS for each day.
     """
 
     fixed: dict[str, str]
@@ -68,7 +68,7 @@ class Contents:
         return None
 
     def _hash(self, name: str, day: int) -> str:
-        return self.hashes[name][day * _DIGITS : (day + 1) * _DIGITS]
+        return self.hashes[name][day * DIGITS : (day + 1) * DIGITS]
 
 
 def contents_of(data: PreparedData, names: Sequence[str], indices: np.ndarray) -> Contents:
@@ -87,7 +87,7 @@ def contents_of(data: PreparedData, names: Sequence[str], indices: np.ndarray) -
             fixed[name] = _hash(f"{data.units[name]} ".encode() + data.static(name).tobytes())
     days = tuple(f"{data.times[piece[0]].astype('datetime64[D]')} {len(piece)}" for piece in pieces)
     hashes = {
-        name: "".join(data.hash_of_day(name, piece)[:_DIGITS] for piece in pieces)
+        name: "".join(data.hash_of_day(name, piece)[:DIGITS] for piece in pieces)
         for name in sorted(set(names) & set(data.dynamic))
     }
     return Contents(fixed, days, hashes)

@@ -9,8 +9,7 @@ from topoflow.config import DataConfig
 from topoflow.data.anomalies import PresentAnomalies
 from topoflow.data.batch import Batch, Layout, make_batch
 from topoflow.data.channels import input_channels, input_names
-from topoflow.data.forecast_error import WeatherErrors
-from topoflow.data.inputs import InputReader, runs, zero_nan
+from topoflow.data.inputs import InputReader, WeatherAhead, runs, zero_nan
 from topoflow.data.normalization import Normalization
 from topoflow.data.prepared.reader import PreparedData
 from topoflow.errors import ConfigError
@@ -23,7 +22,7 @@ class ForecastDataset(torch.utils.data.Dataset):
 
     Arguments: the data; the normalization of all inputs and targets; starts, int64 [n], positions in data.times, each
     with a complete window about it; the data section; with_wind, to add the wind of the whole field in m/s; joint;
-    in_training, that the base was fitted to these starts; errors of the weather after the start, None for none;
+    in_training, that the base was fitted to these starts; ahead, the weather after the start, None as in the data;
     on_progress, called now and then. layout: of one sample, see `__getitem__`. pairs_per_sample: 1, or n_leads if
     joint. Raises ConfigError for other lead times than those of the base.
     """
@@ -37,7 +36,7 @@ class ForecastDataset(torch.utils.data.Dataset):
         with_wind: bool,
         joint: bool = False,
         in_training: bool = False,
-        errors: WeatherErrors | None = None,
+        ahead: WeatherAhead | None = None,
         on_progress: Callable[[], None] = lambda: None,
     ):
         self.data = data
@@ -52,7 +51,7 @@ class ForecastDataset(torch.utils.data.Dataset):
         self.base = normalization.base
         self._anomalies = None if self.base is None else PresentAnomalies(data, self.target_names, self.base)
         as_anomalies = self.target_names if config.anomalies else ()
-        self._inputs = InputReader(data, normalization, input_channels(config), with_wind, as_anomalies, errors)
+        self._inputs = InputReader(data, normalization, input_channels(config), with_wind, as_anomalies, ahead)
         self._target_mean, self._target_std = normalization.constants(self.target_names)
         if self.base is not None:
             fitted = [int(hours) for hours in self.base.lead_times_hours]

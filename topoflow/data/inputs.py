@@ -1,13 +1,13 @@
 """The network's inputs at the start of a forecast. No target is needed, and nothing after the last input's hour."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from topoflow.data.advected import AdvectedChannels
 from topoflow.data.channels import Channel
-from topoflow.data.forecast_error import WeatherErrors
 from topoflow.data.normalization import Normalization
 from topoflow.data.prepared.reader import PreparedData, serial_pieces
 
@@ -19,6 +19,14 @@ Runs = list[tuple[slice, slice]]
 """Consecutive rows of a sample, and the consecutive fields that they are made of."""
 
 
+class WeatherAhead(Protocol):
+    """Weather after a start that is not what the data have."""
+
+    def at(self, names: tuple[str, ...], start: int, position: int) -> np.ndarray:
+        """Return `names` at `position` of the data's times as known at `start`: float32 [len(names), H, W]."""
+        ...
+
+
 class InputReader:
     """Reads input channels, and the wind.
 
@@ -28,7 +36,7 @@ class InputReader:
         channels: in the order of the network.
         with_wind: whether to read the wind of the whole field in m/s.
         as_anomalies: targets whose channels are anomalies over their deviation, by the base of the normalization.
-        errors: of the weather after the start; None: it is as the data have it.
+        ahead: the weather after the start; None: it is as the data have it.
 
     Attributes:
         shape: of the inputs of one start, (V, H, W).
@@ -42,9 +50,9 @@ class InputReader:
         channels: Sequence[Channel],
         with_wind: bool,
         as_anomalies: Sequence[str] = (),
-        errors: WeatherErrors | None = None,
+        ahead: WeatherAhead | None = None,
     ):
-        self._data, self._normalization, self._errors = data, normalization, errors
+        self._data, self._normalization, self._ahead = data, normalization, ahead
         self.shape = (len(channels), *data.grid.shape)
         self.wind_shape = (2 if with_wind else 0, *data.grid.shape)
         names = tuple(channel.variable for channel in channels)
@@ -96,8 +104,8 @@ class InputReader:
         path_hours = () if self._advected is None else self._advected.wind_hours
         path_wind = np.empty((len(path_hours), 2, *x.shape[1:]), np.float32)
         for steps, names, rows_of_fields in self._reads:
-            if self._errors is not None and steps > 0:
-                fields = self._errors.at(names, start, start + steps)
+            if self._ahead is not None and steps > 0:
+                fields = self._ahead.at(names, start, start + steps)
             else:
                 fields = self._data.at(names, start + steps)
             for rows, of_fields in rows_of_fields:

@@ -21,10 +21,12 @@ class StartIndex:
     """starts: int64 [n], positions in `times` where a forecast can start, increasing.
 
     dropped_for_gaps: hours of the data that would be starts too, did not their window cross a gap in time.
+    without_forecast: those that would be starts too, had data.forecast one for them.
     """
 
     starts: np.ndarray
     dropped_for_gaps: int
+    without_forecast: int = 0
 
 
 def parse_range(given: Range, key: str) -> tuple[np.datetime64, np.datetime64]:

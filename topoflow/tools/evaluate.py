@@ -9,10 +9,10 @@ import numpy as np
 from topoflow.build import build_network, observed_cells, open_data, restore_normalization
 from topoflow.checkpoint.directory import find_checkpoint
 from topoflow.checkpoint.state import load_weights, read_everywhere
-from topoflow.config import CHANNELS, NETWORK, Config, DataConfig
+from topoflow.config import CHANNELS, NETWORK, Config
 from topoflow.config_io import changed_keys, override_config, without_replaced
 from topoflow.data.assembly import ForecastData
-from topoflow.data.channels import input_channels
+from topoflow.data.channels import hours_ahead
 from topoflow.data.contents import Contents
 from topoflow.data.forecast_error import ForecastSkill, WeatherErrors
 from topoflow.data.grid import Grid
@@ -61,9 +61,13 @@ def score_checkpoint(
     with context.together("config"):
         config = override_config(without_replaced(saved["config"]), overrides, f"the checkpoint {path}")
         _require_same_network(saved["config"], config, path)
-        if skill is not None and not weather_ahead(config.data):
+        if skill is not None and not hours_ahead(config.data):
             raise ConfigError(
                 f"--forecast-error: {path} has no input after the start: expected hours > 0 in data.hours"
+            )
+        if skill is not None and config.data.forecast is not None:
+            raise ConfigError(
+                f"--forecast-error: {path} reads forecasts, which have errors of their own: expected data.forecast=null"
             )
         set_deterministic(config.run)
         set_tf32(config.train.tf32)
@@ -98,18 +102,12 @@ def score_checkpoint(
     return evaluate_model(context, model, data, normalization, split, config.train, output, errors)
 
 
-def weather_ahead(config: DataConfig) -> dict[str, list[int]]:
-    """Return the hours of each variable that is an input after the start; inputs of data.advect follow its wind."""
-    channels = [channel for channel in input_channels(config) if channel.hours > 0 and not channel.advected]
-    return {c.variable: [other.hours for other in channels if other.variable == c.variable] for c in channels}
-
-
 def fit_weather_errors(context: Context, data: ForecastData, skill: ForecastSkill, seed: int) -> WeatherErrors:
     """Fit the climatology of the weather after the start on the training split: the seasonal one if that covers a year.
 
     Every rank fits all of it. Cells outside the mask are inputs too.
     """
-    source, times, ahead = data.source, data.times("train"), weather_ahead(data.config)
+    source, times, ahead = data.source, data.times("train"), hours_ahead(data.config)
     everywhere, seasonal = np.ones(data.grid.shape, bool), covers_the_year(source.times[times])
     with context.together("climatology of the weather"):
         fitted = [

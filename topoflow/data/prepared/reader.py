@@ -36,8 +36,8 @@ class PreparedIndex:
     days: tuple[list[dict[str, Any]], ...]
 
 
-def index_prepared(path: str) -> PreparedIndex:
-    """Look at the prepared data set in the folder `path`.
+def index_prepared(path: str, key: str = "data.path") -> PreparedIndex:
+    """Look at the prepared data set in the folder `path`, which is the value of a key of the config.
 
     Raises:
         MissingPath: there is no such folder.
@@ -46,9 +46,9 @@ def index_prepared(path: str) -> PreparedIndex:
     folder = Path(path)
     if not is_prepared(folder):
         if not folder.exists():
-            raise MissingPath(f"data.path: {path} does not exist: expected a folder that `topoflow prepare` wrote")
+            raise MissingPath(f"{key}: {path} does not exist: expected a folder that `topoflow prepare` wrote")
         raise DataError(
-            f"data.path: {path} is not prepared data: expected a folder that "
+            f"{key}: {path} is not prepared data: expected a folder that "
             f"`python -m topoflow prepare {path} -o OUT` wrote"
         )
     manifest = read_manifest(folder)
