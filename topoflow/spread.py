@@ -40,12 +40,10 @@ class ErrorCounts:
             forecast, observed: [B, T, H, W], in the units of the data.
             valid: bool [B, T, H, W], which observations count.
         """
-        of_forecast, of_error = self.bins(forecast, observed)
-        for row, lead in enumerate(leads):
-            for t, counts in enumerate(self.counts[:, lead]):
-                where = valid[row, t]
-                place = of_forecast[row, t][where] * ERROR_BINS + of_error[row, t][where]
-                counts += np.bincount(place, minlength=counts.size).reshape(counts.shape)
+        t, k = np.arange(forecast.shape[1])[:, None, None], leads[:, None, None, None]
+        places = np.broadcast_arrays(t, k, *self.bins(forecast, observed))
+        flat = np.ravel_multi_index(tuple(place[valid] for place in places), self.counts.shape)
+        np.add.at(self.counts.reshape(-1), flat, 1)  # several times as fast as with four indices
 
     def bins(self, forecast: np.ndarray, observed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the bins of forecasts and of their errors, int64 [B, T, H, W]; any where a value is not finite."""
