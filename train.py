@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def run() -> None:
         device = choose_device(config.run.device, launch)
-        set_deterministic(config.run)
+        set_deterministic(config.run, config.train.compile)
         set_tf32(config.train.tf32)
         with distributed_context(launch, config.distributed, device, directory.finish, stop) as context:
             context.watch.clock = clock

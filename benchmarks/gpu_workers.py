@@ -90,7 +90,7 @@ def measure_step(device: str, size: dict[str, Any], train: dict[str, Any], deter
     size: the fields of a Size. train: keys of TrainConfig. deterministic: as run.deterministic.
     """
     measured, config = parse_size(size), TrainConfig(max_steps=1, **train)
-    set_deterministic(RunConfig(deterministic=deterministic))
+    set_deterministic(RunConfig(deterministic=deterministic), config.compile)
     set_tf32(config.tf32)
     alone = read_launch({})
     own_device = choose_device(device, alone)

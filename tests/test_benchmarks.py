@@ -20,6 +20,7 @@ QUICK = {
     "flops": ["--quick"],
     "loop": ["--quick"],
     "model_step": ["--quick"],
+    "physics": ["--quick", "--out", "OUT"],
     "prepare_campaign": ["--cycles", "2"],
     "prepare": ["--hours", "24", "--memory-hours", "24", "48", "--rounds", "1", "--shape", "8x12"],
     "published": [],
@@ -39,8 +40,9 @@ def run_benchmark(name, *arguments, cwd=ROOT, **environ):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
-def test_a_benchmark_runs(name):
-    done = run_benchmark(name, *QUICK[name])
+def test_a_benchmark_runs(name, tmp_path):
+    arguments = [str(tmp_path) if word == "OUT" else word for word in QUICK[name]]
+    done = run_benchmark(name, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout
 

@@ -189,7 +189,7 @@ def _import_lightning(options: argparse.Namespace) -> int:
     if launch.world_size > 1:
         raise ConfigError(f"import-lightning: started as {launch.world_size} processes: expected one")
     _log_to_terminal()
-    set_deterministic(config.run)
+    set_deterministic(config.run, config.train.compile)
     set_tf32(config.train.tf32)  # as the resume sets it, which compares the probe loss to the bit
     with distributed_context(launch, config.distributed, choose_device(config.run.device, launch)) as context:
         print_output("\n".join(import_run(options.source, config, context, options.weights)))

@@ -12,15 +12,18 @@ import topoflow
 from topoflow.config import RunConfig
 
 
-def set_deterministic(config: RunConfig) -> None:
-    """Set the number of threads and, if configured, require deterministic algorithms."""
+def set_deterministic(config: RunConfig, compiles: bool = False) -> None:
+    """Set the number of threads and, if configured, require deterministic algorithms, of compiled kernels too."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if not config.deterministic:
         return
     # cuBLAS needs a fixed workspace for this, and reads the variable when it is first used
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
+    if compiles:
+        torch.use_deterministic_algorithms(True)
+    else:  # the same without torch's compiler, whose import takes seconds
+        torch.set_deterministic_debug_mode("error")
     # filling costs time, and nothing here reads uninitialized memory; torch sets the attribute through a module class
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     torch.backends.cudnn.benchmark = False

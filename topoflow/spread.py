@@ -82,11 +82,10 @@ class Spread:
             return None
         before = np.cumsum(by_forecast, axis=-1) - by_forecast  # smaller forecasts
         groups = ((2 * before + by_forecast) * GROUPS // (2 * total)).clip(0, GROUPS - 1)
-        share = np.zeros((*groups.shape[:2], GROUPS, ERROR_BINS))
-        for place in np.ndindex(*groups.shape[:2]):
-            np.add.at(share[place], groups[place], counts.counts[place])
-            empty = share[place].sum(axis=-1) == 0
-            share[place][empty] = counts.counts[place].sum(axis=0)
+        is_in_group = groups[..., None, :] == np.arange(GROUPS)[:, None]
+        share = is_in_group.astype(np.float64) @ counts.counts.astype(np.float64)  # exact below 2^53
+        empty = share.sum(axis=-1, keepdims=True) == 0
+        share = np.where(empty, counts.counts.sum(axis=2, keepdims=True), share)
         share /= share.sum(axis=-1, keepdims=True)
         below = np.cumsum(share, axis=-1)
         middle = below - share / 2

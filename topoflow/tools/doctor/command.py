@@ -83,7 +83,7 @@ def doctor(path: Path | None, overrides: Sequence[str] = (), as_json: bool = Fal
         choose_backend(process.config.distributed, process.device)
     except Refusal as refusal:
         process.device_refusal = str(refusal)
-    set_deterministic(process.config.run)
+    set_deterministic(process.config.run, process.config.train.compile)
     setup_logging(None, is_main=False)  # only errors
     handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the marks are removed
     try:
