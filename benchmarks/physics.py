@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import train
 from benchmarks.tables import print_table
-from topoflow import bases
+from topoflow import bases, plots
 from topoflow.data.advected import AdvectedChannels
 from topoflow.data.assembly import ForecastData
 from topoflow.data.dataset import ForecastDataset
@@ -179,8 +179,10 @@ def run(out: Path, name: str, world: int, seed: int, steps: int, quick: bool) ->
     with ExitStack() as stack:
         log = stack.enter_context(open(folder / "output.txt", "a", encoding="utf-8"))
         stack.enter_context(redirect_stderr(log))
-        # it is no network's, and takes longer to fit than the network
+        # they take longer than the network
         stack.enter_context(mock.patch.object(bases, "RIDGE_SAMPLES", 0))
+        for plot in ("plot_skill", "plot_case"):
+            stack.enter_context(mock.patch.object(plots, plot))
         stack.enter_context(taken_away(variant.control))
         status = train.main(arguments)
     if status:

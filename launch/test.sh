@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Usage: launch/test.sh [--all | pytest arguments]
 # Create .venv and run tests. Without arguments: the tests that show whether the installation works.
-# --all: every test; those that need SLURM or a GPU are skipped without one. Both run in two processes.
+# --all: every test; those that need SLURM or a GPU are skipped without one. Both run in three processes.
 for word; do
   case $word in -h | --help) sed -n '2,${/^# /!q;s/^# //p;}' "$0" && exit ;; esac
 done
@@ -17,16 +17,20 @@ case ${1-} in
   *) exec "$python" -m pytest "$@" ;;
 esac
 
-# The first of two halves that run concurrently: it mostly waits for SLURM, and none of its tests measures time. Bash
-# starts it in the background with SIGINT ignored, so none of its tests sends Ctrl-C.
-half=(tests/slurm tests/data tests/model tests/physics tests/lightning tests/checkpoint
-  tests/test_{benchmarks,evaluation,gpu_benchmark}.py tests/doctor/test_doctor.py tests/program/test_{base,canonical,durability,evaluate,faults,refusals,training}.py)
-log=$(mktemp)
-trap 'kill $(jobs -p) 2>/dev/null || true; rm -f -- "$log"' EXIT
+# Two of three parts that run concurrently; the first mostly waits, for SLURM and for nodes. No test of theirs measures
+# time. Bash starts them in the background with SIGINT ignored, so none sends Ctrl-C.
+waiting=(tests/slurm tests/doctor)
+computing=(tests/data tests/model tests/physics tests/lightning tests/checkpoint tests/test_{benchmarks,evaluation,gpu_benchmark}.py
+  tests/program/test_{base,canonical,durability,evaluate,faults,refusals,training,weather}.py)
+rest=("${waiting[@]/#/--ignore=}" "${computing[@]/#/--ignore=}")
+logs=$(mktemp -d)
+trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf -- "$logs"' EXIT
 trap 'exit 130' INT
-"$python" -m pytest "${half[@]}" "${selected[@]}" >"$log" 2>&1 &
-second=$! status=0
-"$python" -m pytest "${half[@]/#/--ignore=}" "${selected[@]}" || status=$?
-wait "$second" || status=$?
-cat "$log"
+"$python" -m pytest "${waiting[@]}" "${selected[@]}" >"$logs/waiting" 2>&1 &
+parts=($!)
+"$python" -m pytest "${computing[@]}" "${selected[@]}" >"$logs/computing" 2>&1 &
+parts+=($!) status=0
+"$python" -m pytest "${rest[@]}" "${selected[@]}" || status=$?
+for part in "${parts[@]}"; do wait "$part" || status=$?; done
+cat "$logs"/*
 exit "$status"
