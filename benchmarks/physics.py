@@ -47,6 +47,8 @@ FORM = (
     # the days for which there are forecasts, so that all runs have the same samples
     "data.train=[[2018-10-02, 2018-11-20], [2018-12-21, 2019-02-15], [2019-03-05, 2019-03-23]]",
     "data.validation=[]",  # nothing is chosen: the last checkpoint is scored
+    "data.hours={}",
+    "data.forecast=null",
     "data.anomalies=true",
     "model.base=damped",
     "model.leads=joint",
@@ -157,13 +159,10 @@ def make_world(out: Path, number: int, quick: bool) -> None:
     folder = out / f"world{number}"
     if not (folder / "raw").exists():
         days, grid = (14, (8, 12)) if quick else (180, (24, 32))
-        make_demo_data(folder / "raw", days, grid, seed=number, progress=False, forecasts=True)
-    for recipe, name in (
-        ([str(folder / "raw/world_*.nc")], "data"),
-        ([str(folder / "raw/forecasts.yaml")], "forecasts"),
-    ):
+        make_demo_data(folder / "raw", days, grid, seed=number, progress=False, forecasts=folder / "issued")
+    for source, name in (("raw", "data"), ("issued/recipe.yaml", "forecasts")):
         if not (folder / name).exists():
-            prepare(load_recipe(recipe), folder / name, progress=False)
+            prepare(load_recipe([str(folder / source)]), folder / name, progress=False)
 
 
 def run(out: Path, name: str, world: int, seed: int, steps: int, quick: bool) -> None:

@@ -45,7 +45,12 @@ def _add_demo_data(commands) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="seed of terrain, towns and weather (default 0)"
     )
-    parser.add_argument("--forecasts", action="store_true", help="also the weather as it was forecast every 12 hours")
+    parser.add_argument(
+        "--forecasts",
+        metavar="OUT",
+        type=Path,
+        help="another folder to create, with the weather as it was forecast every 12 hours, and its recipe",
+    )
     parser.set_defaults(run=_demo_data)
 
 

@@ -131,6 +131,7 @@ def evaluate_model(
         # imported here because matplotlib takes 0.4 s and hundreds of files, and only rank 0 draws
         from topoflow.plots import plot_case, plot_skill
 
+        log.info("the %s split is %s", split, data.relation_to_training(split))
         log.info("%s", format_scores(records))
         case = evaluator.select_case(baselines, observed)
         try:

@@ -54,6 +54,26 @@ def test_joint_samples_are_starts(folder, make_config):
     assert any("validation: 17 start times, 17 samples" in line for line in data.summary())
 
 
+@pytest.mark.parametrize(
+    ("test", "relation"),
+    [
+        (
+            (("2019-01-05", "2019-01-06"),),
+            "forward: all of it is after the training split, which ends at 2019-01-04T23",
+        ),
+        ((("2019-01-01", "2019-01-01"),), "backward: all of it is before the training split"),
+        ((("2019-01-01", "2019-01-01"), ("2019-01-05", "2019-01-05")), "interleaved: the training split has times"),
+        ((("2019-01-03", "2019-01-03"),), "interleaved: "),
+    ],
+)
+def test_where_a_split_lies_in_time_is_said(make_fields, make_config, tmp_path, test, relation):
+    train = (("2019-01-02", "2019-01-02"), ("2019-01-04", "2019-01-04"))
+    path = write_prepared(make_fields(hours=24 * 6), tmp_path / "data")
+    data = open_forecast_data(make_config(path, train=train, test=test), with_wind=True, with_terrain=True)
+    assert data.relation_to_training("test").startswith(relation)
+    assert data.relation_to_training("train") == "the training split itself"
+
+
 def test_only_what_is_needed_counts(folder, make_config):
     config = make_config(folder, variables=("co", "lat2d"), targets=("pm25",))
     data = open_forecast_data(config, with_wind=False, with_terrain=False)

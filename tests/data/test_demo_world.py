@@ -216,12 +216,12 @@ def test_forecasts_begin_as_the_weather_is_and_lose_their_skill_in_days():
 
 
 def test_forecasts_are_written_by_issue_and_step_and_leave_the_world_as_it_is(tmp_path):
-    make_demo_data(tmp_path / "with", days=7, grid=(8, 12), progress=False, forecasts=True)
+    make_demo_data(tmp_path / "with", days=7, grid=(8, 12), progress=False, forecasts=tmp_path / "issued")
     make_demo_data(tmp_path / "without", days=7, grid=(8, 12), progress=False)
     name = "world_2018.nc"
     assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
     world = xr.open_dataset(tmp_path / "with" / name)
-    issued = xr.open_dataset(tmp_path / "with/forecasts/issued_2018.nc", decode_timedelta=False)
+    issued = xr.open_dataset(tmp_path / "issued/issued_2018.nc", decode_timedelta=False)
     assert issued.sizes == {"time": 4, "step": 21, "lat": 8, "lon": 12}
     for variable in ("u", "v", "temp", "rh", "psfc"):
         at_issue = world[variable].sel(time=issued.time)

@@ -36,8 +36,11 @@ def test_help_is_printed_and_nothing_is_done(project, script, arguments):
 
 PYTHON = """#!/bin/sh
 case "$*" in
+  *data.forecast*) echo "$DATA_PATH-forecasts" ;;
   *config_io*) echo "$DATA_PATH" ;;
-  *" prepare "*) echo "${4#--output=}" > "$NOTES"; for raw; do :; done; [ "$raw" = "$DATA_PATH-raw" ] ;;
+  *" prepare "*)
+    echo "${4#--output=}" >> "$NOTES"; for raw; do :; done
+    case $raw in "$DATA_PATH-raw" | "$DATA_PATH-forecasts-raw/recipe.yaml") ;; *) exit 1 ;; esac ;;
 esac
 """
 
@@ -61,6 +64,5 @@ def test_the_demo_removes_nothing_whatever_the_data_path_is(project, path):
     done = subprocess.run(["bash", "launch/demo.sh"], cwd=project, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(file.read_text() == "mine" for file in kept)
-    assert notes.exists() == (not (path and (project / path).exists()))
-    if notes.exists():
-        assert notes.read_text() == f"{path}\n"
+    is_there = path != "" and (project / path).exists()
+    assert notes.read_text().splitlines() == [*([] if is_there else [path]), f"{path}-forecasts"]

@@ -119,8 +119,9 @@ def write_own_files(project):
     run.train(4)
     torch.save(run.checkpoint(), project / "old.ckpt")
     config = yaml.safe_load((project / "configs/demo.yaml").read_text())
-    config["data"].update(variables=list(VARIABLES), availability=False)
+    config["data"].update(variables=list(VARIABLES), hours={}, forecast=None, anomalies=False, availability=False)
     config["model"].update(patch_size=2, depth=2, mlp_ratio=4.0, wind="none", relative_position=True, patch_norm=True)
+    config["model"].update(base="none", leads="conditioned")
     config["optim"] = {"learning_rate": 1e-3}
     config["train"].update(global_batch_size=4, micro_batch_size=2)
     (project / "configs/mine.yaml").write_text(yaml.safe_dump(config))

@@ -23,9 +23,10 @@ def prepare_world(
 ) -> Path:
     """Simulate the demo world, prepare it as `folder`, and return that; `forecasts`: folder of those of its weather."""
     raw = folder.with_name(f"{folder.name}-raw")
-    make_demo_data(raw, days=days, grid=grid, seed=seed, progress=False, forecasts=forecasts is not None)
+    issued = None if forecasts is None else forecasts.with_name(f"{forecasts.name}-raw")
+    make_demo_data(raw, days=days, grid=grid, seed=seed, progress=False, forecasts=issued)
     if forecasts is not None:
-        assert prepare(load_recipe([str(raw / "forecasts.yaml")]), forecasts, progress=False).is_decided
+        assert prepare(load_recipe([f"{issued}/recipe.yaml"]), forecasts, progress=False).is_decided
     recipe = load_recipe([str(raw)])
     if mask is not None:
         np.save(raw.with_suffix(".npy"), mask)

@@ -75,6 +75,18 @@ class ForecastData:
         ranges, step_hours = getattr(self.config, split), self.source.step_hours
         return split_times(self.source.times, ranges, step_hours, key=f"data.{split}")
 
+    def relation_to_training(self, split: str) -> str:
+        """Return, in words, where in time a split lies as seen from the training split."""
+        times = self.source.times
+        trained, scored = times[self.times("train")], times[self.times(split)]
+        if split == "train":
+            return "the training split itself"
+        if scored[0] > trained[-1]:
+            return f"forward: all of it is after the training split, which ends at {trained[-1]}"
+        if scored[-1] < trained[0]:
+            return f"backward: all of it is before the training split, which begins at {trained[0]}"
+        return "interleaved: the training split has times before and after it, so that a climatology interpolates"
+
     def starts(self, split: str) -> StartIndex:
         """Return where a forecast of a split can start, one of `splits` or another."""
         if split in self.splits:

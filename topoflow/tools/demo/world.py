@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def make_demo_data(
     grid: tuple[int, int] = (24, 32),
     seed: int = 0,
     progress: bool = True,
-    forecasts: bool = False,
+    forecasts: Path | None = None,
 ) -> None:
     """Simulate the demo world and write it as yearly NetCDF files, the same values for the same arguments.
 
@@ -82,11 +83,11 @@ def make_demo_data(
         grid: rows and columns of 0.25 degree, at least 8 x 8.
         seed: of terrain, towns, weather and gaps.
         progress: show a progress bar.
-        forecasts: also write forecasts/issued_YYYY.nc, the weather as it was forecast every ISSUE_HOURS, with errors
-            that grow, and the recipe to prepare them, forecasts.yaml.
+        forecasts: another folder to create, with issued_YYYY.nc, the weather as it was forecast every ISSUE_HOURS with
+            errors that grow, and the recipe to prepare it.
 
     Raises:
-        ConfigError: `output` exists and is not empty, or cannot be written, or a number is out of range.
+        ConfigError: a folder exists and is not empty, or cannot be written, or a number is out of range.
     """
     if days < 1:
         raise ConfigError(f"--days {days}: expected an integer >= 1")
@@ -94,21 +95,30 @@ def make_demo_data(
         raise ConfigError(f"--grid {grid[0]}x{grid[1]}: expected at least 8x8")
     if seed < 0:
         raise ConfigError(f"--seed {seed}: expected an integer >= 0")
-    _require_new_folder(output)
+    for folder in filter(None, (output, forecasts)):
+        _require_new_folder(folder)
     world = build_world(days, grid, seed)
-    partial = output.absolute().with_name(f".{output.absolute().name}.partial-{os.getpid()}")
+    if forecasts is not None:
+        with _appearing_at_once(forecasts) as partial:
+            _write_forecasts(partial, world, seed, progress)
+    with _appearing_at_once(output) as partial:
+        _write_years(partial, world, seed, progress)
+
+
+@contextmanager
+def _appearing_at_once(folder: Path) -> Iterator[Path]:
+    """Give a hidden folder, which gets the name `folder` once all is written."""
+    partial = folder.absolute().with_name(f".{folder.absolute().name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
         try:
-            _write_years(partial, world, seed, progress)
-            if forecasts:
-                _write_forecasts(partial, world, seed, progress)
-            partial.rename(output)
+            yield partial
+            partial.rename(folder)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     except OSError as error:
-        raise ConfigError(f"{output}: cannot be written: {error.strerror or error}") from None
+        raise ConfigError(f"{folder}: cannot be written: {error.strerror or error}") from None
 
 
 def _require_new_folder(output: Path) -> None:
@@ -148,16 +158,15 @@ def _write_years(folder: Path, world: World, seed: int, progress: bool) -> None:
 
 
 def _write_forecasts(folder: Path, world: World, seed: int, progress: bool) -> None:
-    """Write the forecasts of each year, and their recipe."""
+    """Write the forecasts of each year, and the recipe to prepare them."""
     generator, weather = np.random.default_rng([seed, 4]), world.weather
     reach = FORECAST_STEPS[-1] + 1
     issues = np.arange(SPIN_UP_HOURS, len(weather.times) - reach + 1, ISSUE_HOURS)
     years = weather.times[issues].astype("datetime64[Y]").astype(int) + 1970
-    (folder / "forecasts").mkdir()
     with tqdm(total=len(issues), desc="forecasts", unit="issue", disable=not progress) as bar:
         for year in np.unique(years):
             of_year = issues[years == year]
-            with netCDF4.Dataset(folder / "forecasts" / f"issued_{year}.nc", "w") as file:
+            with netCDF4.Dataset(folder / f"issued_{year}.nc", "w") as file:
                 _add_axes(file, world.geography, seed, weather.times[of_year], "forecast_reference_time")
                 _add_axis(file, "step", np.array(FORECAST_STEPS), "hours", "forecast_period")
                 for name in FORECAST:
@@ -168,9 +177,9 @@ def _write_forecasts(folder: Path, world: World, seed: int, progress: bool) -> N
                     for name in FORECAST:
                         file[name][row] = getattr(fields, name).astype(np.float32)
                     bar.update()
-    (folder / "forecasts.yaml").write_text(
+    (folder / "recipe.yaml").write_text(
         "# python -m topoflow prepare THIS_FILE -o OUT, for data.forecast\n"
-        f"sources: [{{path: forecasts}}]\nsteps: {list(FORECAST_STEPS)}\n",
+        f"sources: [{{path: issued_*.nc}}]\nsteps: {list(FORECAST_STEPS)}\n",
         encoding="utf-8",
     )
 
