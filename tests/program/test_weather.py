@@ -55,4 +55,4 @@ def test_scores_say_that_the_weather_was_forecast(program, form, folders, capsys
     assert "perfect prognosis" not in done.stderr
     run = str(program.folder / "run")
     assert cli.main(["evaluate", run, "--forecast-error", "24:0.9"]) == 2
-    assert "reads forecasts, which have errors of their own" in capsys.readouterr().err
+    assert "reads forecasts (data.forecast), which have errors of their own" in capsys.readouterr().err

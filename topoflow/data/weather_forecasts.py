@@ -112,13 +112,10 @@ class WeatherForecasts:
             text = " ".join(self.issued.encoding(column) for column in columns)
             found = []
             for day in days:
-                read = [of_day.get(str(day - back)) for back in range(oldest + 1)]
-                parts = [
-                    self.issued.hash_of_day(column, piece) + str(self.issued.times[piece[0]])
-                    for piece, column in itertools.product(read, columns)
-                    if piece is not None
-                ]
-                found.append(hashlib.sha256(" ".join([text, *parts]).encode()).hexdigest()[:DIGITS])
+                read = [piece for back in range(oldest + 1) if (piece := of_day.get(str(day - back))) is not None]
+                issued = [str(time) for piece in read for time in self.issued.times[piece]]
+                parts = [self.issued.hash_of_day(column, piece) for piece, column in itertools.product(read, columns)]
+                found.append(hashlib.sha256(" ".join([text, *issued, *parts]).encode()).hexdigest()[:DIGITS])
             hashes[f"forecasts of {name}"] = "".join(found)
         return hashes
 

@@ -67,7 +67,8 @@ def score_checkpoint(
             )
         if skill is not None and config.data.forecast is not None:
             raise ConfigError(
-                f"--forecast-error: {path} reads forecasts, which have errors of their own: expected data.forecast=null"
+                f"--forecast-error: {path} reads forecasts (data.forecast), which have errors of their own: expected a "
+                "run without"
             )
         set_deterministic(config.run)
         set_tf32(config.train.tf32)
