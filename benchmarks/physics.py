@@ -2,12 +2,12 @@
 """What each physical prior adds on the demo world: runs in pairs, and controls that must add nothing.
 
 A pair has the same world, seed, start, order of samples and budget; one run has the prior, the other lacks it. A
-control keeps the prior and takes its information away, in training and in scoring: the wind of another sample, permuted
-terrain, weather of another time. What a prior gains beyond its controls is physics. A wind turned by 180 degrees, in both
-too, tells as much as the true one: equal gains show that no direction is built in. Printed is the change of the test
-RMSE by lead time, as mean over targets, with a 95 % interval of the mean over pairs (Student's t); the endpoint, the mean
-of 12 and 24 h, was fixed beforehand. Exits with 1 if a control changed no score at all, because then the input that it
-alters does not reach the network.
+control keeps the prior and takes its information away, in training and in scoring: the wind of another sample,
+permuted terrain, weather of another time. What a prior gains beyond its controls is physics. A wind turned by 180
+degrees, in both too, tells as much as the true one: equal gains show that no direction is built in. Printed is the
+change of the test RMSE by lead time, as mean over targets, with a 95 % interval of the mean over pairs (Student's t);
+the endpoint, the mean of 12 and 24 h, was fixed beforehand. Exits with 1 if a control changed no score at all,
+because then the input that it alters does not reach the network.
 
 Runs that exist in --out are not repeated, so that an interrupted benchmark goes on.
 """
