@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.mkldnn import to_mkldnn
 
-from benchmarks.fresh import run_fresh
+from benchmarks.fresh import run_fresh, run_here
 from benchmarks.model_step import OURS, measure_step
 from benchmarks.sizes import (
     DECODER_DEPTH,
@@ -91,18 +91,18 @@ def main(arguments: list[str] | None = None) -> int:
     add_size_options(parser, default="a,b,c")
     options = parser.parse_args(arguments)
     threads = chosen_threads(options)
-    seconds = SECONDS_PER_MATRIX_SIZE if not options.quick else 0.1
+    seconds, run = (0.1, run_here) if options.quick else (SECONDS_PER_MATRIX_SIZE, run_fresh)
     rows, peaks = [], []
     for size in chosen_sizes(parser, options):
         peak, reached = [], []
         for _ in range(options.rounds or size.rounds):
-            peak.append(run_fresh(measure_peak, torch.float32, threads, seconds))
-            reached.append(step_flops(size) / run_fresh(measure_step, size, OURS, threads).seconds)
+            peak.append(run(measure_peak, torch.float32, threads, seconds))
+            reached.append(step_flops(size) / run(measure_step, size, OURS, threads).seconds)
         of_peak = [a / b for a, b in zip(reached, peak, strict=True)]
         flops = f"{step_flops(size) / 1e9:.4g}"
         rows.append([str(size), flops, spread(reached, 1e-9), spread(peak, 1e-9), spread(of_peak, 100, 2)])
         peaks += peak
-    bf16 = run_fresh(measure_peak, torch.bfloat16, threads, seconds)
+    bf16 = run(measure_peak, torch.bfloat16, threads, seconds)
     print(
         f"{threads} thread(s); peak of matrix multiplication: float32 {spread(peaks, 1e-9)} GFLOP/s, "
         f"bfloat16 {spread([bf16], 1e-9)} GFLOP/s\n"

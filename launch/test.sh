@@ -17,10 +17,10 @@ case ${1-} in
   *) exec "$python" -m pytest "$@" ;;
 esac
 
-# Two of three parts that run concurrently; the first mostly waits, for SLURM and for nodes. No test of theirs measures
-# time. Bash starts them in the background with SIGINT ignored, so none sends Ctrl-C.
-waiting=(tests/slurm tests/doctor)
-computing=(tests/data tests/model tests/physics tests/lightning tests/checkpoint tests/test_{benchmarks,evaluation,gpu_benchmark}.py
+# Two of three parts that run concurrently, of about equal length; the first mostly waits, for SLURM and for nodes. No
+# test of theirs measures time. Bash starts them in the background with SIGINT ignored, so none sends Ctrl-C.
+waiting=(tests/slurm tests/doctor tests/test_benchmarks.py)
+computing=(tests/data tests/model tests/physics tests/lightning tests/checkpoint tests/prepare tests/test_{evaluation,gpu_benchmark}.py
   tests/program/test_{base,canonical,durability,evaluate,faults,refusals,training,weather}.py)
 rest=("${waiting[@]/#/--ignore=}" "${computing[@]/#/--ignore=}")
 logs=$(mktemp -d)

@@ -30,7 +30,8 @@ def test_the_faults_of_each_node_are_found(cluster):
     assert (report["launcher"], report["processes"]) == ("srun", 3)
     assert [(item["node"], item["ranks"]) for item in report["nodes"]] == [("n1", [0]), ("n2", [1]), ("n3", [2])]
     found = {item["check"]: {(one["node"], one["verdict"]) for one in item["findings"]} for item in report["checks"]}
-    assert found["run directory"] == {("n2", "FAIL")}
+    # a busy machine may be warned of as slow
+    assert {node for node, verdict in found["run directory"] if verdict == "FAIL"} == {"n2"}
     assert found["addresses"] == {("n3", "FAIL")}
     assert found["limits"] == {("n3", "FAIL")}
     # the cluster's GPUs are not real: training would refuse to run on CPU instead
