@@ -123,7 +123,9 @@ class Ranks:
 
     def fault(self):
         """Record the time of the fault."""
-        self.clock.write_text(repr(time.time()))
+        written = self.clock.with_suffix(".partial")
+        written.write_text(repr(time.time()))
+        written.rename(self.clock)  # at once, for who reads it meanwhile
 
     def all_stderr(self):
         return "".join(ending.stderr for ending in self.endings)

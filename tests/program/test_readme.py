@@ -84,7 +84,7 @@ def copy_project(folder):
             first = config["data"][split][0][0]
             if (name, split) == ("beijing", "train"):
                 first += datetime.timedelta(days=120)  # it did not rain in March
-            config["data"][split] = [[first, first + datetime.timedelta(days=4)]]
+            config["data"][split] = [[first, first + datetime.timedelta(days=4 if name == "demo" else 5)]]
         path.write_text(yaml.safe_dump(config))
     return folder
 
