@@ -56,7 +56,7 @@ class WeatherForecasts:
             if steps[0] > first or steps[-1] < last:
                 raise DataError(
                     f"data.forecast: {issued.folder} has {name} from {steps[0]} to {steps[-1]} h after the issue: "
-                    f"expected {first} to {last}, for data.hours and data.forecast_delay_hours"
+                    f"expected {first} to {last}, for data.hours and data.forecast_delay_hours (`steps` of its recipe)"
                 )
         there = issued.times + delay_hours * _HOUR
         self._issue = np.searchsorted(there, self._times, side="right") - 1
