@@ -9,7 +9,7 @@ change of the test RMSE by lead time, as mean over targets, with a 95 % interval
 the endpoint, the mean of 12 and 24 h, was fixed beforehand. Exits with 1 if a control changed no score at all,
 because then the input that it alters does not reach the network.
 
-Runs that exist in --out are not repeated, so that an interrupted benchmark goes on.
+Start it again after an interruption: runs that are complete in --out are not repeated.
 """
 
 import argparse

@@ -30,8 +30,11 @@ def test_the_faults_of_each_node_are_found(cluster):
     assert (report["launcher"], report["processes"]) == ("srun", 3)
     assert [(item["node"], item["ranks"]) for item in report["nodes"]] == [("n1", [0]), ("n2", [1]), ("n3", [2])]
     found = {item["check"]: {(one["node"], one["verdict"]) for one in item["findings"]} for item in report["checks"]}
-    # a busy machine may be warned of as slow
-    assert {node for node, verdict in found["run directory"] if verdict == "FAIL"} == {"n2"}
+    # the nodes share one disk, so which of them writes slowest is chance; nothing else is left out
+    [of_directory] = [item["findings"] for item in report["checks"] if item["check"] == "run directory"]
+    rates = [one for one in of_directory if one["verdict"] == "WARNING" and "B/s, the median node" in one["text"]]
+    assert found["run directory"] - {(one["node"], "WARNING") for one in rates} == {("n2", "FAIL")}
+    assert len(of_directory) == 1 + len(rates)
     assert found["addresses"] == {("n3", "FAIL")}
     assert found["limits"] == {("n3", "FAIL")}
     # the cluster's GPUs are not real: training would refuse to run on CPU instead
