@@ -123,6 +123,21 @@ def test_each_layout_is_prepared_by_issue_and_step(forecasts, tmp_path, layout):
         np.testing.assert_array_equal(data.read(name, slice(None)), expected, err_msg=name)
 
 
+def test_the_day_in_the_name_of_cams_european_times_is_that_of_issue(forecasts, tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for number in (0, 2, 4):  # issued at 0 h
+        one = forecasts.isel(issue=number, drop=True).drop_vars("step").rename(step="time").assign_coords(time=STEPS)
+        day = pd.Timestamp(ISSUES[number]).strftime("%Y%m%d")
+        one["time"].attrs |= {"long_name": f"FORECAST time from {day}", "units": "hours"}
+        one.to_netcdf(raw / f"{number}.nc")
+    done = prepare(recipe_of(raw), tmp_path / "out", progress=False)
+    assert done.is_decided, done.findings
+    data = read(tmp_path / "out")
+    np.testing.assert_array_equal(data.times, ISSUES[::2].astype("datetime64[h]"))
+    np.testing.assert_array_equal(data.read("v+24h", slice(None)), forecasts["v10"].isel(issue=[0, 2, 4], step=4))
+
+
 def test_issues_without_all_steps_are_left_out_and_counted(forecasts, tmp_path):
     raw = tmp_path / "raw"
     raw.mkdir()
